@@ -1,0 +1,180 @@
+"""The PyTorch path of the encode operator against what one would write instead, on the CPU, in one run.
+
+    python -m benchmarks.encode_cpu [--repeats 15] [--out benchmarks/results/encode_cpu.json]
+
+Rows: ctxenc; the expanded form (B x N x K x D, as mmsegmentation computes it, and PyTorch-Encoding on a CPU); torch.compile of the
+shifted matmul form with autograd, which is as safe under offsets as ours. Each is checked against fp64 before it is timed, and the
+repetitions are interleaved, so that a change of the machine's load meets all rows alike. Columns: median milliseconds of forward
+and of forward + backward, and how many times longer a row takes than ctxenc.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ctxenc
+from benchmarks.environment import describe
+from ctxenc.kernels import reference
+
+# (B, N, D, K): EncNet at a 480 crop, one image per core; two SE-sized blocks.
+SHAPES = [(2, 3600, 512, 32), (16, 196, 256, 16), (32, 784, 128, 16)]
+LAYOUTS = ("channels_first", "channels_last")
+TOLERANCE = 1e-4  # relative to the largest value; a form that is wrong is off by far more
+
+Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def expanded(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """Residuals of every pixel to every codeword, held in memory twice."""
+    return reference.encode(x, codewords, smoothing)
+
+
+def shifted_matmul(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """The matmul form that is safe under offsets, left to autograd."""
+    center = codewords.mean(0)
+    x, codewords = x - center[:, None], codewords - center
+    distance = x.square().sum(1, keepdim=True) - 2 * (codewords @ x) + codewords.square().sum(1)[:, None]
+    weights = torch.softmax(-smoothing[:, None] * distance, dim=1)
+    return weights @ x.transpose(1, 2) - weights.sum(2, keepdim=True) * codewords
+
+
+def inputs(shape: tuple[int, int, int, int], layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Random x (B, D, N), codewords (K, D) and learned smoothing (K,), all with gradients."""
+    B, N, D, K = shape
+    x = torch.randn(B, N, D).transpose(1, 2) if layout == "channels_last" else torch.randn(B, D, N)
+    tensors = x, torch.randn(K, D) / 4, torch.rand(K) / D
+    return tuple(tensor.requires_grad_() for tensor in tensors)  # type: ignore[return-value]
+
+
+def gradients(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    return torch.autograd.grad(encode(*tensors), tensors, grad)
+
+
+def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> float:
+    """Largest relative error of the encoding and of its three gradients against fp64."""
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
+    wanted = (expanded(*exact), *gradients(expanded, exact, grad.double()))
+    got = (encode(*tensors), *gradients(encode, tensors, grad))
+    return max(float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, wanted, strict=True))
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, slow: str) -> dict[str, float]:
+    """Median milliseconds of each call; the slow one is run in every fifth round only."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name, call in calls.items():
+        for _ in range(1 if name == slow else 5):
+            call()
+    for round_ in range(repeats):
+        for name, call in calls.items():
+            if name == slow and round_ % 5:
+                continue
+            inner = 1 if name == slow else 5
+            start = time.perf_counter()
+            for _ in range(inner):
+                call()
+            times[name].append((time.perf_counter() - start) * 1e3 / inner)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(shape: tuple[int, int, int, int], layout: str, repeats: int) -> list[dict[str, Any]]:
+    """One table: every row at one shape and layout."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    tensors = inputs(shape, layout)
+    grad = torch.randn(shape[0], shape[3], shape[2])
+    forms: dict[str, Encode] = {
+        "ctxenc": ctxenc.encode,
+        "torch.compile(shifted matmul)": torch.compile(shifted_matmul),
+        "expanded": expanded,
+    }
+    errors = {name: error(form, tensors, grad) for name, form in forms.items()}
+    if wrong := {name: value for name, value in errors.items() if not value < TOLERANCE}:
+        raise SystemExit(f"no speed is reported for a wrong result: {wrong} at {shape}, {layout}")
+
+    def forward(form: Encode) -> Callable[[], Any]:
+        def call() -> Any:
+            with torch.no_grad():
+                return form(*tensors)
+
+        return call
+
+    fwd = interleaved({name: forward(form) for name, form in forms.items()}, repeats, slow="expanded")
+    both = interleaved(
+        {name: lambda form=form: gradients(form, tensors, grad) for name, form in forms.items()},
+        repeats,
+        slow="expanded",
+    )
+    return [
+        {
+            "shape": shape,
+            "layout": layout,
+            "form": name,
+            "forward_ms": fwd[name],
+            "forward_backward_ms": both[name],
+            "forward_ratio": fwd[name] / fwd["ctxenc"],
+            "forward_backward_ratio": both[name] / both["ctxenc"],
+            "error": errors[name],
+        }
+        for name in forms
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result, as the README shows it: ratios, since times on a shared machine mean little."""
+    environment, lines = result["environment"], []
+    for row in result["rows"]:
+        if row["form"] != "ctxenc":
+            continue
+        peers = [r for r in result["rows"] if (r["shape"], r["layout"]) == (row["shape"], row["layout"]) and r != row]
+        shape = ", ".join(map(str, row["shape"]))
+        times = f"{row['forward_ms']:.2f} / {row['forward_backward_ms']:.1f}"
+        ratios = [f"{peer['forward_ratio']:.2f} / {peer['forward_backward_ratio']:.2f}" for peer in peers]
+        ratios[-1] = f"{peers[-1]['forward_ratio']:.0f} / {peers[-1]['forward_backward_ratio']:.0f}"
+        lines.append(f"| {shape} | {row['layout'].replace('_', ' ')} | {times} | {ratios[0]} | {ratios[1]} |")
+    versions = environment["versions"]
+    return "\n".join(
+        [
+            "| B, N, D, K | layout | ctxenc, ms | torch.compile of the shifted matmul form | expanded form |",
+            "| --- | --- | --- | --- | --- |",
+            *lines,
+            "",
+            f"{environment['processor']}, {environment['threads']} threads, torch {versions['torch']}, fp32;"
+            f" commit {environment['commit']}.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encode_cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    print(
+        f"{'B, N, D, K':<20} {'layout':<15} {'form':<30} {'fwd ms':>8} {'ratio':>7} {'fwd+bwd':>8} {'ratio':>7} {'error':>8}"
+    )
+    for shape in SHAPES:
+        for layout in LAYOUTS:
+            for row in measure(shape, layout, args.repeats):
+                rows.append(row)
+                print(
+                    f"{str(shape)[1:-1]:<20} {layout:<15} {row['form']:<30} {row['forward_ms']:>8.2f} {row['forward_ratio']:>7.2f}"
+                    f" {row['forward_backward_ms']:>8.2f} {row['forward_backward_ratio']:>7.2f} {row['error']:>8.0e}",
+                    flush=True,
+                )
+    args.out.write_text(json.dumps({"environment": describe(), "rows": rows}, indent=1) + "\n")
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The commands: python -m ctxenc COMMAND or ctxenc COMMAND."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ctxenc
+from ctxenc.training.console import UserError
+
+
+class Command(NamedTuple):
+    """One sub-command: its module is imported only when it is chosen, so that --help stays quick."""
+
+    summary: str
+    extra: str
+
+    @staticmethod
+    def module(name: str) -> Any:
+        """The module that runs the command: it has add_arguments(parser) and run(args)."""
+        return importlib.import_module(f"ctxenc.training.{name}")
+
+
+COMMANDS = {
+    "finetune": Command("train a timm model with ContextEncoding in place of SE, beside the SE baseline", "train"),
+    "evaluate": Command("measure the accuracy of a run", "train"),
+    "predict": Command("name the classes of images with a run's model", "train"),
+    "export": Command("write a run's model as ONNX or as a torch.export program, and verify it", "train,export"),
+    "inspect": Command("list the SE blocks of a model, with parameters before and after a swap", "train"),
+}
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands; only the chosen one gets its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="ctxenc",
+        description="Context encoding for image backbones.",
+        epilog="'ctxenc COMMAND --help' tells the arguments of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"ctxenc {ctxenc.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        description = command.summary[0].upper() + command.summary[1:] + "."
+        sub = commands.add_parser(name, help=command.summary, description=description)
+        if name == chosen:
+            command.module(name).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C, 141 when the reader of
+        the output has gone. With CTXENC_TRACEBACK=1 errors are raised as they are.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    chosen = next((each for each in arguments if not each.startswith("-")), None)
+    try:
+        args = build_parser(chosen).parse_args(arguments)
+        COMMANDS[args.command].module(args.command).run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit, which would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, ModuleNotFoundError, KeyboardInterrupt) as error:
+        message, code = explain(error, chosen)
+        if not message or os.environ.get("CTXENC_TRACEBACK") == "1":
+            raise
+        print(f"ctxenc: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+def explain(error: BaseException, chosen: str | None) -> tuple[str, int]:
+    """The line and the exit code for an expected error; an empty line where it is none."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, ModuleNotFoundError):
+        if chosen not in COMMANDS or not error.name or error.name.split(".")[0] == "ctxenc":
+            return "", 1
+        extra = COMMANDS[chosen].extra
+        return f"error: {chosen} needs the package {error.name}: pip install 'ctxenc[{extra}]'", 2
+    return f"error: {error}", 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The Context-Encoding block, which takes the place of Squeeze-and-Excitation.
+
+Where SE squeezes a map to its mean, this block encodes it: a learned codebook, a soft assignment of every pixel to it, and the
+sums of residuals, from which the channel gates are computed. EncNet (arXiv 1803.08904), sections 3.1 and 4.3 (the CIFAR block).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctxenc.encoding import Encoding, check_sizes, check_smoothing
+
+Layer = Callable[..., nn.Module]
+
+GATES: dict[str, Layer] = {
+    "sigmoid": nn.Sigmoid,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
+POOLS = ("mean", "concat")
+
+
+def _gate(layer: str | Layer | nn.Module) -> nn.Module:
+    if isinstance(layer, nn.Module):
+        return layer
+    if isinstance(layer, str):
+        if layer not in GATES:
+            raise ValueError(
+                f"ContextEncoding: gate_layer must be one of {', '.join(GATES)}, a class or a module, got {layer!r}"
+            )
+        layer = GATES[layer]
+    if not callable(layer):
+        raise TypeError(f"ContextEncoding: gate_layer must be a name, a class or a module, got {layer!r}")
+    return layer()
+
+
+def reduced_channels(channels: int, rd_ratio: float, rd_divisor: int) -> int:
+    """The multiple of rd_divisor nearest to channels * rd_ratio, one rd_divisor at least: timm's rule for SE."""
+    return max(rd_divisor, int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor)
+
+
+def _takes_statistics(norm: nn.Module) -> bool:
+    """Whether a norm is a BatchNorm that will take those of the batch; SyncBatchNorm counts the other processes' too."""
+    return (
+        norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
+    )
+
+
+def _check_batch(x: Tensor, rd_channels: int, conv_norm: bool, code_norm: bool) -> None:
+    """As BatchNorm refuses one value a channel in training, but before a running statistic has changed."""
+    one_pixel = conv_norm and x.shape[0] * x.shape[2] * x.shape[3] == 1
+    if one_pixel or (code_norm and x.shape[0] * rd_channels == 1):
+        raise ValueError(
+            "ContextEncoding: in training x must give BatchNorm more than one value a channel, i.e. more than one sample or"
+            f" pixel, got x of shape {list(x.shape)} with {rd_channels} reduced channels; use a larger batch, or eval()"
+        )
+
+
+torch.fx.wrap("_check_batch")
+
+
+class ContextEncoding(nn.Module):
+    """Gates the channels of a map by what its encoding says about the whole image: x * gate(linear(pool(encode(project(x))))).
+
+    The encoding is taken of a projection to C' channels: z = act(norm(conv1x1(x))), e = encode(z). Pooling "mean": the mean over
+    the codewords of relu(norm over K(e)), as EncNet's segmentation module does. Pooling "concat": the L2-normalised flattened
+    encoding, as EncNet's CIFAR block does.
+
+    A drop-in for timm's attention layers, as in `timm.create_model("resnet50", block_args=dict(attn_layer=ContextEncoding))`.
+
+    Args:
+        channels: C, channels of the map.
+        num_codes: K, number of codewords.
+        rd_ratio: C' / C, where rd_channels is not given.
+        rd_channels: C', channels that the encoding is taken of.
+        rd_divisor: C' = C * rd_ratio is rounded to a multiple of this.
+        smoothing: "learned", "sampled" or a positive number; see Encoding.
+        pool: "mean" or "concat".
+        act_layer: activation after the projection, ReLU by default.
+        norm_layer: norm after the projection, BatchNorm2d by default.
+        gate_layer: "sigmoid", "hard_sigmoid", "tanh", "identity", a class or a module.
+        channels_last: the map is (B, H, W, C), as in the networks that use timm's SqueezeExciteCl.
+        device: of the parameters.
+        dtype: of the parameters; the norm over the codewords stays fp32 where this is half.
+
+    Shape:
+        (B, C, H, W) -> the same, in x's dtype; or (B, H, W, C) with channels_last.
+
+    Raises:
+        ValueError: a size or ratio is not positive, or pool, smoothing or gate_layer is unknown; in a training forward, if there
+            is one sample of one pixel.
+        TypeError: a size is no integer, or smoothing or gate_layer is of no such type.
+    """
+
+    rd_channels: Final[int]
+    pool: Final[str]
+    channels_last: Final[bool]
+
+    def __init__(
+        self,
+        channels: int,
+        num_codes: int = 16,
+        rd_ratio: float = 1 / 16,
+        rd_channels: int | None = None,
+        rd_divisor: int = 8,
+        smoothing: str | float = "learned",
+        pool: str = "mean",
+        act_layer: Layer | None = None,
+        norm_layer: Layer | None = None,
+        gate_layer: str | Layer | nn.Module = "sigmoid",
+        channels_last: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes("ContextEncoding", channels=channels, num_codes=num_codes, rd_divisor=rd_divisor)
+        if not 0 < rd_ratio < math.inf:
+            raise ValueError(f"ContextEncoding: rd_ratio must be a positive number, got {rd_ratio}")
+        if rd_channels is None:
+            rd_channels = reduced_channels(channels, rd_ratio, rd_divisor)
+        check_sizes("ContextEncoding", rd_channels=rd_channels)
+        if pool not in POOLS:
+            raise ValueError(f"ContextEncoding: pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        check_smoothing(smoothing, "ContextEncoding")
+        gate = _gate(gate_layer)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.replaced: Any = None  # set by patch_se_blocks
+        self.num_codes = num_codes
+        self.rd_channels = rd_channels
+        self.pool = pool
+        self.channels_last = channels_last
+        self.conv = nn.Conv2d(channels, rd_channels, 1, bias=False, **dd)
+        self.norm = (norm_layer or nn.BatchNorm2d)(rd_channels, **dd)
+        self.act = (act_layer or nn.ReLU)()
+        self.encoding = Encoding(rd_channels, num_codes, smoothing, **dd)
+        # Over K: as BatchNorm2d of (B, K, C', 1) it is what SyncBN, SplitBN and freezing look for, where BatchNorm1d is overlooked.
+        self.norm_codes: nn.Module = nn.Identity()
+        if pool == "mean":
+            half = (dtype or torch.get_default_dtype()).itemsize < 4
+            self.norm_codes = nn.BatchNorm2d(num_codes, device=device, dtype=torch.float32 if half else dtype)
+        features = rd_channels if pool == "mean" else num_codes * rd_channels
+        self.fc = nn.Linear(features, channels, **dd)
+        self.gate = gate
+
+    @classmethod
+    def paper(cls, channels: int, num_codes: int, **kwargs: Any) -> "ContextEncoding":
+        """The block of the CIFAR networks in EncNet (arXiv 1803.08904), section 4.3: C' = C / 4, "concat", "sampled".
+
+        Args:
+            channels: C, channels of the map.
+            num_codes: K, number of codewords.
+            **kwargs: any other argument of ContextEncoding.
+        """
+        defaults: dict[str, Any] = {"rd_channels": max(1, channels // 4), "pool": "concat", "smoothing": "sampled"}
+        return cls(channels, num_codes, **(defaults | kwargs))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContextEncoding":
+        """As nn.Module's, but the norm over the codewords stays fp32 where the rest becomes half.
+
+        Its running variance is that of sums over thousands of pixels, which half() would turn into infinities.
+        """
+
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lowered = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(moved.device, torch.float32) if lowered else moved
+
+        if recurse:
+            for child in self.children():
+                child._apply(keep_fp32 if child is self.norm_codes else fn)
+        return super()._apply(fn, recurse=False)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the gate is computed from: (B, C') for "mean", (B, K * C') for "concat", of x (B, C, H, W)."""
+        encoding = self.encoding(self.act(self.norm(self.conv(x))))
+        if self.pool == "mean":
+            return self.norm_codes(encoding.unsqueeze(3)).squeeze(3).relu().mean(1)
+        return F.normalize(encoding.flatten(1), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+            _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
+        gate = self.gate(self.fc(self.features(x).to(x.dtype)))
+        x = x * gate.to(x.dtype)[:, :, None, None]
+        return x.permute(0, 2, 3, 1) if self.channels_last else x
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["smoothing"]
+
+    @property
+    def smoothing(self) -> str | float:
+        """The argument `smoothing` that this block was made with."""
+        return self.encoding.mode
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimizers should not decay, where this block is the whole model."""
+        return {"encoding.codewords", "encoding.smoothing"}
+
+    def extra_repr(self) -> str:
+        """Sizes, for print()."""
+        return f"{self.conv.in_channels}, num_codes={self.num_codes}, rd_channels={self.rd_channels}, pool={self.pool}"

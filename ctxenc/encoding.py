@@ -1,0 +1,130 @@
+"""The Encoding layer.
+
+Deep TEN: Texture Encoding Network (arXiv 1612.02844); Context Encoding for Semantic Segmentation (arXiv 1803.08904), section 3.1.
+"""
+
+import math
+from numbers import Integral
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from ctxenc.functional import encode
+from ctxenc.kernels.torch_encode import encode_plainly
+
+SAMPLED_EVAL_SMOOTHING = 0.5  # the mean of U(0, 1), which takes the draw's place in evaluation
+
+
+def _draw_smoothing(x: Tensor, like: Tensor, num_codes: int) -> Tensor:
+    """Smoothing (K,) from U(0, 1). It takes x so that a torch.fx graph draws at every call, not once when it is traced."""
+    return torch.rand(num_codes, device=like.device, dtype=like.dtype)
+
+
+torch.fx.wrap("encode")  # its checks look at shapes, which a traced graph does not have
+torch.fx.wrap("_draw_smoothing")
+
+
+class Encoding(nn.Module):
+    """Encodes features as sums of residuals to a learned codebook, each pixel softly assigned to its codewords.
+
+    State: `codewords` (K, C), a parameter that starts in U(-a, a), a = 1 / sqrt(K * C); `smoothing`, a parameter (K,) where it
+    is learned, else a buffer ().
+
+    Args:
+        channels: C, channels of the input.
+        num_codes: K, number of codewords.
+        smoothing: "learned": a parameter a codeword, started in U(0, 1). A positive number: fixed (the paper takes 0.5).
+            "sampled": drawn from U(0, 1) a codeword at every training forward, 0.5 in evaluation (the paper's regulariser).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (B, C, *spatial) -> (B, K, C), fp32 or fp64 whatever the input's dtype.
+
+    Raises:
+        ValueError: a size is not positive, or smoothing is none of the above.
+        TypeError: a size is no integer, or smoothing is neither a string nor a number.
+    """
+
+    smoothing: Tensor
+    sampled: Final[bool]
+
+    def __init__(
+        self,
+        channels: int,
+        num_codes: int = 32,
+        smoothing: str | float = "learned",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes("Encoding", channels=channels, num_codes=num_codes)
+        check_smoothing(smoothing, "Encoding")
+        self.channels = channels
+        self.num_codes = num_codes
+        self.sampled = smoothing == "sampled"
+        self.mode = smoothing if isinstance(smoothing, str) else float(smoothing)
+        self.codewords = nn.Parameter(torch.empty(num_codes, channels, device=device, dtype=dtype))
+        if smoothing == "learned":
+            self.smoothing = nn.Parameter(torch.empty(num_codes, device=device, dtype=dtype))
+        else:
+            self.register_buffer("smoothing", torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the codewords and the smoothing afresh."""
+        bound = 1 / math.sqrt(self.num_codes * self.channels)
+        nn.init.uniform_(self.codewords, -bound, bound)
+        if isinstance(self.smoothing, nn.Parameter):
+            nn.init.uniform_(self.smoothing, 0, 1)
+        else:
+            self.smoothing.fill_(SAMPLED_EVAL_SMOOTHING if isinstance(self.mode, str) else self.mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        smoothing = self.smoothing
+        if self.sampled and self.training:
+            smoothing = _draw_smoothing(x, smoothing, self.num_codes)
+        if torch.jit.is_scripting():  # which takes no keyword-only arguments
+            return encode_plainly(x.flatten(2), self.codewords, smoothing)
+        return encode(x, self.codewords, smoothing)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimizers should not decay, where this layer is the whole model."""
+        return {"codewords", "smoothing"}
+
+    def extra_repr(self) -> str:
+        """Sizes and smoothing, for print()."""
+        return f"{self.channels}, num_codes={self.num_codes}, smoothing={self.mode}"
+
+
+def check_sizes(name: str, **sizes: int) -> None:
+    """Accept positive integers.
+
+    Raises:
+        ValueError: a size is zero or negative.
+        TypeError: a size is no integer.
+    """
+    for argument, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise TypeError(f"{name}: {argument} must be a positive integer, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name}: {argument} must be a positive integer, got {size}")
+
+
+def check_smoothing(smoothing: str | float, name: str) -> None:
+    """Accept "learned", "sampled" and positive finite numbers.
+
+    Raises:
+        ValueError: another string, or a number that is not positive and finite.
+        TypeError: neither a string nor a number.
+    """
+    rule = f'{name}: smoothing must be "learned", "sampled" or a positive number'
+    if isinstance(smoothing, str):
+        if smoothing not in ("learned", "sampled"):
+            raise ValueError(f"{rule}, got {smoothing!r}")
+    elif isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)):
+        raise TypeError(f"{rule}, got {type(smoothing).__name__}")
+    elif not 0 < smoothing < math.inf:
+        raise ValueError(f"{rule}, got {smoothing!r}")

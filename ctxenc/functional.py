@@ -1,0 +1,183 @@
+"""encode() and assign(): validation, and the choice of backend."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ctxenc.kernels import torch_encode
+
+BACKENDS = ("auto", "torch", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class BackendInfo(NamedTuple):
+    """What backend="auto" takes, and why."""
+
+    backend: str
+    reason: str
+
+
+def _checked_backend(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+# What "auto" means: set by CTXENC_BACKEND for the process, by use_backend() for a while.
+_preferred: str = _checked_backend(
+    os.environ.get("CTXENC_BACKEND") or "auto", "the environment variable CTXENC_BACKEND"
+)
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Set what backend="auto" means inside the with block, in the whole process.
+
+    Args:
+        backend: "torch", "triton", or "auto" for the choice by device and dtype.
+
+    Raises:
+        ValueError: backend is none of these.
+    """
+    global _preferred
+    before, _preferred = _preferred, _checked_backend(backend, "use_backend: backend")
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def _why_not_triton() -> str | None:
+    """The reason why the Triton path cannot run, None where it can."""
+    return "this version of ctxenc has no Triton kernels"
+
+
+def backend_info() -> BackendInfo:
+    """What backend="auto" takes at present, and why.
+
+    Returns:
+        A named tuple (backend, reason).
+    """
+    if _preferred != "auto":
+        return BackendInfo(_preferred, "set by use_backend() or CTXENC_BACKEND")
+    return BackendInfo("torch", _why_not_triton() or "")
+
+
+def _require_torch_path(backend: str, name: str) -> None:
+    """Accept "auto" and "torch"; an explicit "triton" never falls back.
+
+    Raises:
+        ValueError: backend is unknown.
+        RuntimeError: the Triton path was asked for and cannot run.
+    """
+    chosen = _checked_backend(backend, f"{name}: backend")
+    if chosen == "auto":
+        chosen = _preferred
+    if chosen == "triton":
+        raise RuntimeError(f'{name}: backend="triton" cannot run: {_why_not_triton()}')
+
+
+def _check(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | float) -> Tensor:
+    """Shapes, dtypes and devices. Reads no values: that would synchronise a GPU and break graphs.
+
+    Returns:
+        Smoothing as a tensor: a number becomes one of shape (), in fp32 at least, so that no half precision loses it.
+    """
+    number = isinstance(smoothing, (float, int)) and not isinstance(smoothing, bool)
+    tensors: dict[str, Any] = {"x": x, "codewords": codewords} | ({} if number else {"smoothing": smoothing})
+    for argument, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            rule = "a number or a tensor" if argument == "smoothing" else "a tensor"
+            raise TypeError(f"{name}: {argument} must be {rule}, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: {argument} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: {argument} must be on the device of x, {x.device}, got {tensor.device}")
+    if not torch.jit.is_tracing():  # where sizes are tensors, and comparing them warns
+        _check_shapes(name, x, codewords, smoothing if isinstance(smoothing, Tensor) else None)
+    if not isinstance(smoothing, Tensor):
+        dtype = torch.promote_types(codewords.dtype, torch.float32)
+        return torch.full((), float(smoothing), dtype=dtype, device=codewords.device)
+    return smoothing
+
+
+def _check_shapes(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | None) -> None:
+    if x.dim() < 3:
+        raise ValueError(
+            f"{name}: x must have shape (B, D, *spatial) with one spatial dimension or more, got {tuple(x.shape)}"
+        )
+    if codewords.dim() != 2 or codewords.shape[0] < 1 or codewords.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{name}: codewords must have shape (K, {x.shape[1]}) to match x {tuple(x.shape)}, got {tuple(codewords.shape)}"
+        )
+    if smoothing is None or smoothing.dim() == 0:
+        return
+    if smoothing.dim() != 1 or smoothing.shape[0] != codewords.shape[0]:
+        raise ValueError(
+            f"{name}: smoothing must have shape ({codewords.shape[0]},), one factor a codeword, or (), one for all,"
+            f" got {tuple(smoothing.shape)}"
+        )
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A region without autocast; none where there is none, for strict torch.export cannot save one."""
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: str = "auto") -> Tensor:
+    """Encode features as sums of residuals to a codebook, each pixel softly assigned to the codewords.
+
+    With r_ik = x_i - d_k and w_ik = softmax over k of -s_k |r_ik|^2, the encoding is e_k = sum over pixels i of w_ik r_ik.
+    Deep TEN (arXiv 1612.02844), section 3; EncNet (arXiv 1803.08904), section 3.1.
+
+    Differentiable in x, codewords and smoothing, to any order on the PyTorch path. Sums, squares and the softmax are taken in
+    fp32 (fp64 if any argument is fp64), under autocast too. B x N x K x D is never formed.
+
+    Args:
+        x: features (B, D, *spatial), one spatial dimension or more, any strides, fp16, bf16, fp32 or fp64. N, the number
+            of pixels, is the product of the spatial dimensions.
+        codewords: the codebook (K, D).
+        smoothing: s (K,), one positive factor a codeword; or a number or a tensor (), one factor shared by all, which is quicker.
+            Larger is harder. The sign is not checked; other code bases store scale = -s.
+        backend: "auto" for the fastest that can run (see backend_info), "torch", or "triton", which never falls back.
+
+    Returns:
+        Encoding (B, K, D), fp32 or fp64.
+
+    Raises:
+        TypeError: an argument is no tensor of these dtypes.
+        ValueError: shapes or devices do not fit each other, or the backend is unknown.
+        RuntimeError: the backend cannot run here.
+    """
+    _require_torch_path(backend, "encode")
+    smoothing = _check("encode", x, codewords, smoothing)
+    with _no_autocast(x):
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # a saved graph cannot hold an autograd.Function
+            return torch_encode.encode_plainly(x.flatten(2), codewords, smoothing)
+        return torch_encode.encode(x.flatten(2), codewords, smoothing)
+
+
+def assign(x: Tensor, codewords: Tensor, smoothing: Tensor | float) -> Tensor:
+    """Weights with which every pixel is assigned to the codewords, for looking at.
+
+    Args:
+        x: features (B, D, *spatial), as for encode().
+        codewords: the codebook (K, D).
+        smoothing: s (K,), or one number or tensor () for all.
+
+    Returns:
+        Weights (B, K, *spatial), fp32 or fp64; they sum to one over K.
+
+    Raises:
+        TypeError: an argument is no tensor of these dtypes.
+        ValueError: shapes or devices do not fit each other.
+    """
+    smoothing = _check("assign", x, codewords, smoothing)
+    with _no_autocast(x):
+        weights = torch_encode.assign(x.flatten(2), codewords, smoothing)
+    return weights.unflatten(2, x.shape[2:])

@@ -1,0 +1,1 @@
+"""The operators, one a file. Backends never import each other; ctxenc.functional chooses between them."""

@@ -1,0 +1,325 @@
+"""The swap: find Squeeze-and-Excitation blocks in a model, put ContextEncoding blocks in their places, and take it back.
+
+What an undo needs is held outside the model, keyed by the new block and gone with it: it is in no state_dict, parameter list or
+pickle.
+"""
+
+import copy
+import logging
+import math
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ctxenc.context import ContextEncoding, reduced_channels
+from ctxenc.encoding import check_sizes, check_smoothing
+from ctxenc.se_blocks import SEBlock, empty_slots, find_se_blocks, kind_of, named_blocks, what_it_has
+
+_logger = logging.getLogger(__name__)
+
+__all__ = ["ContextBlock", "SEBlock", "find_context_blocks", "find_se_blocks", "patch_se_blocks", "restore_se_blocks"]
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class ContextBlock:
+    """A ContextEncoding block that patch_se_blocks put into a model.
+
+    Attributes:
+        name: qualified name in the model.
+        replaced: the block that was there.
+        num_codes: K.
+        rd_channels: C'.
+        smoothing: "learned", "sampled" or the fixed factor.
+        pool: "mean" or "concat".
+    """
+
+    name: str
+    replaced: SEBlock
+    num_codes: int
+    rd_channels: int
+    smoothing: str | float
+    pool: str
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """What a patched block keeps of its past, in copies and pickles too: the block that was there, the ratio asked for."""
+
+    block: SEBlock
+    rd_ratio: float | None
+
+
+def find_context_blocks(model: nn.Module) -> list[ContextBlock]:
+    """What patch_se_blocks put into a model, and what was there before; on a copied or unpickled model too.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A record a block, in the order of the model's modules.
+    """
+    return [
+        ContextBlock(
+            name,
+            replace(
+                block.replaced.block, name=name
+            ),  # the name then, if a part of the model was patched, is not the name here
+            block.num_codes,
+            block.rd_channels,
+            block.smoothing,
+            block.pool,
+        )
+        for name, block in _patched_blocks(model)
+    ]
+
+
+def _patched_blocks(model: nn.Module) -> Iterator[tuple[str, ContextEncoding]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ContextEncoding) and module.replaced is not None:
+            yield name, module
+
+
+# The module that a patched block replaced (None: the slot was empty), while that very block lives.
+_originals: "weakref.WeakKeyDictionary[ContextEncoding, nn.Module | None]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """The settings of a swap."""
+
+    num_codes: int
+    smoothing: str | float
+    rd_ratio: float | None
+    pool: str
+
+    def __str__(self) -> str:
+        return f"num_codes={self.num_codes}, smoothing={self.smoothing!r}, rd_ratio={self.rd_ratio}, pool={self.pool!r}"
+
+    @classmethod
+    def of(cls, block: ContextEncoding) -> "_Swap":
+        return cls(block.num_codes, block.smoothing, block.replaced.rd_ratio, block.pool)
+
+    def build(self, found: SEBlock, source: nn.Module) -> ContextEncoding:
+        """The block for the place of `found`; device, dtype and state of mind as in `source`, the SE block or convolution."""
+        kind = kind_of(source)
+        weight = next(source.parameters())
+        rd_channels = found.rd_channels if self.rd_ratio is None else None
+        if rd_channels is None:
+            rd_channels = reduced_channels(
+                found.channels, 1 / 16 if self.rd_ratio is None else self.rd_ratio, rd_divisor=8
+            )
+        block = ContextEncoding(
+            found.channels,
+            self.num_codes,
+            rd_channels=rd_channels,
+            smoothing=self.smoothing,
+            pool=self.pool,
+            gate_layer=copy.deepcopy(getattr(source, kind.gate)) if kind else "sigmoid",
+            channels_last=found.layout == "NHWC",
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        block.replaced = _Replaced(found, self.rd_ratio)
+        if weight.dim() == 4 and weight.stride(1) == 1 and weight.stride(3) == weight.shape[1] > 1:
+            block.to(memory_format=torch.channels_last)
+        block.requires_grad_(any(parameter.requires_grad for parameter in source.parameters()))
+        return block.train(source.training)
+
+
+def patch_se_blocks(
+    model: nn.Module,
+    *,
+    num_codes: int = 16,
+    smoothing: str | float = "learned",
+    rd_ratio: float | None = None,
+    pool: str = "mean",
+    filter_fn: FilterFn | None = None,
+    fill_empty: bool = False,
+) -> nn.Module:
+    """Put ContextEncoding blocks in the places of a model's SE blocks.
+
+    The model is changed in place, wholly or not at all. Device, dtype, train or eval mode, requires_grad, memory format, gate
+    function and layout (NCHW or NHWC) are those of the block that goes. Patch first, then wrap (DDP, FSDP, compile), then make
+    the optimizer and the EMA: what was made before does not know the new parameters. Weights of the SE network are loaded before
+    patching. `model.no_weight_decay()` then names the codewords and smoothing too, which timm's optimizers leave undecayed.
+
+    Args:
+        model: a model with SE blocks of timm or torchvision; see find_se_blocks.
+        num_codes: K, codewords a block.
+        smoothing: "learned", "sampled" or a positive number; see Encoding.
+        rd_ratio: C' / C, rounded to a multiple of 8. By default C' is what the SE block reduces to (C / 16 where it does not).
+        pool: "mean" or "concat"; see ContextEncoding.
+        filter_fn: takes the name and the module of each block and tells whether to replace it; for an empty slot, the name of the
+            slot and the convolution whose output it would gate.
+        fill_empty: also fill the empty slots of plain timm ResNets.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: there is nothing to patch (the text says what the model has), the model is wrapped or is an SE block itself, it
+            has been patched with other settings, or a setting is invalid.
+        TypeError: model is no module.
+    """
+    swap = _checked_swap(model, num_codes, smoothing, rd_ratio, pool)
+    found = list(named_blocks(model)) + (list(empty_slots(model)) if fill_empty else [])
+    chosen = [(block, source) for block, source in found if filter_fn is None or filter_fn(block.name, source)]
+    patched = list(_patched_blocks(model))
+    for name, block in patched:
+        if _Swap.of(block) != swap:
+            raise ValueError(
+                f"patch_se_blocks: settings must be those of the blocks in place, {name} has {_Swap.of(block)}, got {swap};"
+                " call restore_se_blocks first"
+            )
+    if not chosen:
+        if patched:
+            _logger.info(
+                "patch_se_blocks: nothing to do, %d blocks have been patched with these settings", len(patched)
+            )
+            return model
+        raise ValueError(f"patch_se_blocks: model must have SE blocks, got {what_it_has(model, bool(found))}")
+    _replace(model, chosen, swap)
+    return model
+
+
+def _checked_swap(model: nn.Module, num_codes: int, smoothing: str | float, rd_ratio: float | None, pool: str) -> _Swap:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_se_blocks: model must be a torch.nn.Module, got {type(model).__name__}")
+    if wrapper := _wrapper(model):
+        raise ValueError(f"patch_se_blocks: model must not be wrapped yet, got {wrapper}: patch first, then wrap it")
+    if kind_of(model):
+        raise ValueError(
+            f"patch_se_blocks: model must hold SE blocks, got one itself, {type(model).__name__}; use ContextEncoding"
+        )
+    check_smoothing(smoothing, "patch_se_blocks")
+    check_sizes("patch_se_blocks", num_codes=num_codes)
+    if rd_ratio is not None and not 0 < rd_ratio < math.inf:
+        raise ValueError(f"patch_se_blocks: rd_ratio must be a positive number, got {rd_ratio}")
+    ContextEncoding(1, 1, rd_channels=1, pool=pool, device="meta")  # its own check of pool
+    return _Swap(num_codes, smoothing if isinstance(smoothing, str) else float(smoothing), rd_ratio, pool)
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    """What the model or a part of it is wrapped in: modules that hold on to parameters or graphs made before."""
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in (
+                "DistributedDataParallel",
+                "DataParallel",
+                "FullyShardedDataParallel",
+                "FSDPModule",
+                "OptimizedModule",
+            ):
+                return f"{cls.__name__}{' at ' + name if name else ''}"
+        if module._compiled_call_impl is not None:
+            return f"a module compiled in place{' at ' + name if name else ''}"
+    return None
+
+
+def _replace(model: nn.Module, chosen: Collection[tuple[SEBlock, nn.Module]], swap: _Swap) -> None:
+    # A module that is reached by two names is replaced by one block under both. An empty slot has no module to share.
+    blocks = {id(source): swap.build(found, source) for found, source in chosen}
+    before = sum(parameter.numel() for parameter in model.parameters())
+    _exclude_from_decay(model, [found.name for found, _ in chosen])
+    try:
+        _exchange(model, [(found.name, blocks[id(source)]) for found, source in chosen])
+    except BaseException:
+        _decay_as_before(model)
+        raise
+    for _, source in chosen:
+        _originals[blocks[id(source)]] = source if kind_of(source) else None
+    after = sum(parameter.numel() for parameter in model.parameters())
+    _logger.info("patch_se_blocks: %d blocks replaced, %s, parameters %d -> %d", len(chosen), swap, before, after)
+
+
+def _exchange(model: nn.Module, modules: Collection[tuple[str, nn.Module | None]]) -> None:
+    """Put modules in the places of these names: all of them, or after an error none."""
+    done: list[tuple[nn.Module, str, nn.Module | None]] = []
+    try:
+        for name, module in modules:
+            path, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(path)
+            done.append((owner, attribute, getattr(owner, attribute)))
+            _put(owner, attribute, module)
+    except BaseException:
+        for owner, attribute, module in reversed(done):
+            _put(owner, attribute, module)
+        raise
+
+
+def _put(owner: nn.Module, attribute: str, module: nn.Module | None) -> None:
+    if getattr(owner, attribute) is module:
+        return
+    if module is None:  # an empty slot is a plain attribute, which setattr would make an empty module entry
+        delattr(owner, attribute)
+    setattr(owner, attribute, module)
+
+
+def restore_se_blocks(model: nn.Module) -> nn.Module:
+    """Put the SE blocks back that patch_se_blocks took out, with the values that they had then.
+
+    The model is changed in place, wholly or not at all. The blocks come back on the present device and in the present dtype and
+    train or eval mode of the blocks that go. A model that was never patched is left as it is.
+
+    Args:
+        model: a model that patch_se_blocks has patched; no copy of one.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: a block has no undo record, since the model was copied or unpickled after patching; or the SE blocks
+            were taken out on the meta device, where they have no values, and the model has left it.
+    """
+    patched = list(_patched_blocks(model))
+    for name, block in patched:
+        if block not in _originals:
+            raise RuntimeError(
+                f"restore_se_blocks: no undo record for {name}: the model was copied or unpickled after patching"
+            )
+        original, device = _originals[block], block.encoding.codewords.device
+        if original is not None and device.type != "meta" and any(tensor.is_meta for tensor in original.parameters()):
+            raise RuntimeError(
+                f"restore_se_blocks: the SE block of {name} was on the meta device and has no values, got {device}"
+            )
+    for _, block in patched:
+        if (original := _originals[block]) is not None:
+            codewords = block.encoding.codewords
+            original.to(device=codewords.device, dtype=codewords.dtype).train(block.training)
+    _exchange(model, [(name, _originals[block]) for name, block in patched])
+    for module in model.modules():
+        while isinstance(vars(module).get("no_weight_decay"), _NoWeightDecay):
+            _decay_as_before(module)
+    return model
+
+
+class _NoWeightDecay:
+    """The names that timm keeps out of weight decay: the model's own and those of the new blocks. Made to be picklable."""
+
+    def __init__(self, names: Collection[str], before: Any) -> None:
+        self.names = frozenset(names)
+        self.before = before  # what the model had in this attribute, beside its class's method
+
+    def __call__(self) -> set[str]:
+        return set(self.names)
+
+
+def _exclude_from_decay(model: nn.Module, new_blocks: Collection[str]) -> None:
+    before = vars(model).get("no_weight_decay")
+    own = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else ()  # type: ignore[operator]
+    blocks = {name for name, _ in _patched_blocks(model)} | set(new_blocks)
+    new = {f"{name}.encoding.{parameter}" for name in blocks for parameter in ("codewords", "smoothing")}
+    model.no_weight_decay = _NoWeightDecay(set(own) | new, before)  # type: ignore[assignment]
+
+
+def _decay_as_before(model: nn.Module) -> None:
+    before = vars(model)["no_weight_decay"].before
+    del model.no_weight_decay
+    if before is not None:
+        model.no_weight_decay = before

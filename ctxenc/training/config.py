@@ -1,0 +1,187 @@
+"""The configuration of a run: what it holds, its rules, and its file.
+
+A configuration is data only: it names a timm architecture and holds numbers and texts. Nothing in it can start a
+download, name a file to load, or run code.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ctxenc.training.console import UserError, one_line
+
+FORMAT = 1
+SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")
+DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that rebuilds the model of one arm and its evaluation transform.
+
+    Args:
+        model: Name of a timm architecture, with or without a pretrained tag.
+        model_kwargs: Further keyword arguments of timm.create_model (JSON values). num_classes follows from
+            classes; what loads something (pretrained*, checkpoint_path, cache_dir) is refused.
+        classes: Class names in the order of the logits.
+        swap: Keyword arguments of ctxenc.patch_se_blocks, or None for the network as timm builds it.
+        data_config: What timm.data.resolve_data_config gives: input_size (C, H, W), interpolation,
+            mean, std, crop_pct, crop_mode.
+        settings: Every setting of the command line, resolved (JSON values).
+        versions: Versions of Python and the libraries that made the run.
+        format: Version of this layout.
+
+    Raises:
+        ValueError: A field holds something else than described here.
+    """
+
+    model: str
+    model_kwargs: dict[str, Any]
+    classes: list[str]
+    swap: dict[str, Any] | None
+    data_config: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for name, (rule, holds) in _RULES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                raise ValueError(f"config: {name} must be {rule}, got {_short(value)}")
+
+
+def _short(value: object, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _is_model_kwargs(value: Any) -> bool:
+    refused = ("num_classes", "checkpoint_path", "cache_dir")
+    return _is_mapping(value) and not any(key in refused or key.startswith("pretrained") for key in value)
+
+
+def _is_swap(value: Any) -> bool:
+    return value is None or (_is_mapping(value) and set(value) <= set(SWAP_KEYS))
+
+
+def _is_data_config(value: Any) -> bool:
+    if not _is_mapping(value) or set(value) != set(DATA_KEYS):
+        return False
+    size, mean, std = value["input_size"], value["mean"], value["std"]
+    if not all(isinstance(each, list | tuple) for each in (size, mean, std)):
+        return False
+    return (
+        len(size) == 3
+        and all(type(each) is int and each > 0 for each in size)
+        and len(mean) == len(std) == size[0]
+        and all(_is_number(each) for each in (*mean, *std))
+        and all(each > 0 for each in std)
+        and _is_number(value["crop_pct"])
+        and value["crop_pct"] > 0
+        and all(isinstance(value[key], str) for key in ("interpolation", "crop_mode"))
+    )
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "format": (f"the integer {FORMAT}", lambda value: type(value) is int and value == FORMAT),
+    "model": ("the name of a timm architecture", lambda value: isinstance(value, str) and bool(value)),
+    "model_kwargs": (
+        "keyword arguments of timm.create_model without num_classes, checkpoint_path, cache_dir or pretrained*",
+        _is_model_kwargs,
+    ),
+    "classes": (
+        "a non-empty list of class names",
+        lambda value: isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value),
+    ),
+    "swap": (f"null or keyword arguments among {', '.join(SWAP_KEYS)}", _is_swap),
+    "data_config": (
+        "input_size (C, H, W), mean and std of C numbers, interpolation, crop_pct and crop_mode",
+        _is_data_config,
+    ),
+    "settings": ("a table of settings", _is_mapping),
+    "versions": (
+        "a table of version texts",
+        lambda value: _is_mapping(value) and all(isinstance(each, str) for each in value.values()),
+    ),
+}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside path; on a clean exit that file takes the name path, else it is removed.
+
+    Raises:
+        UserError: The folder of path does not take a file. Raised before the body runs where that can be known.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "Is a directory")
+        temporary.touch()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_config(run: Path, config: RunConfig) -> None:
+    """Write config to run/config.json; the folder must exist.
+
+    Raises:
+        UserError: The file cannot be written.
+        ValueError, TypeError: A setting is no JSON value.
+    """
+    text = json.dumps(asdict(config), indent=2, allow_nan=False) + "\n"
+    with atomic(run / "config.json") as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def read_config(run: Path) -> RunConfig:
+    """Read and validate run/config.json.
+
+    Raises:
+        UserError: There is none, it is no JSON, it is of another format, or a field holds a wrong value.
+    """
+    path = run / "config.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{path} must hold a table, got {_short(table)}")
+    if table.get("format") != FORMAT:
+        raise UserError(f"{path}: format must be {FORMAT}, got {_short(table.get('format'))}: made by another ctxenc")
+    names = {field.name for field in fields(RunConfig)}
+    if wrong := sorted(names ^ table.keys()):
+        state = "is missing" if wrong[0] in names else "is unknown"
+        raise UserError(f"{path}: field {wrong[0]} {state}")
+    try:
+        config = RunConfig(**table)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    for key in ("input_size", "mean", "std"):  # tuples, as timm gives them
+        config.data_config[key] = tuple(config.data_config[key])
+    return config

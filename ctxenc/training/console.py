@@ -1,0 +1,102 @@
+"""What the commands share at the terminal: the one-line error, tables and common arguments."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the command prints it as one line and ends with exit code 2."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of an error of another library, on one line of at most limit characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
+    """A table in plain text, columns two spaces apart; those whose header is in right are flushed right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+
+    def line(cells: Sequence[str]) -> str:
+        placed = (
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(header, cells, widths, strict=True)
+        )
+        return "  ".join(placed).rstrip()
+
+    return "\n".join(line(cells) for cells in (header, rule, *rows))
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the run folder and the checkpoint, for a command that uses a trained model."""
+    parser.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="run folder of finetune, or one arm's folder in it"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        choices=("best", "last"),
+        default="best",
+        help="weights of the best or of the last epoch (default: best)",
+    )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Add the device, the batch size and mixed precision."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto)")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        metavar="N",
+        help=f"images a step (default: {batch_size})",
+    )
+    parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision (default: none)")
+
+
+def smoothing(text: str) -> str | float:
+    """An argparse type: "learned", "sampled" or a positive number."""
+    if text in ("learned", "sampled"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be learned, sampled or a positive number, got {text!r}")
+    return value
+
+
+def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of the swap, those of ctxenc.patch_se_blocks."""
+    group = parser.add_argument_group("swap")
+    group.add_argument(
+        "--num-codes", type=positive_int, default=16, metavar="K", help="codewords a block (default: 16)"
+    )
+    group.add_argument(
+        "--smoothing",
+        type=smoothing,
+        default="learned",
+        metavar="S",
+        help="learned, sampled or a number (default: learned)",
+    )
+    group.add_argument("--rd-ratio", type=float, metavar="R", help="channel reduction (default: that of each SE block)")
+    group.add_argument("--pool", choices=("mean", "concat"), default="mean", help="over codewords (default: mean)")
+    group.add_argument("--fill-empty", action="store_true", help="put blocks into the empty slots of a plain ResNet")
+
+
+def swap_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of ctxenc.patch_se_blocks in what add_swap_arguments has read."""
+    return {key: getattr(args, key) for key in ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")}

@@ -1,0 +1,331 @@
+"""The data sets: where images come from, how they are split, and the transforms that timm makes of a configuration."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ctxenc.training import photographs
+from ctxenc.training.console import UserError, one_line
+from ctxenc.training.settings import PHOTOGRAPHS, Settings
+
+CIFAR = ("cifar10", "cifar100")
+IMAGENET = "imagenet"
+VERIFIED_UP_TO = 2000  # images: about ten seconds of decoding; a larger set fails at the broken image
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "eval", "test")
+
+
+class Source(Protocol):
+    """Where samples come from: RGB images with their classes."""
+
+    classes: list[str]
+    targets: list[int]
+
+    def image(self, index: int) -> Image.Image:
+        """The RGB image of sample ``index``; may draw from the global generators, which are seeded for the sample."""
+
+    def name(self, index: int) -> str:
+        """What to call sample ``index``: a path or a number."""
+
+
+class FolderSource:
+    """An image folder as timm reads it: one class a folder that holds images.
+
+    Images are opened here, since timm's own dataset replaces one that it cannot open by its neighbour.
+
+    Raises:
+        UserError: There is no such folder, or no image in class folders.
+    """
+
+    def __init__(self, folder: Path, class_to_index: dict[str, int] | None = None) -> None:
+        if not folder.is_dir():
+            raise UserError(f"no image folder at {folder}")
+        try:
+            self.reader = create_dataset(
+                "", root=str(folder), search_split=False, class_map=class_to_index or {}
+            ).reader
+        except RuntimeError as error:
+            raise UserError(f"{folder} holds no images of known classes in folders: {one_line(error)}") from error
+        self.class_to_index: dict[str, int] = self.reader.class_to_idx
+        self.classes = list(self.class_to_index)
+        self.paths, targets = zip(*self.reader.samples, strict=True)
+        self.targets = list(targets)
+        if "" in self.class_to_index:
+            stray = self.paths[self.targets.index(self.class_to_index[""])]
+            raise UserError(f"{stray} lies in no class folder: {folder} must hold one folder a class")
+
+    def image(self, index: int) -> Image.Image:
+        """Sample ``index``, decoded.
+
+        Raises:
+            UserError: The file cannot be read as an image; the text holds its path.
+        """
+        return open_image(self.paths[index])
+
+    def name(self, index: int) -> str:
+        """The path of sample ``index``."""
+        return self.paths[index]
+
+
+class CifarSource:
+    """CIFAR-10 or CIFAR-100 from torchvision.
+
+    Raises:
+        UserError: The files are not there, or cannot be downloaded.
+    """
+
+    def __init__(self, name: str, folder: str, split: str, download: bool) -> None:
+        try:
+            self.dataset = create_dataset(f"torch/{name}", root=folder, split=split, download=download)
+        except (RuntimeError, OSError) as error:
+            hint = "" if download else "; --download fetches it"
+            raise UserError(f"{name} cannot be had from {folder}{hint}: {one_line(error)}") from error
+        self.classes = list(self.dataset.classes)
+        self.targets = list(self.dataset.targets)
+        self.split = split
+
+    def image(self, index: int) -> Image.Image:
+        """Image ``index``."""
+        return self.dataset[index][0]
+
+    def name(self, index: int) -> str:
+        """The split and number of image ``index``."""
+        return f"{self.split}:{index}"
+
+
+class Subset:
+    """Some samples of a source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, indices
+        self.classes = source.classes
+        self.targets = [source.targets[index] for index in indices]
+
+    def image(self, index: int) -> Image.Image:
+        """Image ``index`` of the subset."""
+        return self.source.image(self.indices[index])
+
+    def name(self, index: int) -> str:
+        """Name ``index`` of the subset."""
+        return self.source.name(self.indices[index])
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """A source with a transform. What is random is drawn from (seed, epoch, index).
+
+    So the sample does not depend on the worker that makes it, on what came before, or on an interruption, and the
+    generators of the process stay as they were.
+
+    Args:
+        source: Where images come from.
+        transform: Makes a (3, H, W) tensor of an image.
+        seed: Seed of all that is drawn.
+    """
+
+    def __init__(self, source: Source, transform: Any, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Names the epoch that the next samples are drawn for; before the loader starts its workers."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.source.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with seeded(self.seed, self.epoch, index):
+            return self.transform(self.source.image(index)), self.source.targets[index]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a fine-tuning needs: both sources over the same classes."""
+
+    train: Source
+    val: Source
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the logits."""
+        return self.train.classes
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seeds the CPU generators of Python, numpy and torch with ``key``, and puts their states back at the end."""
+    python, numpy, generator = random.getstate(), np.random.get_state(), torch.default_generator
+    state = generator.get_state()
+    first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
+    random.seed(first)
+    np.random.seed(second)
+    generator.manual_seed(third)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        generator.set_state(state)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image at ``path``, decoded, as RGB.
+
+    Raises:
+        UserError: It cannot be read; the text holds the path.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error).replace(repr(str(path)), "it")
+        raise UserError(f"broken image {path}: {reason}") from error
+
+
+def build_datasets(settings: Settings) -> Datasets:
+    """The training and validation sources that ``settings`` name.
+
+    Raises:
+        UserError: A path is wrong, a folder is empty, classes do not agree, or there are too few images.
+    """
+    if settings.data == PHOTOGRAPHS:
+        datasets = Datasets(photographs.RandomCrops(), photographs.DisjointTiles())
+    elif settings.data in CIFAR:
+        train, val = (
+            CifarSource(settings.data, settings.data_dir, split, settings.download) for split in ("train", "val")
+        )
+        datasets = Datasets(train, val)
+    else:
+        datasets = _folder_datasets(_folder_of(settings), settings)
+    if len(datasets.classes) < 2:
+        raise UserError(f"--data {settings.data} holds one class ({datasets.classes[0]}); at least two are needed")
+    return datasets
+
+
+def validation_source(settings: Settings, classes: Sequence[str], data: str | None = None) -> Source:
+    """The source that a trained model is evaluated on.
+
+    Args:
+        settings: Those of the run.
+        classes: The model's class names.
+        data: A folder to evaluate on in place of the run's own validation set; its val folder where it has one,
+            else all of it.
+
+    Raises:
+        UserError: There is no such data, or it has a class that ``classes`` lacks.
+    """
+    if data is None:
+        source = build_datasets(settings).val
+        if list(source.classes) != list(classes):
+            raise UserError(f"the classes of --data {settings.data} are no longer those that the run was trained on")
+        return source
+    folder = Path(data)
+    return _fixed_classes(_split_folder(folder, VAL_NAMES) or folder, {name: i for i, name in enumerate(classes)})
+
+
+def _folder_of(settings: Settings) -> Path:
+    if settings.data != IMAGENET:
+        return Path(settings.data)
+    folder = Path(settings.data_dir)
+    if not folder.is_dir() or not (_split_folder(folder, TRAIN_NAMES) and _split_folder(folder, VAL_NAMES)):
+        raise UserError(f"--data imagenet needs a --data-dir with folders train and val, got {folder}")
+    return folder
+
+
+def _folder_datasets(folder: Path, settings: Settings) -> Datasets:
+    train_folder, val_folder = _split_folder(folder, TRAIN_NAMES), _split_folder(folder, VAL_NAMES)
+    if train_folder and val_folder:
+        train = FolderSource(train_folder)
+        return Datasets(train, _fixed_classes(val_folder, train.class_to_index))
+    whole = FolderSource(train_folder or folder)
+    train_indices, val_indices = stratified_split(whole, settings.val_fraction, settings.seed)
+    return Datasets(Subset(whole, train_indices), Subset(whole, val_indices))
+
+
+def _split_folder(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+
+def _fixed_classes(folder: Path, class_to_index: dict[str, int]) -> FolderSource:
+    """The images of ``folder`` under a given numbering of classes; a class beyond those is an error."""
+    own = FolderSource(folder)
+    if unknown := sorted(own.class_to_index.keys() - class_to_index.keys()):
+        raise UserError(f"{folder} has the class {unknown[0]}, which the training set lacks")
+    return FolderSource(folder, class_to_index)
+
+
+def stratified_split(source: Source, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Splits the samples of ``source`` class by class: the same split for the same seed and files.
+
+    Args:
+        source: At least two samples a class.
+        fraction: Share of each class for validation: rounded, at least one sample, and one is left for training.
+        seed: Seed of the drawing.
+
+    Returns:
+        Sorted indices for training, and for validation.
+
+    Raises:
+        UserError: A class has a single image.
+    """
+    train: list[int] = []
+    val: list[int] = []
+    generator = np.random.default_rng(seed)
+    targets = np.asarray(source.targets)
+    for target, name in enumerate(source.classes):
+        own = generator.permutation(np.flatnonzero(targets == target))
+        if len(own) < 2:
+            raise UserError(f"class {name} has {len(own)} image; at least 2 are needed to hold one out")
+        held_out = min(max(round(fraction * len(own)), 1), len(own) - 1)
+        val += own[:held_out].tolist()
+        train += own[held_out:].tolist()
+    return sorted(train), sorted(val)
+
+
+def verify(datasets: Datasets, show_progress: bool = True) -> None:
+    """Decodes every image of a small image folder, so that a broken one is told before training starts.
+
+    Raises:
+        UserError: An image is broken; the text holds its path.
+    """
+    sources = [source for source in (datasets.train, datasets.val) if isinstance(_base(source), FolderSource)]
+    if sum(len(source.targets) for source in sources) > VERIFIED_UP_TO:
+        return
+    for source in sources:
+        for index in tqdm(range(len(source.targets)), "checking images", delay=1, disable=not show_progress):
+            source.image(index)
+
+
+def _base(source: Source) -> Source:
+    return source.source if isinstance(source, Subset) else source
+
+
+def train_transform(settings: Settings, data_config: dict[str, Any]) -> Any:
+    """The training transform of timm for ``data_config`` with the augmentation of ``settings``."""
+    return create_transform(
+        input_size=data_config["input_size"],
+        is_training=True,
+        scale=(settings.crop_scale, 1.0),
+        color_jitter=settings.color_jitter,
+        auto_augment=settings.auto_augment,
+        re_prob=settings.random_erase,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+    )
+
+
+def eval_transform(data_config: dict[str, Any]) -> Any:
+    """The evaluation transform of timm for ``data_config``."""
+    return create_transform(**data_config, is_training=False)

@@ -1,0 +1,84 @@
+"""ctxenc evaluate RUN: the accuracy of a run's model on its validation data, or on another image folder."""
+
+import argparse
+from typing import Any
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, text_table
+from ctxenc.training.data import Samples, Source, eval_transform, validation_source
+from ctxenc.training.loop import Evaluation, evaluate, make_accelerator, worker_errors
+from ctxenc.training.metrics import bootstrap, interval
+from ctxenc.training.runs import LoadedRun, load_run
+from ctxenc.training.settings import Settings
+
+DATA_SETTINGS = {"data": str, "data_dir": str, "val_fraction": float, "seed": int}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.epilog = "example: ctxenc evaluate runs/001 --checkpoint last --data photos/val"
+    add_run_arguments(parser)
+    parser.add_argument("--data", metavar="DIR", help="image folder of the run's classes (default: its own data)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default: 0)")
+    add_device_arguments(parser, batch_size=64)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the accuracies and the interval over images."""
+    loaded = load_run(args.run_folder, args.checkpoint)
+    settings = Settings(
+        **data_settings(loaded), device=args.device, amp=args.amp, batch_size=args.batch_size, workers=args.workers
+    )
+    source = validation_source(settings, loaded.config.classes, args.data)
+    accelerator = make_accelerator(settings)
+    result = evaluate_run(accelerator, loaded, source, settings)
+    if accelerator.is_main_process:
+        print(f"{loaded.folder}, {args.checkpoint} checkpoint, on {args.data or settings.data}")
+        print(report(result))
+
+
+def data_settings(loaded: LoadedRun) -> dict[str, Any]:
+    """The settings of the run that say what its validation data is.
+
+    Raises:
+        UserError: One is missing or of a wrong type.
+    """
+    stored = loaded.config.settings
+    for name, kind in DATA_SETTINGS.items():
+        if type(stored.get(name)) is not kind:
+            rule = f"settings: {name} must be of type {kind.__name__}, got {stored.get(name)!r}"
+            raise UserError(f"{loaded.folder / 'config.json'}: {rule}")
+    return {name: stored[name] for name in DATA_SETTINGS}
+
+
+def evaluate_run(accelerator: Accelerator, loaded: LoadedRun, source: Source, settings: Settings) -> Evaluation:
+    """Classify every image of the source, each once, over all processes.
+
+    Raises:
+        UserError: An image is broken.
+    """
+    samples = Samples(source, eval_transform(loaded.config.data_config), settings.seed)
+    loader = DataLoader(samples, batch_size=settings.batch_size, num_workers=settings.workers)
+    model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
+    with worker_errors():
+        return evaluate(accelerator, model, accelerator.prepare(loader))
+
+
+def report(result: Evaluation) -> str:
+    """The accuracies as a table; the interval is a bootstrap over images inside each class."""
+    correct = result.predictions == result.targets
+    low, high = interval(bootstrap(result.targets, correct))
+    rows = [
+        (
+            "class-balanced accuracy",
+            f"{100 * result.balanced_accuracy:.2f} %",
+            f"{100 * low:.2f} to {100 * high:.2f} %",
+        ),
+        ("top-1 accuracy", f"{100 * result.top1:.2f} %", ""),
+        ("cross entropy", f"{result.loss:.4f}", ""),
+        ("images", str(len(correct)), ""),
+        ("classes seen", f"{len(result.targets.unique())} of {result.num_classes}", ""),
+    ]
+    return text_table(("measure", "value", "95 % interval"), rows, right=("value",))

@@ -1,0 +1,143 @@
+"""ctxenc export RUN: a run's model as an ONNX file or a torch.export program, verified before it takes its name."""
+
+import argparse
+import importlib
+import importlib.util
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from tqdm import tqdm
+
+from ctxenc.training.console import UserError, add_run_arguments, one_line
+from ctxenc.training.runs import atomic, load_run
+
+TRACED_BATCH = 2
+CHECKED_BATCHES = (1, 3)  # not the traced one: the batch size must be free
+TOLERANCE = 1e-4  # of the largest logit; onnx.reference was off by 5e-6 at most over five networks
+ONNX_LIMIT = 2**31  # bytes: an ONNX file is one protobuf message
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.epilog = "example: ctxenc export runs/001 --onnx model.onnx --torch-export model.pt2"
+    add_run_arguments(parser)
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="write an ONNX model")
+    parser.add_argument("--torch-export", type=Path, metavar="FILE", help="write a torch.export program (.pt2)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the files that are asked for; none of them appears unless all agree with the model."""
+    if not args.onnx and not args.torch_export:
+        raise UserError("export needs --onnx FILE or --torch-export FILE")
+    if args.torch_export and args.torch_export.suffix != ".pt2":
+        raise UserError(f"--torch-export: the file name must end in .pt2, got {args.torch_export}")
+    if args.onnx:
+        import onnx  # noqa: F401  (before anything is built: the extra may be missing)
+        import onnxscript  # noqa: F401
+    lines = []
+    steps = 2 + bool(args.torch_export) + bool(args.onnx)
+    with ExitStack() as files, tqdm(total=steps, leave=False, disable=None) as bar:
+        onnx_file = files.enter_context(atomic(args.onnx)) if args.onnx else None
+        torch_file = files.enter_context(atomic(args.torch_export)) if args.torch_export else None
+        bar.set_description("loading")
+        loaded = load_run(args.run_folder, args.checkpoint)
+        size = loaded.config.data_config["input_size"]
+        _next(bar, "tracing")
+        program = trace(loaded.model, torch.zeros(TRACED_BATCH, *size))
+        if torch_file:
+            _next(bar, "writing and checking the torch.export program")
+            difference = write_torch_export(program, torch_file, loaded.model, size)
+            lines.append(f"{args.torch_export}: reloaded by torch.export.load, {difference}")
+        if onnx_file:
+            _next(bar, "writing and checking the ONNX model")
+            lines.append(f"{args.onnx}: {write_onnx(program, onnx_file, loaded.model, size)}")
+    print("\n".join(lines))
+
+
+def _next(bar: tqdm, step: str) -> None:
+    bar.update()
+    bar.set_description(step)
+
+
+def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
+    """Export the model with a free batch size.
+
+    Raises:
+        UserError: torch.export cannot trace the model.
+    """
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:  # torch.export raises many kinds
+        raise UserError(f"torch.export cannot trace this model: {type(error).__name__}: {one_line(error)}") from error
+
+
+def write_torch_export(program: ExportedProgram, path: Path, model: nn.Module, size: tuple[int, int, int]) -> str:
+    """Write a torch.export program and compare the reloaded one with the model."""
+    torch.export.save(program, path)
+    return compare(torch.export.load(path).module(), model, size)
+
+
+def write_onnx(program: ExportedProgram, path: Path, model: nn.Module, size: tuple[int, int, int]) -> str:
+    """Write an ONNX model, check it, and compare it with the model in the runtime that is installed.
+
+    Raises:
+        UserError: The model is too large for one file, or ONNX has no form for it.
+    """
+    import onnx
+
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if weights >= ONNX_LIMIT:
+        raise UserError(
+            f"an ONNX file holds less than 2 GiB, the weights take {weights / 2**30:.1f} GiB: use --torch-export"
+        )
+    try:
+        exported = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"], external_data=False
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(f"torch.onnx cannot export this model: {one_line(error)}") from error
+    assert exported is not None
+    exported.save(path, external_data=False)
+    onnx.checker.check_model(path, full_check=True)
+    runtime, predict = onnx_runtime(path)
+    return f"onnx.checker found no fault; run by {runtime}, {compare(predict, model, size)}"
+
+
+def onnx_runtime(path: Path) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The name of the runtime that is installed, and the ONNX model as a function of images."""
+    if importlib.util.find_spec("onnxruntime"):
+        onnxruntime = importlib.import_module("onnxruntime")
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return "onnxruntime", lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator: Any = ReferenceEvaluator(str(path))
+    return "onnx.reference", lambda images: torch.from_numpy(evaluator.run(None, {"image": images.numpy()})[0])
+
+
+def compare(exported: Callable[[Tensor], Tensor], model: nn.Module, size: tuple[int, int, int]) -> str:
+    """Run both on random images in several batch sizes and tell the largest difference of the logits.
+
+    Raises:
+        UserError: They differ by more than TOLERANCE of the largest logit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst, largest = 0.0, 0.0
+    for batch in CHECKED_BATCHES:
+        images = torch.randn(batch, *size, generator=generator)
+        with torch.no_grad():
+            expected = model(images)
+            got = exported(images)
+        worst = max(worst, (got - expected).abs().max().item())
+        largest = max(largest, expected.abs().max().item())
+    batches = " and ".join(map(str, CHECKED_BATCHES))
+    text = f"largest difference {worst:.2g} of logits up to {largest:.2g} (batches of {batches})"
+    if not worst <= TOLERANCE * largest:
+        raise UserError(f"the exported program does not give the model's outputs: {text}")
+    return text

@@ -1,0 +1,58 @@
+"""Accuracy over classes and its interval."""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+
+def balanced_accuracy(targets: Tensor, predictions: Tensor, num_classes: int) -> float:
+    """The mean over classes of the share of their samples that is predicted right.
+
+    Classes without a sample do not count.
+
+    Args:
+        targets: True classes, (N,) int64.
+        predictions: Predicted classes, (N,) int64.
+        num_classes: Number of classes.
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        ValueError: There is no sample.
+    """
+    if not len(targets):
+        raise ValueError("balanced_accuracy: targets must hold at least one sample, got none")
+    matrix = multiclass_confusion_matrix(predictions, targets, num_classes).double()
+    support = matrix.sum(dim=1)
+    return float((matrix.diagonal() / support)[support > 0].mean())
+
+
+def bootstrap(targets: Tensor, scores: Tensor, draws: int = 2000, seed: int = 0) -> Tensor:
+    """Class-balanced means of ``scores`` over samples drawn again, with replacement, inside each class.
+
+    Two models' scores of the same samples give the interval of their difference: pass the difference.
+
+    Args:
+        targets: True classes, (N,) int64.
+        scores: A number a sample, (N,), for instance the share of seeds that were right.
+        draws: Number of resamplings.
+        seed: Seed of the drawing.
+
+    Returns:
+        (draws,) float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for target in targets.unique():
+        own = scores[targets == target].double()
+        picks = torch.randint(len(own), (draws, len(own)), generator=generator)
+        means.append(own[picks].mean(dim=1))
+    return torch.stack(means).mean(dim=0)
+
+
+def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The central ``level`` of ``values``, from quantile to quantile."""
+    tail = (1 - level) / 2
+    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
+    return low, high

@@ -1,0 +1,214 @@
+"""What a finished run says of itself: the table, report.md, curves.png and the metrics of all arms in one file."""
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ctxenc.training import photographs
+from ctxenc.training.checkpoint import COLUMNS, Row, read_predictions, read_rows, write_rows
+from ctxenc.training.console import text_table
+from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
+from ctxenc.training.runs import SCORE, RunConfig, atomic, build_model
+from ctxenc.training.settings import PHOTOGRAPHS, Settings
+
+NETWORKS = {"se": "SE", "context": "ContextEncoding"}
+COLOURS = {"se": "tab:orange", "context": "tab:blue"}
+HEADER = ("network", "parameters", "balanced accuracy", "95 % interval", "each seed", "images/s", "ratio")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The results of one arm, all seeds.
+
+    Args:
+        name: "se" or "context".
+        parameters: Number of parameters of the network.
+        rows: The metrics of each seed, a row an epoch.
+        targets: True classes of the validation samples, (N,).
+        correct: Whether each seed's network was right after the last epoch, (seeds, N) bool.
+        scores: Class-balanced accuracy of each seed after the last epoch.
+    """
+
+    name: str
+    parameters: int
+    rows: list[list[Row]]
+    targets: Tensor
+    correct: Tensor
+    scores: list[float]
+
+    @property
+    def score(self) -> float:
+        """Class-balanced accuracy, the mean over seeds."""
+        return statistics.mean(self.scores)
+
+    @property
+    def share_right(self) -> Tensor:
+        """The share of seeds that were right on each sample, (N,) float64."""
+        return self.correct.double().mean(dim=0)
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second in training, the median over epochs and seeds."""
+        return statistics.median(row["images_per_s"] for rows in self.rows for row in rows)
+
+
+def read_arm(run: Path, name: str, config: RunConfig, seeds: Sequence[int]) -> Arm:
+    """Reads the results of arm ``name`` back from the folder ``run``."""
+    folders = [run / f"{name}-{seed}" for seed in seeds]
+    predictions = [torch.tensor([row[1:] for row in read_predictions(each / "predictions.csv")]) for each in folders]
+    targets = predictions[0][:, 0]
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+    return Arm(
+        name=name,
+        parameters=parameters,
+        rows=[read_rows(each / "metrics.csv") for each in folders],
+        targets=targets,
+        correct=torch.stack([each[:, 0] == each[:, 1] for each in predictions]),
+        scores=[balanced_accuracy(each[:, 0], each[:, 1], len(config.classes)) for each in predictions],
+    )
+
+
+def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, seconds: float) -> str:
+    """Writes metrics.csv, curves.png and report.md into ``run``.
+
+    Args:
+        run: A folder in which every arm has finished.
+        configs: The configuration of each arm.
+        settings: The run's settings.
+        seconds: How long the command took.
+
+    Returns:
+        The table and what goes with it, as printed.
+    """
+    arms = [read_arm(run, name, config, settings.seed_list) for name, config in configs.items()]
+    rows = [
+        {"arm": arm.name, "seed": seed, **row}
+        for arm in arms
+        for seed, seed_rows in zip(settings.seed_list, arm.rows, strict=True)
+        for row in seed_rows
+    ]
+    write_rows(run / "metrics.csv", ("arm", "seed", *COLUMNS), rows)
+    colour = photographs.colour_score() if settings.data == PHOTOGRAPHS else None
+    with atomic(run / "curves.png") as path:
+        draw_curves(arms, colour).savefig(path, dpi=120)
+    cells = table_rows(arms, colour)
+    notes = remarks(arms, settings)
+    config = next(iter(configs.values()))
+    with atomic(run / "report.md") as path:
+        path.write_text(markdown(cells, notes, settings, config, seconds), encoding="utf-8")
+    return "\n".join([text_table(HEADER, cells, right=(HEADER[1], *HEADER[5:])), "", *notes])
+
+
+def table_rows(arms: Sequence[Arm], colour: float | None) -> list[tuple[str, ...]]:
+    """The cells under HEADER: a row an arm, and one for the nearest neighbour on colour."""
+    baseline = arms[0].images_per_s
+    rows: list[tuple[str, ...]] = []
+    for arm in arms:
+        low, high = interval(bootstrap(arm.targets, arm.share_right))
+        rows.append(
+            (
+                NETWORKS[arm.name],
+                f"{arm.parameters:,}",
+                f"{100 * arm.score:.1f} %",
+                f"{100 * low:.1f} to {100 * high:.1f} %",
+                ", ".join(f"{100 * score:.1f}" for score in arm.scores),
+                f"{arm.images_per_s:,.0f}",
+                f"{arm.images_per_s / baseline:.2f}",
+            )
+        )
+    if colour is not None:
+        rows.append(("nearest neighbour on colour", "", f"{100 * colour:.1f} %", "", "", "", ""))
+    return rows
+
+
+def remarks(arms: Sequence[Arm], settings: Settings) -> list[str]:
+    """What must be said beside the table: how its figures were made, and the difference between the arms."""
+    samples = "test tiles" if settings.data == PHOTOGRAPHS else "validation images"
+    count = len(arms[0].targets)
+    lines = [
+        f"Accuracy: mean over classes on {count:,} {samples}, after the last epoch (not the best one), mean of "
+        f"{settings.seeds} seed{'s' if settings.seeds > 1 else ''}; interval: {samples} drawn again inside each class.",
+        "images/s: in training, data included, the median epoch"
+        + (f"; ratio: of {NETWORKS[arms[0].name]}'s." if len(arms) > 1 else "."),
+    ]
+    lines.append(f"best.safetensors holds the epoch chosen on these very {samples}: its accuracy flatters it.")
+    if len(arms) == 2:
+        difference = arms[1].share_right - arms[0].share_right
+        low, high = interval(bootstrap(arms[0].targets, difference))
+        lines.append(
+            f"{NETWORKS[arms[1].name]} minus {NETWORKS[arms[0].name]}: "
+            f"{100 * (arms[1].score - arms[0].score):+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f} "
+            "(over samples, not over seeds)."
+        )
+    return lines
+
+
+def markdown(
+    cells: Sequence[tuple[str, ...]], notes: Sequence[str], settings: Settings, config: RunConfig, seconds: float
+) -> str:
+    """The text of report.md."""
+
+    def line(row: Sequence[str]) -> str:
+        return f"| {' | '.join(row)} |"
+
+    listing = [f"| `{name}` | `{value}` |" for name, value in settings.as_dict().items()]
+    versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+    parts = [
+        f"# {config.model} on {settings.data}",
+        "\n".join([line(HEADER), line(["---"] * len(HEADER)), *map(line, cells)]),
+        *notes,
+        "![accuracy and loss by epoch](curves.png)",
+        f"Machine: {machine()}. The command took {seconds:.0f} s. Versions: {versions}.",
+        "\n".join(["| setting | value |", "| --- | --- |", *listing]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def machine() -> str:
+    """The processor, its cores that this process may use, and the GPU if there is one."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or an architecture whose kernel gives no name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {cores} core{'' if cores == 1 else 's'}{gpu}"
+
+
+def draw_curves(arms: Sequence[Arm], colour: float | None) -> Figure:
+    """Accuracy and losses by epoch: the mean over seeds, shaded from the lowest to the highest seed."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    accuracy, loss = figure.subplots(1, 2)
+    for arm in arms:
+        name = NETWORKS[arm.name]
+        _band(accuracy, arm, SCORE, name, "-", scale=100)
+        _band(loss, arm, "train_loss", f"{name}, training", "--")
+        _band(loss, arm, "val_loss", f"{name}, validation", "-")
+    if colour is not None:
+        accuracy.axhline(100 * colour, color="tab:gray", linestyle=":", label="nearest neighbour on colour")
+    accuracy.set(xlabel="epoch", ylabel="class-balanced accuracy (%)")
+    loss.set(xlabel="epoch", ylabel="cross entropy")
+    loss.set_ylim(bottom=0)
+    for axes in (accuracy, loss):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _band(axes: Axes, arm: Arm, column: str, label: str, style: str, scale: float = 1.0) -> None:
+    epochs = [row["epoch"] for row in arm.rows[0]]
+    values = torch.tensor([[row[column] * scale for row in rows] for rows in arm.rows], dtype=torch.float64)
+    axes.plot(epochs, values.mean(dim=0), style, color=COLOURS[arm.name], label=label)
+    axes.fill_between(epochs, values.amin(dim=0), values.amax(dim=0), color=COLOURS[arm.name], alpha=0.15, linewidth=0)

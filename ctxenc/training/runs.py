@@ -1,0 +1,242 @@
+"""Run folders: where the weights lie, and how a model is built again from them.
+
+RUN/config.json  metrics.csv  report.md  curves.png
+RUN/<arm>-<seed>/config.json  metrics.csv  last.safetensors  best.safetensors  state/
+"""
+
+import csv
+import difflib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ctxenc.patching import patch_se_blocks
+from ctxenc.training.config import RunConfig, atomic, read_config, write_config
+from ctxenc.training.console import UserError, one_line
+
+__all__ = [
+    "SCORE",
+    "LoadedRun",
+    "RunConfig",
+    "UserError",
+    "atomic",
+    "autocast",
+    "build_model",
+    "check_model_name",
+    "installed_versions",
+    "load",
+    "load_run",
+    "load_weights",
+    "pick_device",
+    "read_config",
+    "resolve",
+    "save_weights",
+    "unknown_model",
+    "write_config",
+]
+
+SCORE = "balanced_accuracy"  # the column of metrics.csv by which the best arm is chosen
+CHECKPOINTS = ("best", "last")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a run depends on."""
+    import ctxenc
+
+    names = ("torch", "torchvision", "timm", "accelerate")
+    versions = {"python": platform.python_version(), "ctxenc": ctxenc.__version__}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def check_model_name(name: str) -> None:
+    """Raise UserError, with near names, unless name is an architecture that timm knows."""
+    if not timm.is_model(name):
+        raise unknown_model(name, timm.list_models())
+
+
+def unknown_model(name: str, known: Sequence[str]) -> UserError:
+    """The error for a model that is not among the known ones; it names the nearest."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"near names: {', '.join(near)}" if near else f"{len(known)} others are known"
+    return UserError(f"unknown model {name!r}; {hint}")
+
+
+def build_model(config: RunConfig, pretrained: bool = False) -> nn.Module:
+    """Build the timm model of config and swap its SE blocks if the configuration says so.
+
+    Args:
+        config: The run's configuration.
+        pretrained: Start from timm's pretrained weights (may download); they are loaded before the swap.
+
+    Raises:
+        UserError: Unknown model, arguments that it does not take, no weights to be had, or nothing to swap.
+    """
+    check_model_name(config.model)
+    try:
+        model = timm.create_model(
+            config.model, pretrained=pretrained, num_classes=len(config.classes), **config.model_kwargs
+        )
+    except Exception as error:  # timm's builders and the hub raise a dozen kinds, down to bare assertions
+        raise UserError(f"cannot build {config.model}: {type(error).__name__}: {one_line(error)}") from error
+    if config.swap is not None:
+        try:
+            patch_se_blocks(model, **config.swap)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{config.model}: {one_line(error)}") from error
+    return model
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write the parameters and buffers of model as safetensors: the whole file or nothing.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    with atomic(path) as temporary:
+        try:
+            safetensors.torch.save_model(model, str(temporary))
+        except SafetensorError as error:
+            raise UserError(f"cannot write {path}: {one_line(error)}") from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file of save_weights into model; every name and shape must agree.
+
+    Raises:
+        UserError: The file is missing, damaged or of another model. The model is then unchanged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            aliases = file.metadata() or {}  # second names of shared tensors
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if problem := _mismatch(shapes, wanted, aliases):
+            raise UserError(f"{path} does not fit the model of its configuration: {problem}")
+        safetensors.torch.load_model(model, path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {one_line(error)}") from error
+
+
+def _mismatch(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> str:
+    for name, shape in wanted.items():
+        if name not in shapes and name not in aliases:
+            return f"{name} is missing"
+        if name in shapes and shapes[name] != shape:
+            return f"{name} has shape {shapes[name]}, the model {shape}"
+    extra = sorted(shapes.keys() - wanted.keys())
+    return f"the model has no {extra[0]}" if extra else ""
+
+
+def resolve(run: Path, checkpoint: str = "best") -> Path:
+    """Find the folder of one arm in run.
+
+    run may be an arm's folder itself. Of several arms the context arm with the best score in its metrics.csv is
+    taken (an SE arm only where there is no other).
+
+    Raises:
+        UserError: No such folder, not a run, or no such checkpoint.
+    """
+    if checkpoint not in CHECKPOINTS:
+        raise UserError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}")
+    if not run.is_dir():
+        raise UserError(f"no run folder at {run}")
+    if _is_arm(run):
+        arms = [run]
+    else:
+        arms = sorted(each for each in run.iterdir() if each.is_dir() and _is_arm(each))
+        if not arms:
+            raise UserError(f"{run} is no run folder: neither it nor a folder in it holds a configuration and weights")
+        arms = [each for each in arms if each.name.startswith("context")] or arms
+    arm = arms[0] if len(arms) == 1 else max(arms, key=lambda each: _score(each, checkpoint))
+    weights = arm / f"{checkpoint}.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights} does not exist")
+    return arm
+
+
+def _is_arm(folder: Path) -> bool:
+    weights = any((folder / f"{checkpoint}.safetensors").is_file() for checkpoint in CHECKPOINTS)
+    return weights and (folder / "config.json").is_file()
+
+
+def _score(arm: Path, checkpoint: str) -> float:
+    path = arm / "metrics.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            scores = [float(row[SCORE]) for row in csv.DictReader(file)]
+        return max(scores) if checkpoint == "best" else scores[-1]
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"cannot choose the best arm: {path} has no readable column {SCORE}; name an arm's folder"
+        ) from error
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called name; "auto" is the accelerator where there is one, else the CPU.
+
+    Raises:
+        UserError: Unknown, or not present on this machine.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used: {one_line(error)}") from error
+    return device
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with the configuration that it was built from."""
+
+    model: nn.Module
+    config: RunConfig
+    folder: Path
+
+
+def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str = "cpu") -> LoadedRun:
+    """Rebuild the model of run, load its weights, and put it on device in eval mode.
+
+    Args:
+        run: An arm's folder, or a run folder (then see resolve).
+        checkpoint: "best" or "last".
+        device: A torch device, or "auto".
+
+    Raises:
+        UserError: Whatever of this cannot be done.
+    """
+    where = pick_device(device)
+    arm = resolve(Path(run), checkpoint)
+    config = read_config(arm)
+    model = build_model(config)
+    load_weights(model, arm / f"{checkpoint}.safetensors")
+    return LoadedRun(model.to(where).eval(), config, arm)
+
+
+def load(run: str | os.PathLike[str], checkpoint: str = "best", device: str = "cpu") -> nn.Module:
+    """The trained model of run in eval mode: load_run without the configuration."""
+    return load_run(run, checkpoint, device).model
+
+
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """Mixed precision for inference: amp is "bf16", "fp16" or None for none."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=amp is not None)

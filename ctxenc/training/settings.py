@@ -1,0 +1,226 @@
+"""The settings of a fine-tuning: their names, defaults, rules, and how the command line gives them."""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from timm.optim import list_optimizers
+
+from ctxenc.training.console import UserError, add_swap_arguments, positive_int
+
+ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
+SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
+PHOTOGRAPHS = "photographs"
+
+
+def option(default: Any, text: str, **keywords: Any) -> Any:
+    """A setting with its help text and what argparse needs to read it."""
+    return field(default=default, metadata={"help": text, **keywords})
+
+
+def flag(text: str) -> Any:
+    """A setting that is off unless named."""
+    return option(False, text, action=argparse.BooleanOptionalAction)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An argparse type: a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting of a fine-tuning. Those of the swap have their texts in the console module, for all commands.
+
+    Raises:
+        UserError: A value breaks its rule; the text names the option, the rule and the value.
+    """
+
+    data: str = option(
+        PHOTOGRAPHS, "photographs (embedded), cifar10, cifar100, imagenet, or an image folder", metavar="DATA"
+    )
+    data_dir: str = option("data", "where cifar10, cifar100 or imagenet lies", metavar="DIR")
+    download: bool = flag("download cifar10 or cifar100 into --data-dir")
+    val_fraction: float = option(0.2, "share of each class held out where a folder has no val/", type=float)
+    image_size: int | None = option(None, "side in pixels (default: the model's own)", type=positive_int)
+    workers: int = option(0, "processes that load images", type=int)
+
+    model: str = option("seresnet50", "a timm model", metavar="NAME")
+    model_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further arguments of timm.create_model, a JSON object", "type": json_object},
+    )
+    pretrained: bool = flag("start from timm's pretrained weights")
+    arms: str = option("context", "what to train: the SE network, the swapped one, or both", choices=tuple(ARMS))
+    num_codes: int = 16
+    smoothing: str | float = "learned"
+    rd_ratio: float | None = None
+    pool: str = "mean"
+    fill_empty: bool = False
+
+    epochs: int = option(30, "passes over the training set", type=positive_int)
+    batch_size: int = option(64, "images a step and process", type=positive_int)
+    opt: str = option("adamw", "a timm optimiser", metavar="NAME")
+    lr: float = option(1e-3, "peak learning rate", type=float)
+    weight_decay: float = option(0.05, "weight decay", type=float)
+    sched: str = option("cosine", "learning rate schedule, stepped each update", choices=SCHEDULES)
+    warmup_epochs: int = option(1, "epochs of linear warm-up", type=int)
+    clip_grad: float | None = option(None, "largest norm of the gradient (default: no limit)", type=float)
+    label_smoothing: float = option(0.0, "share of the target spread over all classes", type=float)
+    model_ema: bool = flag("keep a moving average of the weights, and evaluate and save that")
+    ema_decay: float = option(0.999, "decay of that average", type=float)
+
+    crop_scale: float = option(0.35, "smallest area of the random resized crop", type=float)
+    color_jitter: float = option(0.4, "strength of the colour jitter", type=float)
+    auto_augment: str | None = option(None, "a timm policy, such as rand-m9-mstd0.5", metavar="POLICY")
+    random_erase: float = option(0.0, "probability of erasing a rectangle", type=float)
+    mixup: float = option(0.0, "alpha of mixup", type=float)
+    cutmix: float = option(0.0, "alpha of CutMix", type=float)
+
+    seed: int = option(0, "first seed", type=int)
+    seeds: int = option(1, "number of seeds, each trained", type=positive_int)
+    threads: int | None = option(None, "CPU threads of each process (default: PyTorch's)", type=positive_int)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", metavar="DEVICE")
+    amp: str | None = option(
+        None, "mixed precision (default: none, or what accelerate launch names)", choices=("bf16", "fp16")
+    )
+    channels_last: bool = flag("channels-last memory format")
+    compile: bool = flag("torch.compile the network")
+
+    def __post_init__(self) -> None:
+        for name, (rule, holds) in _RULES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{option_name(name)} must be {rule}, got {value}")
+        if self.opt not in (known := [str(each) for each in list_optimizers()]):
+            raise UserError(f"unknown --opt {self.opt!r}; near names: {', '.join(get_close_matches(self.opt, known))}")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UserError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        """The arms in the order of training."""
+        return ARMS[self.arms]
+
+    @property
+    def seed_list(self) -> range:
+        """The seeds that each arm is trained with."""
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
+    def swap(self) -> dict[str, Any]:
+        """The keyword arguments of ctxenc.patch_se_blocks."""
+        return {key: getattr(self, key) for key in ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")}
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values by name."""
+        return asdict(self)
+
+
+def _number(low: float, high: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: low <= value <= high and math.isfinite(value)
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a positive number", lambda value: value > 0 and math.isfinite(value)),
+    "weight_decay": ("at least 0", _number(0)),
+    "warmup_epochs": ("at least 0", _number(0)),
+    "clip_grad": ("a positive number", lambda value: value > 0),
+    "label_smoothing": ("in [0, 1]", _number(0, 1)),
+    "ema_decay": ("in [0, 1]", _number(0, 1)),
+    "val_fraction": ("above 0 and below 1", lambda value: 0 < value < 1),
+    "crop_scale": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "color_jitter": ("at least 0", _number(0)),
+    "random_erase": ("in [0, 1]", _number(0, 1)),
+    "mixup": ("at least 0", _number(0)),
+    "cutmix": ("at least 0", _number(0)),
+    "workers": ("at least 0", _number(0)),
+    "seed": ("at least 0", _number(0)),
+}
+
+# The run with no arguments: small enough for two CPU cores, both arms side by side.
+EMBEDDED: dict[str, Any] = {
+    "model": "resnet10t",
+    "model_kwargs": {"block_args": {"attn_layer": "se"}, "channels": [24, 48, 96, 192], "stem_width": 8},
+    "image_size": 64,
+    "channels_last": True,  # 1.4 times as many images a second as channels-first, on one core
+    "threads": 1,  # a second one gains little at this size, and loses all where another process wants its core
+    "arms": "both",
+    "seeds": 3,
+    "epochs": 12,
+    "batch_size": 32,
+    "lr": 3e-3,
+}
+
+
+def option_name(name: str) -> str:
+    """The spelling of a setting on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds an option for each setting. None stands for one that was not given, so that resolve can tell."""
+    group = parser.add_argument_group("training")
+    for each in fields(Settings):
+        if not each.metadata:
+            continue
+        keywords = dict(each.metadata)
+        if not keywords["help"].endswith(")") and "action" not in keywords:
+            keywords["help"] += f" (default: {_default(each.name)})"
+        group.add_argument(option_name(each.name), **keywords)
+    add_swap_arguments(parser)
+    parser.set_defaults(**{each.name: None for each in fields(Settings)})
+
+
+def _default(name: str) -> str:
+    usual = Settings().as_dict()[name]
+    own = EMBEDDED.get(name, usual)
+    text = "none" if usual in (None, {}) else str(usual)
+    return text if own == usual or isinstance(own, dict) else f"{text}; {own} for the photographs"
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names."""
+    names = {each.name for each in fields(Settings)}
+    return {key: value for key, value in vars(args).items() if key in names and value is not None}
+
+
+def resolve(chosen: dict[str, Any]) -> Settings:
+    """The settings of a new run: the defaults (those of the photographs where they are the data), then ``chosen``.
+
+    Raises:
+        UserError: A value breaks its rule.
+    """
+    defaults = dict(EMBEDDED) if chosen.get("data", PHOTOGRAPHS) == PHOTOGRAPHS else {}
+    if "model" in chosen:
+        defaults.pop("model_kwargs", None)
+    return Settings(**(defaults | chosen))
+
+
+def resumed(stored: dict[str, Any], chosen: dict[str, Any]) -> Settings:
+    """The settings of a run that goes on: the stored ones, of which only where and how fast it runs may change.
+
+    Args:
+        stored: The settings in the run's configuration.
+        chosen: The settings that the command line names.
+
+    Raises:
+        UserError: ``chosen`` differs in a setting that shapes the result, or ``stored`` is not this version's.
+    """
+    movable = ("data", "data_dir", "download", "device", "workers", "threads")
+    for name, value in chosen.items():
+        if name not in movable and value != stored.get(name):
+            raise UserError(f"--resume: {option_name(name)} was {stored.get(name)} in this run, got {value}")
+    try:
+        return Settings(**(stored | chosen))
+    except TypeError as error:
+        raise UserError(f"--resume: the run's settings are not those of this version: {error}") from error

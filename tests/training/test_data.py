@@ -1,0 +1,253 @@
+"""Sources, splits, and samples that follow from (seed, epoch, index) alone."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ctxenc.training import data
+from ctxenc.training.console import UserError
+from ctxenc.training.settings import Settings, resolve
+
+DATA_CONFIG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def make_folder(folder, counts):
+    """Single-coloured images: those of class i are of grey value 10 * i + number."""
+    for grey, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (40, 40), 10 * grey + number).save(folder / name / f"{number:02d}.png")
+    return folder
+
+
+def states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+class TestSeeded:
+    def test_puts_every_generator_back(self):
+        before = states()
+        with data.seeded(1, 2, 3):
+            random.random(), np.random.rand(), torch.rand(())
+        assert states() == before
+
+    def test_puts_them_back_after_an_error(self):
+        before = states()
+        with pytest.raises(ZeroDivisionError), data.seeded(1):
+            torch.rand(()) / (1 // 0)
+        assert states() == before
+
+    def test_the_key_decides(self):
+        def draw(*key):
+            with data.seeded(*key):
+                return random.random(), np.random.rand(), float(torch.rand(()))
+
+        assert draw(0, 1, 2) == draw(0, 1, 2)
+        draws = [draw(*key) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 1, 2, 0, 1)]]
+        for values in zip(*draws, strict=True):
+            assert len(set(values)) == len(draws)
+
+
+class TestSamples:
+    @pytest.fixture
+    def samples(self):
+        settings = resolve({"random_erase": 0.5, "auto_augment": "rand-m9-mstd0.5"})
+        source = data.build_datasets(settings).train
+        picked = data.Subset(source, list(range(0, len(source.targets), 90)))
+        return data.Samples(picked, data.train_transform(settings, DATA_CONFIG), seed=3)
+
+    def test_do_not_depend_on_workers_or_order(self, samples):
+        alone = torch.stack([samples[index][0] for index in reversed(range(len(samples)))]).flip(0)
+        for workers in (0, 2):
+            batches = list(DataLoader(samples, batch_size=5, num_workers=workers))
+            assert torch.equal(torch.cat([images for images, _ in batches]), alone)
+            assert torch.cat([targets for _, targets in batches]).tolist() == samples.source.targets
+
+    def test_epoch_and_seed_change_every_sample(self, samples):
+        first = [samples[index][0] for index in range(len(samples))]
+        samples.set_epoch(1)
+        second = [samples[index][0] for index in range(len(samples))]
+        other = data.Samples(samples.source, samples.transform, seed=4)
+        third = [other[index][0] for index in range(len(other))]
+        for a, b, c in zip(first, second, third, strict=True):
+            assert not torch.equal(a, b)
+            assert not torch.equal(a, c)
+
+    def test_workers_see_the_epoch(self, samples):
+        samples.set_epoch(7)
+        expected = torch.stack([samples[index][0] for index in range(len(samples))])
+        loader = DataLoader(samples, batch_size=len(samples), num_workers=1)
+        assert torch.equal(next(iter(loader))[0], expected)
+
+
+class TestFolders:
+    def test_train_and_val(self, image_folder):
+        datasets = data.build_datasets(Settings(data=str(image_folder)))
+        assert datasets.classes == ["cat", "dog", "newt"]
+        assert datasets.train.targets == [0, 0, 1, 1, 2, 2]
+        assert datasets.val.targets == [0] * 6 + [1] * 3 + [2]
+        assert datasets.val.name(9) == str(image_folder / "val" / "newt" / "0.png")
+
+    def test_one_folder_is_split_class_by_class(self, tmp_path):
+        folder = make_folder(tmp_path / "set", {"a": 10, "b": 5, "c": 2})
+        datasets = data.build_datasets(Settings(data=str(folder), val_fraction=0.3))
+        assert np.bincount(datasets.val.targets).tolist() == [3, 2, 1]
+        assert np.bincount(datasets.train.targets).tolist() == [7, 3, 1]
+
+        def greys(source):
+            return {source.image(index).getpixel((0, 0))[0] for index in range(len(source.targets))}
+
+        assert not greys(datasets.train) & greys(datasets.val)
+        assert greys(datasets.train) | greys(datasets.val) == {*range(10), *range(10, 15), 20, 21}
+
+    def test_the_split_follows_from_the_seed(self, tmp_path):
+        folder = make_folder(tmp_path / "set", {"a": 20, "b": 20})
+        splits = [data.build_datasets(Settings(data=str(folder), seed=seed)).val.indices for seed in (0, 0, 1)]
+        assert splits[0] == splits[1] != splits[2]
+
+    def test_only_a_train_folder(self, tmp_path):
+        make_folder(tmp_path / "set" / "train", {"a": 4, "b": 4})
+        datasets = data.build_datasets(Settings(data=str(tmp_path / "set"), val_fraction=0.25))
+        assert (datasets.classes, len(datasets.val.targets)) == (["a", "b"], 2)
+
+    def test_val_may_lack_a_class(self, tmp_path):
+        make_folder(tmp_path / "train", {"a": 2, "b": 2, "c": 2})
+        make_folder(tmp_path / "val", {"b": 1, "c": 1})
+        assert data.build_datasets(Settings(data=str(tmp_path))).val.targets == [1, 2]
+
+    @pytest.mark.parametrize(
+        ("train", "val", "words"),
+        [
+            ({}, None, "holds no images"),
+            ({"a": 3}, None, "holds one class (a)"),
+            ({"a": 3, "b": 1}, None, "class b has 1 image"),
+            ({"a": 3, "b": 3}, {"a": 1, "d": 1}, "the class d, which the training set lacks"),
+            ({"a": 3, "b": 3}, {}, "holds no images"),
+        ],
+    )
+    def test_errors(self, tmp_path, train, val, words):
+        make_folder(tmp_path / "set" / "train", train)
+        (tmp_path / "set" / "train").mkdir(parents=True, exist_ok=True)
+        if val is not None:
+            (tmp_path / "set" / "val").mkdir()
+            make_folder(tmp_path / "set" / "val", val)
+        with pytest.raises(UserError) as error:
+            data.build_datasets(Settings(data=str(tmp_path / "set")))
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_images_in_no_class_folder(self, tmp_path):
+        make_folder(tmp_path, {"a": 2, "b": 2})
+        Image.new("RGB", (4, 4)).save(tmp_path / "stray.png")
+        with pytest.raises(UserError, match=r"stray\.png lies in no class folder"):
+            data.build_datasets(Settings(data=str(tmp_path)))
+
+    def test_a_wrong_path(self, tmp_path):
+        with pytest.raises(UserError, match=r"no image folder at .*nowhere"):
+            data.build_datasets(Settings(data=str(tmp_path / "nowhere")))
+
+    def test_imagenet_needs_both_splits(self, tmp_path):
+        make_folder(tmp_path / "train", {"a": 2, "b": 2})
+        settings = Settings(data="imagenet", data_dir=str(tmp_path))
+        with pytest.raises(UserError, match="needs a --data-dir with folders train and val"):
+            data.build_datasets(settings)
+        make_folder(tmp_path / "val", {"a": 1, "b": 1})
+        assert data.build_datasets(settings).val.targets == [0, 1]
+
+
+class TestBrokenImages:
+    def damage(self, path, kind):
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"no image", "truncated": whole[: len(whole) // 2]}[kind])
+
+    @pytest.mark.parametrize("kind", ["empty", "text", "truncated"])
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_a_small_set_is_checked_first(self, tmp_path, kind, split):
+        for each in ("train", "val"):
+            make_folder(tmp_path / each, {"a": 2, "b": 2})
+        broken = tmp_path / split / "b" / "01.png"
+        self.damage(broken, kind)
+        with pytest.raises(UserError) as error:
+            data.verify(data.build_datasets(Settings(data=str(tmp_path))))
+        assert str(broken) in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_a_split_folder_is_checked(self, tmp_path):
+        make_folder(tmp_path, {"a": 3, "b": 3})
+        self.damage(tmp_path / "a" / "02.png", "text")
+        with pytest.raises(UserError, match=r"broken image .*02\.png"):
+            data.verify(data.build_datasets(Settings(data=str(tmp_path))))
+
+    def test_a_large_set_is_not(self, tmp_path, monkeypatch):
+        make_folder(tmp_path, {"a": 3, "b": 3})
+        self.damage(tmp_path / "a" / "02.png", "text")
+        monkeypatch.setattr(data, "VERIFIED_UP_TO", 5)
+        datasets = data.build_datasets(Settings(data=str(tmp_path)))
+        data.verify(datasets)
+        indices = [datasets.train.source.paths.index(str(tmp_path / "a" / "02.png"))]
+        with pytest.raises(UserError, match=r"broken image .*02\.png"):
+            data.Samples(data.Subset(datasets.train.source, indices), data.eval_transform(DATA_CONFIG), 0)[0]
+
+
+class TestCifar:
+    @pytest.fixture
+    def cifar(self, tmp_path, monkeypatch):
+        """CIFAR-10's files with four images each; their checksums are not those of the real ones."""
+        monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        generator = np.random.default_rng(0)
+        for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
+            pixels = generator.integers(256, size=(4, 3072), dtype=np.uint8)
+            (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 2, 9]}))
+        names = [f"class {number}" for number in range(10)]
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+        return tmp_path
+
+    def test_splits(self, cifar):
+        datasets = data.build_datasets(Settings(data="cifar10", data_dir=str(cifar)))
+        assert datasets.classes == [f"class {number}" for number in range(10)]
+        assert (len(datasets.train.targets), datasets.val.targets) == (20, [0, 1, 2, 9])
+        assert datasets.val.image(3).size == (32, 32)
+        assert datasets.val.name(3) == "val:3"
+
+    def test_not_there(self, tmp_path):
+        with pytest.raises(UserError, match=r"cifar100 cannot be had from .*--download fetches it"):
+            data.build_datasets(Settings(data="cifar100", data_dir=str(tmp_path)))
+
+    def test_download_without_a_network(self, tmp_path, monkeypatch):
+        def refuse(*_, **__):
+            raise OSError("no route to host")
+
+        monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
+        with pytest.raises(UserError, match="no route to host"):
+            data.build_datasets(Settings(data="cifar10", data_dir=str(tmp_path), download=True))
+
+
+class TestValidationSource:
+    def test_the_runs_own(self, image_folder):
+        settings = Settings(data=str(image_folder))
+        assert len(data.validation_source(settings, ["cat", "dog", "newt"]).targets) == 10
+
+    def test_classes_that_changed(self, image_folder):
+        with pytest.raises(UserError, match="no longer those"):
+            data.validation_source(Settings(data=str(image_folder)), ["cat", "dog"])
+
+    def test_another_folder_keeps_the_runs_numbering(self, tmp_path):
+        make_folder(tmp_path, {"dog": 2, "newt": 1})
+        source = data.validation_source(Settings(), ["cat", "dog", "newt"], str(tmp_path))
+        assert source.targets == [1, 1, 2]
+        with pytest.raises(UserError, match="the class dog"):
+            data.validation_source(Settings(), ["cat", "newt"], str(tmp_path))

@@ -1,0 +1,107 @@
+"""What going on after a stop gives: the run that was never stopped."""
+
+import os
+import shutil
+
+import pytest
+
+from ctxenc.__main__ import main
+from ctxenc.training import loop, runs
+from tests.training.small_runs import SMALL, assert_same_run
+
+RANDOM = (
+    *("--smoothing", "sampled", "--mixup", "0.4", "--cutmix", "0.5", "--random-erase", "0.3", "--model-ema"),
+    *("--model-kwargs", '{"drop_rate": 0.3, "drop_path_rate": 0.2}', "--arms", "both", "--epochs", "3"),
+)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory, image_folder):
+    """Three epochs of both arms with everything that draws numbers switched on."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["finetune", "--data", str(image_folder), *SMALL, "--out", str(folder), *RANDOM]) == 0
+    return folder
+
+
+class TestResume:
+    def stop_at(self, monkeypatch, arm, epoch, after_state=False):
+        """Ctrl-C in the training of an arm's epoch, or between its state and the files made from that."""
+        real = loop.Trainer._train_epoch
+
+        def train_epoch(trainer, number, bar):
+            if trainer.arm.name == arm and number == epoch:
+                if not after_state:
+                    raise KeyboardInterrupt
+                monkeypatch.setattr(loop, "publish", interrupt)
+            return real(trainer, number, bar)
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop.Trainer, "_train_epoch", train_epoch)
+
+    @pytest.mark.parametrize(
+        ("arm", "epoch", "after_state"),
+        [("se-0", 1, False), ("context-0", 0, False), ("context-0", 2, False), ("context-0", 1, True)],
+    )
+    def test_is_exact(self, finetune, never_stopped, tmp_path, monkeypatch, arm, epoch, after_state):
+        stopped = tmp_path / "stopped"
+        with monkeypatch.context() as patch:
+            self.stop_at(patch, arm, epoch, after_state)
+            code, _, err = finetune("--out", stopped, *RANDOM)
+        assert code == 130
+        assert f"ctxenc finetune --resume {stopped}" in err
+        assert not (stopped / "report.md").exists()
+        assert finetune("--resume", stopped, "--workers", 1)[0] == 0
+        assert_same_run(never_stopped, stopped, ["se-0", "context-0"])
+
+    def test_a_state_half_written_is_not_taken(self, finetune, done, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch:
+            self.stop_at(patch, "context-0", 1)
+            assert finetune("--out", tmp_path / "run", "--epochs", 2)[0] == 130
+        states = tmp_path / "run" / "context-0" / "state"
+        shutil.copytree(states / "epoch-00001", states / ".epoch-00002")
+        (states / ".epoch-00002" / "optimizer.bin").unlink()
+        assert finetune("--resume", tmp_path / "run")[0] == 0
+        assert_same_run(done, tmp_path / "run", ["context-0"])
+        assert [path.name for path in states.iterdir()] == ["epoch-00002"]
+
+    def test_auto(self, finetune, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert finetune("--resume", "auto", "--epochs", 1)[0] == 0  # nothing there: a new run
+        assert finetune("--epochs", 1, "--seed", 3)[0] == 0
+        os.utime(tmp_path / "runs" / "001" / "config.json", (0, 0))
+        (tmp_path / "runs" / "002" / "report.md").unlink()
+        code, out, _ = finetune("--resume", "auto")
+        assert (code, "runs/002/report.md" in out) == (0, True)
+        code, out, _ = finetune("--resume", "auto", "--out", "runs/001")
+        assert (code, "runs/001/report.md" in out) == (0, True)
+
+    def test_only_where_it_runs_may_change(self, refused, finetune, tmp_path, image_folder):
+        assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
+        line = refused("--resume", tmp_path / "run", "--lr", "0.5")
+        assert "--lr was 0.001 in this run, got 0.5" in line
+        moved = shutil.copytree(image_folder, tmp_path / "moved")
+        assert finetune("--resume", tmp_path / "run", data=moved)[0] == 0
+        assert runs.read_config(tmp_path / "run" / "context-0").settings["data"] == str(moved)
+
+    def test_other_classes(self, refused, finetune, tmp_path, image_folder):
+        assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
+        other = shutil.copytree(image_folder, tmp_path / "other")
+        for split in ("train", "val"):
+            (other / split / "newt").rename(other / split / "owl")
+        before = (tmp_path / "run" / "config.json").read_bytes()
+        assert "lacks class 'newt' (3 classes, the run has 3)" in refused("--resume", tmp_path / "run", data=other)
+        assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+    def test_a_damaged_state(self, refused, finetune, tmp_path):
+        assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
+        state = tmp_path / "run" / "context-0" / "state" / "epoch-00001"
+        (state / "optimizer.bin").write_bytes(b"cut off")
+        assert f"cannot resume from {state}" in refused("--resume", tmp_path / "run")
+
+    def test_no_run(self, refused, finetune, tmp_path):
+        assert "no run at" in refused("--resume", tmp_path)
+        assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
+        assert f"resume {tmp_path / 'run'}" in refused("--resume", tmp_path / "run" / "context-0")
+        assert "leave --out" in refused("--resume", tmp_path / "run", "--out", tmp_path / "other")

@@ -1,0 +1,275 @@
+import json
+import shutil
+import threading
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import ctxenc
+from ctxenc.training import runs
+from ctxenc.training.console import UserError
+
+
+def rewrite(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+class TestConfig:
+    def test_comes_back_equal(self, config, tmp_path):
+        runs.write_config(tmp_path, config)
+        assert runs.read_config(tmp_path) == config
+        assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("model", 3),
+            ("model_kwargs", {"checkpoint_path": "/etc/passwd"}),
+            ("model_kwargs", {"pretrained_cfg_overlay": {"file": "weights.pt"}}),
+            ("model_kwargs", {"num_classes": 3}),
+            ("classes", []),
+            ("classes", "cat"),
+            ("swap", {"filter_fn": "os.system"}),
+            ("swap", "yes"),
+            ("data_config", {}),
+            ("settings", None),
+            ("versions", {"torch": 2}),
+        ],
+    )
+    def test_a_wrong_field_is_named_with_its_value(self, config, tmp_path, field, value):
+        runs.write_config(tmp_path, config)
+        rewrite(tmp_path, **{field: value})
+        with pytest.raises(UserError) as caught:
+            runs.read_config(tmp_path)
+        assert f"config: {field} must be" in str(caught.value)
+        assert repr(value) in str(caught.value)
+        with pytest.raises(ValueError, match=field):
+            replace(config, **{field: value})
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("input_size", [3, 32]),
+            ("input_size", [3, 32, 32.5]),
+            ("input_size", "3x32"),
+            ("mean", [0.5]),
+            ("std", [0.1, 0.0, 0.1]),
+            ("std", [0.1, float("nan"), 0.1]),
+            ("crop_pct", 0),
+            ("interpolation", None),
+        ],
+    )
+    def test_a_wrong_data_config_is_refused(self, config, key, value):
+        with pytest.raises(ValueError, match="data_config"):
+            replace(config, data_config=config.data_config | {key: value})
+
+    def test_another_format_is_refused_before_its_fields_are_read(self, config, tmp_path):
+        runs.write_config(tmp_path, config)
+        rewrite(tmp_path, format=2, novelty=1)
+        with pytest.raises(UserError, match="format must be 1, got 2"):
+            runs.read_config(tmp_path)
+
+    def test_unknown_and_missing_fields_are_named(self, config, tmp_path):
+        runs.write_config(tmp_path, config)
+        rewrite(tmp_path, novelty=1)
+        with pytest.raises(UserError, match="field novelty is unknown"):
+            runs.read_config(tmp_path)
+        table = json.loads((tmp_path / "config.json").read_text())
+        del table["novelty"], table["classes"]
+        (tmp_path / "config.json").write_text(json.dumps(table))
+        with pytest.raises(UserError, match="field classes is missing"):
+            runs.read_config(tmp_path)
+
+    @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b'"x"'])
+    def test_what_is_no_configuration_is_refused(self, tmp_path, text):
+        (tmp_path / "config.json").write_bytes(text)
+        with pytest.raises(UserError, match=r"config\.json"):
+            runs.read_config(tmp_path)
+
+    def test_what_is_no_json_leaves_the_old_file(self, config, tmp_path):
+        runs.write_config(tmp_path, config)
+        before = (tmp_path / "config.json").read_bytes()
+        with pytest.raises(TypeError):
+            runs.write_config(tmp_path, replace(config, settings={"path": object()}))
+        assert (tmp_path / "config.json").read_bytes() == before
+
+
+class TestAtomic:
+    def test_a_failure_leaves_what_was_there(self, tmp_path):
+        path = tmp_path / "file.txt"
+        path.write_text("old")
+        with suppress(KeyboardInterrupt), runs.atomic(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_readers_see_the_old_or_the_new(self, tmp_path):
+        path = tmp_path / "file.txt"
+        path.write_text("0" * 100_000)
+        seen, stop = set(), threading.Event()
+
+        def read():
+            while not stop.is_set():
+                seen.add(path.read_text())
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        for _ in range(50):
+            with runs.atomic(path) as temporary:
+                temporary.write_text("1" * 100_000)
+        stop.set()
+        thread.join()
+        assert seen <= {"0" * 100_000, "1" * 100_000}
+
+    @pytest.mark.parametrize("name", ["file.txt/below", "missing/file", "."])
+    def test_what_cannot_be_written_is_told_before_the_body(self, tmp_path, name):
+        (tmp_path / "file.txt").touch()
+        with pytest.raises(UserError, match="cannot write"), runs.atomic(tmp_path / name):
+            pytest.fail("the body ran")
+
+
+class TestBuild:
+    def test_se_and_context(self, config):
+        se = runs.build_model(replace(config, swap=None))
+        assert not ctxenc.find_context_blocks(se)
+        assert len(ctxenc.find_se_blocks(se)) == 2
+        context = runs.build_model(config)
+        assert len(ctxenc.find_context_blocks(context)) == 2
+        assert not ctxenc.find_se_blocks(context)
+        assert context(torch.zeros(2, 3, 32, 32)).shape == (2, len(config.classes))
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            ({"model": "seresnet5O"}, "unknown model 'seresnet5O'; near names: seresnet50"),
+            ({"model": "hf-hub:timm/resnet50"}, "unknown model"),
+            ({"model": "local-dir:/tmp/model"}, "unknown model"),
+            ({"model": "test_efficientnet.nonsense"}, "cannot build test_efficientnet.nonsense"),
+            ({"model_kwargs": {"nonsense": 1}}, "cannot build test_efficientnet: TypeError"),
+            ({"model": "test_resnet"}, "test_resnet: patch_se_blocks"),
+            ({"swap": {"num_codes": 0}}, "num_codes"),
+        ],
+    )
+    def test_what_cannot_be_built_is_one_line(self, config, fields, words):
+        with pytest.raises(UserError) as caught:
+            runs.build_model(replace(config, **fields))
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+class TestWeights:
+    def test_come_back_equal(self, config, tmp_path):
+        model, other = runs.build_model(config), runs.build_model(config)
+        model.to(memory_format=torch.channels_last)
+        runs.save_weights(tmp_path / "w.safetensors", model)
+        runs.load_weights(other, tmp_path / "w.safetensors")
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name]), name
+        assert [each.name for each in tmp_path.iterdir()] == ["w.safetensors"]
+
+    def test_shared_tensors_come_back_shared(self, tmp_path):
+        def tied():
+            model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+            model[1].weight = model[0].weight
+            return model
+
+        model, other = tied(), tied()
+        runs.save_weights(tmp_path / "w.safetensors", model)
+        runs.load_weights(other, tmp_path / "w.safetensors")
+        assert torch.equal(other[1].weight, model[0].weight)
+        assert other[0].weight is other[1].weight
+
+    @pytest.mark.parametrize("length", [0, 4, 100, -1])
+    def test_truncated(self, config, tmp_path, length):
+        path = tmp_path / "w.safetensors"
+        runs.save_weights(path, runs.build_model(config))
+        path.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(UserError, match="damaged"):
+            runs.load_weights(runs.build_model(config), path)
+
+    def test_missing(self, config, tmp_path):
+        with pytest.raises(UserError, match="cannot read"):
+            runs.load_weights(runs.build_model(config), tmp_path / "w.safetensors")
+
+    def test_of_another_model_leaves_the_model_unchanged(self, config, tmp_path):
+        path = tmp_path / "w.safetensors"
+        model = runs.build_model(config)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        runs.save_weights(path, runs.build_model(replace(config, classes=["one"])))
+        with pytest.raises(UserError, match=r"classifier\.\w+ has shape"):
+            runs.load_weights(model, path)
+        runs.save_weights(path, runs.build_model(replace(config, swap=None)))
+        with pytest.raises(UserError, match="is missing"):
+            runs.load_weights(model, path)
+        safetensors.torch.save_file(before | {"extra": torch.zeros(1)}, path)
+        with pytest.raises(UserError, match="the model has no extra"):
+            runs.load_weights(model, path)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class TestResolve:
+    def test_the_best_context_arm(self, run_folder):
+        assert runs.resolve(run_folder).name == "context-1"
+        assert runs.resolve(run_folder, "last").name == "context-0"
+
+    def test_an_arm_itself(self, run_folder):
+        assert runs.resolve(run_folder / "se-0") == run_folder / "se-0"
+
+    def test_a_single_arm_needs_no_metrics(self, run_folder, tmp_path):
+        shutil.copytree(run_folder / "context-0", tmp_path / "context-0")
+        (tmp_path / "context-0" / "metrics.csv").unlink()
+        assert runs.resolve(tmp_path) == tmp_path / "context-0"
+
+    def test_se_arms_where_there_is_no_other(self, run_folder, tmp_path):
+        for seed in range(2):
+            shutil.copytree(run_folder / "se-0", tmp_path / f"se-{seed}")
+        assert runs.resolve(tmp_path).name.startswith("se-")
+
+    def test_errors(self, run_folder, tmp_path):
+        with pytest.raises(UserError, match="no run folder at"):
+            runs.resolve(tmp_path / "none")
+        with pytest.raises(UserError, match="is no run folder"):
+            runs.resolve(tmp_path)
+        with pytest.raises(UserError, match="checkpoint must be one of best, last, got 'first'"):
+            runs.resolve(run_folder, "first")
+        shutil.copytree(run_folder, tmp_path / "run")
+        (tmp_path / "run" / "context-1" / "best.safetensors").unlink()
+        with pytest.raises(UserError, match=r"best\.safetensors does not exist"):
+            runs.resolve(tmp_path / "run")
+        (tmp_path / "run" / "context-1" / "metrics.csv").write_text("epoch\n1\n")
+        with pytest.raises(UserError, match="name an arm's folder"):
+            runs.resolve(tmp_path / "run")
+
+
+class TestLoad:
+    def test_gives_the_trained_model(self, run_folder):
+        model = ctxenc.load(run_folder, checkpoint="best")
+        assert not model.training
+        saved = safetensors.torch.load_file(run_folder / "context-1" / "best.safetensors")
+        assert saved.keys() == model.state_dict().keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+        last = ctxenc.load(run_folder, checkpoint="last")
+        assert any(not torch.equal(saved[name], tensor) for name, tensor in last.state_dict().items())
+
+    def test_downloads_nothing(self, run_folder, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("a download was tried")
+
+        monkeypatch.setattr(timm.models._builder, "load_pretrained", refuse)
+        assert ctxenc.load(run_folder)
+
+    def test_names_its_classes(self, run_folder, config):
+        loaded = runs.load_run(run_folder)
+        assert loaded.config.classes == config.classes
+        assert loaded.folder == run_folder / "context-1"
+
+    @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x", "meta"])
+    def test_a_device_that_is_not_there(self, run_folder, device):
+        with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+            ctxenc.load(run_folder, device=device)
