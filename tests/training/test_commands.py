@@ -121,14 +121,20 @@ class TestCommandLine:
     def test_ctrl_c_in_a_process(self, run_folder, tmp_path):
         fifo = tmp_path / "image.png"
         os.mkfifo(fifo)
-        process = start("predict", run_folder, fifo)
-        while process.poll() is None:
-            with suppress(OSError):  # no reader yet
-                os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)  # from here the process waits for bytes
-                process.send_signal(signal.SIGINT)
-                break
-            time.sleep(0.05)
-        out, err = process.communicate(timeout=60)
+        with start("predict", run_folder, fifo) as process:
+            try:
+                while process.poll() is None:
+                    with suppress(OSError):  # no reader yet
+                        os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)  # from here the process waits for bytes
+                        break
+                    time.sleep(0.05)
+                for _ in range(6):  # a signal that comes just before read() does not end it, in any Python program
+                    process.send_signal(signal.SIGINT)
+                    with suppress(subprocess.TimeoutExpired):
+                        out, err = process.communicate(timeout=20)
+                        break
+            finally:
+                process.kill()  # else a failure here leaks into the next test
         assert (process.returncode, out, err) == (130, "", "ctxenc: interrupted\n")
 
     def test_a_closed_pipe_is_silent(self):
