@@ -1,6 +1,6 @@
 """The PyTorch path of the encode operator against what one would write instead, on the CPU, in one run.
 
-    python -m benchmarks.encode_cpu [--repeats 15] [--out benchmarks/results/encode_cpu.json]
+    python -m benchmarks.encode_cpu [--repeats 50] [--out benchmarks/results/encode_cpu.json]
 
 Rows: ctxenc; the expanded form (B x N x K x D, as mmsegmentation computes it, and PyTorch-Encoding on a CPU); torch.compile of the
 shifted matmul form with autograd, which is as safe under offsets as ours. Each is checked against fp64 before it is timed, and the
@@ -67,16 +67,16 @@ def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, slow: str) -> dict[str, float]:
-    """Median milliseconds of each call; the slow one is run in every fifth round only."""
+    """Median milliseconds of each call; the slow one is run in every tenth round only."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
         for _ in range(1 if name == slow else 5):
             call()
     for round_ in range(repeats):
         for name, call in calls.items():
-            if name == slow and round_ % 5:
+            if name == slow and round_ % 10:
                 continue
-            inner = 1 if name == slow else 5
+            inner = 1 if name == slow else 3
             start = time.perf_counter()
             for _ in range(inner):
                 call()
@@ -154,7 +154,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encode_cpu.json")
     args = parser.parse_args()
