@@ -6,13 +6,14 @@ sums of residuals, from which the channel gates are computed. EncNet (arXiv 1803
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxenc.encoding import Encoding, check_sizes, check_smoothing
+from ctxenc.encoding import Encoding, check_sizes, check_smoothing, is_traced
 
 Layer = Callable[..., nn.Module]
 
@@ -44,6 +45,19 @@ def reduced_channels(channels: int, rd_ratio: float, rd_divisor: int) -> int:
     return max(rd_divisor, int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor)
 
 
+def check_ratio(name: str, rd_ratio: float) -> None:
+    """Accept positive finite numbers.
+
+    Raises:
+        ValueError: rd_ratio is not positive and finite.
+        TypeError: rd_ratio is no number.
+    """
+    if not isinstance(rd_ratio, Real) or isinstance(rd_ratio, bool):
+        raise TypeError(f"{name}: rd_ratio must be a positive number, got {rd_ratio!r}")
+    if not 0 < rd_ratio < math.inf:
+        raise ValueError(f"{name}: rd_ratio must be a positive number, got {rd_ratio}")
+
+
 def _takes_statistics(norm: nn.Module) -> bool:
     """Whether a norm is a BatchNorm that will take those of the batch; SyncBatchNorm counts the other processes' too."""
     return (
@@ -53,15 +67,14 @@ def _takes_statistics(norm: nn.Module) -> bool:
 
 def _check_batch(x: Tensor, rd_channels: int, conv_norm: bool, code_norm: bool) -> None:
     """As BatchNorm refuses one value a channel in training, but before a running statistic has changed."""
+    if x.dim() != 4:
+        raise ValueError(f"ContextEncoding: x must have shape (B, C, H, W), got {tuple(x.shape)}")
     one_pixel = conv_norm and x.shape[0] * x.shape[2] * x.shape[3] == 1
     if one_pixel or (code_norm and x.shape[0] * rd_channels == 1):
         raise ValueError(
             "ContextEncoding: in training x must give BatchNorm more than one value a channel, i.e. more than one sample or"
             f" pixel, got x of shape {list(x.shape)} with {rd_channels} reduced channels; use a larger batch, or eval()"
         )
-
-
-torch.fx.wrap("_check_batch")
 
 
 class ContextEncoding(nn.Module):
@@ -94,7 +107,7 @@ class ContextEncoding(nn.Module):
     Raises:
         ValueError: a size or ratio is not positive, or pool, smoothing or gate_layer is unknown; in a training forward, if there
             is one sample of one pixel.
-        TypeError: a size is no integer, or smoothing or gate_layer is of no such type.
+        TypeError: a size is no integer, or another argument is of no such type.
     """
 
     rd_channels: Final[int]
@@ -119,8 +132,7 @@ class ContextEncoding(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("ContextEncoding", channels=channels, num_codes=num_codes, rd_divisor=rd_divisor)
-        if not 0 < rd_ratio < math.inf:
-            raise ValueError(f"ContextEncoding: rd_ratio must be a positive number, got {rd_ratio}")
+        check_ratio("ContextEncoding", rd_ratio)
         if rd_channels is None:
             rd_channels = reduced_channels(channels, rd_ratio, rd_divisor)
         check_sizes("ContextEncoding", rd_channels=rd_channels)
@@ -128,6 +140,9 @@ class ContextEncoding(nn.Module):
             raise ValueError(f"ContextEncoding: pool must be one of {', '.join(POOLS)}, got {pool!r}")
         check_smoothing(smoothing, "ContextEncoding")
         gate = _gate(gate_layer)
+        for argument, layer in {"act_layer": act_layer, "norm_layer": norm_layer}.items():
+            if layer is not None and not callable(layer):
+                raise TypeError(f"ContextEncoding: {argument} must be a class or a function, got {layer!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.replaced: Any = None  # set by patch_se_blocks
         self.num_codes = num_codes
@@ -156,6 +171,7 @@ class ContextEncoding(nn.Module):
             num_codes: K, number of codewords.
             **kwargs: any other argument of ContextEncoding.
         """
+        check_sizes("ContextEncoding.paper", channels=channels, num_codes=num_codes)
         defaults: dict[str, Any] = {"rd_channels": max(1, channels // 4), "pool": "concat", "smoothing": "sampled"}
         return cls(channels, num_codes, **(defaults | kwargs))
 
@@ -185,7 +201,7 @@ class ContextEncoding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.permute(0, 3, 1, 2)
-        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not is_traced(x):
             _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
         gate = self.gate(self.fc(self.features(x).to(x.dtype)))
         x = x * gate.to(x.dtype)[:, :, None, None]

@@ -4,7 +4,7 @@ Deep TEN: Texture Encoding Network (arXiv 1612.02844); Context Encoding for Sema
 """
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Final
 
 import torch
@@ -14,6 +14,12 @@ from ctxenc.functional import encode
 from ctxenc.kernels.torch_encode import encode_plainly
 
 SAMPLED_EVAL_SMOOTHING = 0.5  # the mean of U(0, 1), which takes the draw's place in evaluation
+
+
+@torch.jit.unused
+def is_traced(x: Tensor) -> bool:
+    """Whether x stands for a tensor in a torch.fx graph, which has no shape to look at."""
+    return isinstance(x, torch.fx.Proxy)
 
 
 def _draw_smoothing(x: Tensor, like: Tensor, num_codes: int) -> Tensor:
@@ -124,7 +130,7 @@ def check_smoothing(smoothing: str | float, name: str) -> None:
     if isinstance(smoothing, str):
         if smoothing not in ("learned", "sampled"):
             raise ValueError(f"{rule}, got {smoothing!r}")
-    elif isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)):
+    elif isinstance(smoothing, bool) or not isinstance(smoothing, Real):
         raise TypeError(f"{rule}, got {type(smoothing).__name__}")
     elif not 0 < smoothing < math.inf:
         raise ValueError(f"{rule}, got {smoothing!r}")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ def _check(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | float) -
     Returns:
         Smoothing as a tensor: a number becomes one of shape (), in fp32 at least, so that no half precision loses it.
     """
-    number = isinstance(smoothing, (float, int)) and not isinstance(smoothing, bool)
+    number = isinstance(smoothing, Real) and not isinstance(smoothing, bool)
     tensors: dict[str, Any] = {"x": x, "codewords": codewords} | ({} if number else {"smoothing": smoothing})
     for argument, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

@@ -6,7 +6,6 @@ pickle.
 
 import copy
 import logging
-import math
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ctxenc.context import ContextEncoding, reduced_channels
+from ctxenc.context import ContextEncoding, check_ratio, reduced_channels
 from ctxenc.encoding import check_sizes, check_smoothing
-from ctxenc.se_blocks import SEBlock, empty_slots, find_se_blocks, kind_of, named_blocks, what_it_has
+from ctxenc.se_blocks import SEBlock, check_model, empty_slots, find_se_blocks, kind_of, named_blocks, what_it_has
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +63,7 @@ def find_context_blocks(model: nn.Module) -> list[ContextBlock]:
     Returns:
         A record a block, in the order of the model's modules.
     """
+    check_model("find_context_blocks", model)
     return [
         ContextBlock(
             name,
@@ -165,9 +165,11 @@ def patch_se_blocks(
     Raises:
         ValueError: there is nothing to patch (the text says what the model has), the model is wrapped or is an SE block itself, it
             has been patched with other settings, or a setting is invalid.
-        TypeError: model is no module.
+        TypeError: model is no module, or a setting is of no such type.
     """
     swap = _checked_swap(model, num_codes, smoothing, rd_ratio, pool)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"patch_se_blocks: filter_fn must be a function, got {filter_fn!r}")
     found = list(named_blocks(model)) + (list(empty_slots(model)) if fill_empty else [])
     chosen = [(block, source) for block, source in found if filter_fn is None or filter_fn(block.name, source)]
     patched = list(_patched_blocks(model))
@@ -189,8 +191,7 @@ def patch_se_blocks(
 
 
 def _checked_swap(model: nn.Module, num_codes: int, smoothing: str | float, rd_ratio: float | None, pool: str) -> _Swap:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch_se_blocks: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model("patch_se_blocks", model)
     if wrapper := _wrapper(model):
         raise ValueError(f"patch_se_blocks: model must not be wrapped yet, got {wrapper}: patch first, then wrap it")
     if kind_of(model):
@@ -199,8 +200,8 @@ def _checked_swap(model: nn.Module, num_codes: int, smoothing: str | float, rd_r
         )
     check_smoothing(smoothing, "patch_se_blocks")
     check_sizes("patch_se_blocks", num_codes=num_codes)
-    if rd_ratio is not None and not 0 < rd_ratio < math.inf:
-        raise ValueError(f"patch_se_blocks: rd_ratio must be a positive number, got {rd_ratio}")
+    if rd_ratio is not None:
+        check_ratio("patch_se_blocks", rd_ratio)
     ContextEncoding(1, 1, rd_channels=1, pool=pool, device="meta")  # its own check of pool
     return _Swap(num_codes, smoothing if isinstance(smoothing, str) else float(smoothing), rd_ratio, pool)
 
@@ -277,6 +278,7 @@ def restore_se_blocks(model: nn.Module) -> nn.Module:
         RuntimeError: a block has no undo record, since the model was copied or unpickled after patching; or the SE blocks
             were taken out on the meta device, where they have no values, and the model has left it.
     """
+    check_model("restore_se_blocks", model)
     patched = list(_patched_blocks(model))
     for name, block in patched:
         if block not in _originals:

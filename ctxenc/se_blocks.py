@@ -136,7 +136,18 @@ def find_se_blocks(model: nn.Module) -> list[SEBlock]:
     Returns:
         A record a block; an empty list where there are none.
     """
+    check_model("find_se_blocks", model)
     return [block for block, _ in named_blocks(model)]
+
+
+def check_model(name: str, model: object) -> None:
+    """Accept modules.
+
+    Raises:
+        TypeError: model is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def what_it_has(model: nn.Module, filtered: bool) -> str:

@@ -321,5 +321,21 @@ def test_large_maps_take_a_convolution(layout, offset, shared):
     x = lay_out(torch.randn(2, 512, 33, 32, generator=generator) + offset, layout)
     assert torch_encode._convolves(x.flatten(2))
     codewords = torch.randn(8, 512, generator=generator) / 4 + offset
-    smoothing = torch.rand(() if shared else (8,), generator=generator) / 512
-    assert_right(ctxenc.encode, (x, codewords, smoothing, torch.randn(2, 8, 512, generator=generator)))
+    smoothing = torch.rand(() if shared else (8,), generator=generator) / 16
+    problem = x, codewords, smoothing, torch.randn(2, 8, 512, generator=generator)
+    assert_right(ctxenc.encode, problem)
+    got = results(ctxenc.encode, *problem)
+    exact = results(flat_reference, *(tensor.double() for tensor in problem))
+    for name, wanted in exact.items():  # the tolerance is wide at this N: an error of 1e-4 in the product would pass
+        assert (got[name] - wanted).abs().max() < 2e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("away", [1e2, 1e4])
+def test_one_codeword_far_away_spoils_no_other(away, shared):
+    generator = torch.Generator().manual_seed(3)
+    x, codewords = torch.randn(2, 64, 400, generator=generator), torch.randn(16, 64, generator=generator) / 10
+    codewords[0] = away
+    smoothing = torch.rand(() if shared else (16,), generator=generator) / 64
+    exact = reference.encode(x.double(), codewords.double(), smoothing.double())[:, 1:]
+    assert (ctxenc.encode(x, codewords, smoothing)[:, 1:] - exact).abs().max() < 1e-6 * exact.abs().max()

@@ -116,3 +116,42 @@ def test_patched_models_are_wrapped() -> None:
     model = nn.parallel.DistributedDataParallel(patch_se_blocks(Toy()))
     model(X).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("function", [ctxenc.find_se_blocks, ctxenc.find_context_blocks, ctxenc.restore_se_blocks])
+def test_what_is_no_module(function):
+    with pytest.raises(TypeError, match=f"^{function.__name__}: model must be a torch.nn.Module, got str$"):
+        function("seresnet50")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"rd_ratio": "0.1"}, "rd_ratio must be a positive number, got '0.1'"),
+        ({"rd_ratio": None}, "rd_ratio must be a positive number, got None"),
+        ({"act_layer": "relu"}, "act_layer must be a class or a function, got 'relu'"),
+        ({"norm_layer": "bn"}, "norm_layer must be a class or a function, got 'bn'"),
+    ],
+)
+def test_arguments_of_another_type(keywords, message):
+    with pytest.raises(TypeError, match=f"^ContextEncoding: {message}$"):
+        ctxenc.ContextEncoding(16, 4, **keywords)
+
+
+def test_patching_takes_a_function_and_a_number():
+    model = torch.nn.Sequential()
+    with pytest.raises(TypeError, match=r"^patch_se_blocks: filter_fn must be a function, got 3$"):
+        ctxenc.patch_se_blocks(model, filter_fn=3)
+    with pytest.raises(TypeError, match=r"^patch_se_blocks: rd_ratio must be a positive number, got '1'$"):
+        ctxenc.patch_se_blocks(model, rd_ratio="1")
+
+
+def test_a_map_of_another_shape():
+    with pytest.raises(ValueError, match=r"^ContextEncoding: x must have shape \(B, C, H, W\), got \(2, 16, 5\)$"):
+        ctxenc.ContextEncoding(16, 4)(torch.randn(2, 16, 5))
+
+
+def test_numbers_of_numpy_are_numbers():
+    np = pytest.importorskip("numpy")
+    x, codewords = torch.randn(2, 8, 5), torch.randn(3, 8)
+    assert torch.equal(ctxenc.encode(x, codewords, np.float32(0.5)), ctxenc.encode(x, codewords, 0.5))

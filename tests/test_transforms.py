@@ -118,10 +118,13 @@ def test_symbolic_trace_draws_at_every_call():
     assert not torch.equal(traced(x), wanted)
 
 
-def test_symbolic_trace_keeps_the_check_of_the_batch():
-    traced = torch.fx.symbolic_trace(ContextEncoding(8, 4))
-    with pytest.raises(ValueError, match="ContextEncoding: in training x must give BatchNorm more than one value"):
-        traced(torch.randn(1, 8, 1, 1))
+def test_symbolic_trace_of_training_serves_evaluation():
+    """The check of the batch is not frozen into the graph: BatchNorm has one of its own."""
+    block = ContextEncoding(8, 4)
+    traced, x = torch.fx.symbolic_trace(block), torch.randn(1, 8, 1, 1)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        traced(x)
+    assert torch.equal(traced.eval()(x), block.eval()(x))
 
 
 def test_feature_extractors():
