@@ -127,10 +127,10 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder of path does not take a file. Raised before the body runs where that can be known.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        if path.is_dir():
+        if path.is_dir():  # first: "." has no name to put a temporary one in place of
             raise IsADirectoryError(None, "Is a directory")
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
         temporary.touch()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
@@ -140,6 +140,8 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        if error.filename and str(error.filename) != str(temporary):
+            raise  # the body met it in another file
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

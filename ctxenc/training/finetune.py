@@ -119,9 +119,9 @@ def new_folder(out: Path | None) -> Path:
     if out is None:
         numbers = [int(each.name) for each in RUNS.glob("*") if each.name.isdecimal()]
         out = RUNS / f"{max(numbers, default=0) + 1:03d}"
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
     try:
+        if (out / "config.json").exists():
+            raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"--out {out} is not empty")
         out.mkdir(parents=True, exist_ok=True)

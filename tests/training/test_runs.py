@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import threading
@@ -126,6 +127,15 @@ class TestAtomic:
         stop.set()
         thread.join()
         assert seen <= {"0" * 100_000, "1" * 100_000}
+
+    def test_an_error_with_another_file_is_not_called_one_of_writing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="elsewhere"), runs.atomic(tmp_path / "file.txt"):
+            (tmp_path / "elsewhere").read_bytes()
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(UserError, match=r"cannot write .*file\.txt"), runs.atomic(tmp_path / "file.txt") as temporary:
+            temporary.unlink()
+        with pytest.raises(UserError, match=r"cannot write .*file\.txt"), runs.atomic(tmp_path / "file.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     @pytest.mark.parametrize("name", ["file.txt/below", "missing/file", "."])
     def test_what_cannot_be_written_is_told_before_the_body(self, tmp_path, name):
