@@ -385,6 +385,13 @@ class TestExport:
         monkeypatch.setattr(export, "load_run", lambda *arguments: pytest.fail("the model was built"))
         assert "--onnx FILE or --torch-export FILE" in refused("export", run_folder)
         assert "must end in .pt2" in refused("export", run_folder, "--torch-export", tmp_path / "model.onnx")
+        (tmp_path / "sub").mkdir()
+        same = ("--onnx", tmp_path / "a.pt2", "--torch-export", tmp_path / "sub" / ".." / "a.pt2")
+        assert "--onnx and --torch-export must name two files" in refused("export", run_folder, *same)
+        (tmp_path / "sub").rmdir()
+        pytest.importorskip("onnx")
+        for folder in (".", "..", tmp_path):
+            assert f"cannot write {folder}: Is a directory" in refused("export", run_folder, "--onnx", folder)
         (tmp_path / "file").touch()
         for target in (tmp_path / "none" / "a.pt2", tmp_path / "file" / "a.pt2"):
             assert f"cannot write {target}" in refused("export", run_folder, "--torch-export", target)
