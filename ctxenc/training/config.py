@@ -96,13 +96,14 @@ def _is_data_config(value: Any) -> bool:
     )
 
 
+MODEL_KWARGS_RULE: tuple[str, Callable[[Any], bool]] = (
+    "keyword arguments of timm.create_model without num_classes, checkpoint_path, cache_dir or pretrained*",
+    _is_model_kwargs,
+)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format": (f"the integer {FORMAT}", lambda value: type(value) is int and value == FORMAT),
     "model": ("the name of a timm architecture", lambda value: isinstance(value, str) and bool(value)),
-    "model_kwargs": (
-        "keyword arguments of timm.create_model without num_classes, checkpoint_path, cache_dir or pretrained*",
-        _is_model_kwargs,
-    ),
+    "model_kwargs": MODEL_KWARGS_RULE,
     "classes": (
         "a non-empty list of class names",
         lambda value: isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value),

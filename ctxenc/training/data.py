@@ -312,18 +312,28 @@ def _base(source: Source) -> Source:
 
 
 def train_transform(settings: Settings, data_config: dict[str, Any]) -> Any:
-    """The training transform of timm for ``data_config`` with the augmentation of ``settings``."""
-    return create_transform(
-        input_size=data_config["input_size"],
-        is_training=True,
-        scale=(settings.crop_scale, 1.0),
-        color_jitter=settings.color_jitter,
-        auto_augment=settings.auto_augment,
-        re_prob=settings.random_erase,
-        interpolation=data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-    )
+    """The training transform of timm for ``data_config`` with the augmentation of ``settings``.
+
+    Raises:
+        UserError: The policy of --auto-augment is not one of timm's.
+    """
+    try:
+        return create_transform(
+            input_size=data_config["input_size"],
+            is_training=True,
+            scale=(settings.crop_scale, 1.0),
+            color_jitter=settings.color_jitter,
+            auto_augment=settings.auto_augment,
+            re_prob=settings.random_erase,
+            interpolation=data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+        )
+    except Exception as error:  # timm asserts, or fails to read a number
+        if settings.auto_augment is None:
+            raise
+        rule = "must be a policy of timm, such as rand-m9-mstd0.5"
+        raise UserError(f"--auto-augment {rule}, got {settings.auto_augment!r}: {one_line(error)}") from error
 
 
 def eval_transform(data_config: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """ctxenc finetune: train a timm model with its SE blocks swapped, beside the SE network or alone."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterable
@@ -12,10 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
+from torch import nn
 
 from ctxenc.training import settings as options
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.data import Datasets, build_datasets, verify
+from ctxenc.training.data import Datasets, build_datasets, train_transform, verify
 from ctxenc.training.loop import Trainer, make_accelerator, make_optimizer
 from ctxenc.training.report import write_report
 from ctxenc.training.runs import RunConfig, build_model, check_model_name, installed_versions, read_config, write_config
@@ -131,11 +133,11 @@ def new_folder(out: Path | None) -> Path:
 
 
 def arm_configs(settings: Settings, datasets: Datasets, pretrained: bool) -> dict[str, RunConfig]:
-    """The configuration of each arm. Each network and its optimiser are made once, so that what is wrong shows here.
+    """The configuration of each arm. What training needs of it is made and run once, so that what is wrong shows here.
 
     Raises:
-        UserError: The model is unknown, does not take its arguments, has no weights to be had where it is to be
-            ``pretrained``, or has nothing to swap; or the optimiser cannot be made.
+        UserError: The model is unknown, does not take its arguments or the images, has no weights to be had where it
+            is to be ``pretrained``, or has nothing to swap; or the optimiser or the transform cannot be made.
     """
     check_model_name(settings.model)
     known = get_pretrained_cfg(settings.model)
@@ -153,8 +155,30 @@ def arm_configs(settings: Settings, datasets: Datasets, pretrained: bool) -> dic
             settings=settings.as_dict(),
             versions=installed_versions(),
         )
-        make_optimizer(build_model(configs[arm], pretrained), settings)
+        train_transform(settings, configs[arm].data_config)
+        network = build_model(configs[arm], pretrained)
+        make_optimizer(network, settings)
+        check_forward(network, configs[arm])
     return configs
+
+
+def check_forward(network: nn.Module, config: RunConfig) -> None:
+    """Runs ``network`` in eval mode on a blank image.
+
+    Raises:
+        UserError: It fails, or gives something else than one logit a class.
+    """
+    size = config.data_config["input_size"]
+    name = f"--model {config.model} --model-kwargs '{json.dumps(config.model_kwargs)}'"
+    images = f"images of {' x '.join(map(str, size))}"
+    try:
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(1, *size))
+    except Exception as error:  # any layer may refuse, each in its way
+        raise UserError(f"{name} cannot run on {images}: {type(error).__name__}: {one_line(error)}") from error
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != (1, len(config.classes)):
+        raise UserError(f"{name} must give {len(config.classes)} logits an image, got {found} for {images}")
 
 
 def write_configs(folder: Path, configs: dict[str, RunConfig], settings: Settings) -> None:

@@ -5,7 +5,6 @@ RUN/<arm>-<seed>/config.json  metrics.csv  last.safetensors  best.safetensors  s
 """
 
 import csv
-import difflib
 import importlib.metadata
 import os
 import platform
@@ -18,11 +17,12 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import nn
 
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training.config import RunConfig, atomic, read_config, write_config
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, near_names, one_line
 
 __all__ = [
     "SCORE",
@@ -62,16 +62,17 @@ def installed_versions() -> dict[str, str]:
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError, with near names, unless name is an architecture that timm knows."""
+    """Raise UserError, with near names, unless timm knows the architecture, and the pretrained tag if name has one."""
     if not timm.is_model(name):
         raise unknown_model(name, timm.list_models())
+    architecture, tag = split_model_name_tag(name)
+    if tag and name not in (tagged := get_arch_pretrained_cfgs(architecture)):
+        raise unknown_model(name, [architecture, *tagged])
 
 
 def unknown_model(name: str, known: Sequence[str]) -> UserError:
     """The error for a model that is not among the known ones; it names the nearest."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"near names: {', '.join(near)}" if near else f"{len(known)} others are known"
-    return UserError(f"unknown model {name!r}; {hint}")
+    return UserError(f"unknown model {name!r}; {near_names(name, known)}")
 
 
 def build_model(config: RunConfig, pretrained: bool = False) -> nn.Module:

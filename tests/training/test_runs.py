@@ -132,7 +132,10 @@ class TestAtomic:
         with pytest.raises(FileNotFoundError, match="elsewhere"), runs.atomic(tmp_path / "file.txt"):
             (tmp_path / "elsewhere").read_bytes()
         assert not list(tmp_path.iterdir())
-        with pytest.raises(UserError, match=r"cannot write .*file\.txt"), runs.atomic(tmp_path / "file.txt") as temporary:
+        with (
+            pytest.raises(UserError, match=r"cannot write .*file\.txt"),
+            runs.atomic(tmp_path / "file.txt") as temporary,
+        ):
             temporary.unlink()
         with pytest.raises(UserError, match=r"cannot write .*file\.txt"), runs.atomic(tmp_path / "file.txt"):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -160,7 +163,10 @@ class TestBuild:
             ({"model": "seresnet5O"}, "unknown model 'seresnet5O'; near names: seresnet50"),
             ({"model": "hf-hub:timm/resnet50"}, "unknown model"),
             ({"model": "local-dir:/tmp/model"}, "unknown model"),
-            ({"model": "test_efficientnet.nonsense"}, "cannot build test_efficientnet.nonsense"),
+            (
+                {"model": "test_efficientnet.nonsense"},
+                "unknown model 'test_efficientnet.nonsense'; near names: test_eff",
+            ),
             ({"model_kwargs": {"nonsense": 1}}, "cannot build test_efficientnet: TypeError"),
             ({"model": "test_resnet"}, "test_resnet: patch_se_blocks"),
             ({"swap": {"num_codes": 0}}, "num_codes"),
