@@ -167,6 +167,15 @@ class TestFolders:
         assert data.build_datasets(settings).val.targets == [0, 1]
 
 
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "big.tif", "grey.pgm"])
+def test_sixteen_bits_keep_their_tones(tmp_path, name):
+    tones = np.arange(0, 65536, 64, dtype=">u2" if name == "big.tif" else "<u2").reshape(32, 32)
+    Image.fromarray(tones).save(tmp_path / name)
+    image = data.open_image(tmp_path / name)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.stack([tones // 256] * 3, axis=-1))
+
+
 class TestBrokenImages:
     def damage(self, path, kind):
         whole = path.read_bytes()
