@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from ctxenc.training.runs import RunConfig, build_model, check_model_name, insta
 from ctxenc.training.settings import PHOTOGRAPHS, Settings
 
 RUNS = Path("runs")
+UNFINISHED = re.compile(r"\.config\.\d+\.json")  # what a kill in the writing of the first configuration leaves
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +126,7 @@ def new_folder(out: Path | None) -> Path:
     try:
         if (out / "config.json").exists():
             raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and not all(UNFINISHED.fullmatch(each.name) for each in out.iterdir()):
             raise UserError(f"--out {out} is not empty")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -182,7 +184,11 @@ def check_forward(network: nn.Module, config: RunConfig) -> None:
 
 
 def write_configs(folder: Path, configs: dict[str, RunConfig], settings: Settings) -> None:
-    """Writes the configuration of the run, and of each arm and seed into a folder of its own."""
+    """Writes the configuration of the run, and of each arm and seed into a folder of its own.
+
+    That of the run comes first: whatever cuts this off later leaves a run that --resume takes, and that mends the rest.
+    """
+    write_config(folder, configs[settings.arm_names[-1]])
     for arm, config in configs.items():
         for seed in settings.seed_list:
             own = folder / f"{arm}-{seed}"
@@ -191,7 +197,6 @@ def write_configs(folder: Path, configs: dict[str, RunConfig], settings: Setting
             except OSError as error:
                 raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
             write_config(own, config)
-    write_config(folder, configs[settings.arm_names[-1]])
 
 
 def describe(settings: Settings, datasets: Datasets) -> str:
