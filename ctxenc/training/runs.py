@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IMODE
 
 import safetensors.torch
 import timm
@@ -107,10 +108,13 @@ def save_weights(path: Path, model: nn.Module) -> None:
         UserError: The file cannot be written.
     """
     with atomic(path) as temporary:
+        mode = temporary.stat().st_mode  # that of any new file; safetensors makes its files for the owner alone
         try:
             safetensors.torch.save_model(model, str(temporary))
         except SafetensorError as error:
             raise UserError(f"cannot write {path}: {one_line(error)}") from error
+        with suppress(PermissionError):  # a file system without modes
+            temporary.chmod(S_IMODE(mode))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -120,6 +124,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         UserError: The file is missing, damaged or of another model. The model is then unchanged.
     """
     try:
+        path.open("rb").close()  # for the system's reason: safetensors calls missing whatever it cannot open
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             aliases = file.metadata() or {}  # second names of shared tensors

@@ -35,6 +35,7 @@ class TestRun:
         assert files == shared | {f"{arm}/{name}" for arm in arms for name in own}
         for arm in arms:
             assert [path.name for path in (done / arm / "state").iterdir()] == ["epoch-00002"]
+        assert len({path.stat().st_mode for path in done.rglob("*") if path.is_file()}) == 1
 
     def test_metrics(self, done):
         with open(done / "metrics.csv", newline="") as file:

@@ -1,6 +1,8 @@
 import errno
 import json
+import os
 import shutil
+import stat
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -210,8 +212,20 @@ class TestWeights:
             runs.load_weights(runs.build_model(config), path)
 
     def test_missing(self, config, tmp_path):
-        with pytest.raises(UserError, match="cannot read"):
-            runs.load_weights(runs.build_model(config), tmp_path / "w.safetensors")
+        model, path = runs.build_model(config), tmp_path / "w.safetensors"
+        with pytest.raises(UserError, match=r"cannot read .*w\.safetensors: No such file or directory"):
+            runs.load_weights(model, path)
+        path.symlink_to(path)  # as root, no file is forbidden
+        with pytest.raises(UserError, match=r"cannot read .*w\.safetensors: Too many levels of symbolic links"):
+            runs.load_weights(model, path)
+
+    def test_are_as_open_as_other_files(self, config, tmp_path):
+        before = os.umask(0o027)
+        try:
+            runs.save_weights(tmp_path / "w.safetensors", runs.build_model(config))
+        finally:
+            os.umask(before)
+        assert stat.filemode((tmp_path / "w.safetensors").stat().st_mode) == "-rw-r-----"
 
     def test_of_another_model_leaves_the_model_unchanged(self, config, tmp_path):
         path = tmp_path / "w.safetensors"
