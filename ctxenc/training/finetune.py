@@ -160,12 +160,13 @@ def arm_configs(settings: Settings, datasets: Datasets, pretrained: bool) -> dic
         train_transform(settings, configs[arm].data_config)
         network = build_model(configs[arm], pretrained)
         make_optimizer(network, settings)
-        check_forward(network, configs[arm])
+        # A norm over one image refuses a map of one pixel, in training alone.
+        check_forward(network.train(settings.batch_size == 1), configs[arm])
     return configs
 
 
 def check_forward(network: nn.Module, config: RunConfig) -> None:
-    """Runs ``network`` in eval mode on a blank image.
+    """Runs ``network`` on a blank image.
 
     Raises:
         UserError: It fails, or gives something else than one logit a class.
@@ -175,7 +176,7 @@ def check_forward(network: nn.Module, config: RunConfig) -> None:
     images = f"images of {' x '.join(map(str, size))}"
     try:
         with torch.no_grad():
-            logits = network.eval()(torch.zeros(1, *size))
+            logits = network(torch.zeros(1, *size))
     except Exception as error:  # any layer may refuse, each in its way
         raise UserError(f"{name} cannot run on {images}: {type(error).__name__}: {one_line(error)}") from error
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

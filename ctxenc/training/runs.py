@@ -96,7 +96,7 @@ def build_model(config: RunConfig, pretrained: bool = False) -> nn.Module:
     if config.swap is not None:
         try:
             patch_se_blocks(model, **config.swap)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # the last where the memory does not hold the codewords
             raise UserError(f"{config.model}: {one_line(error)}") from error
     return model
 
