@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ctxenc
-from ctxenc.training.console import UserError
+from ctxenc.training.console import UserError, one_line
 
 
 class Command(NamedTuple):
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C, 141 when the reader of
-        the output has gone. With CTXENC_TRACEBACK=1 errors are raised as they are.
+        The exit code: 0, 2 for a mistake of the user or a file that the system refuses (one line on stderr), 130
+        after Ctrl-C, 141 when the reader of the output has gone. With CTXENC_TRACEBACK=1 errors are raised as they are.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     chosen = next((each for each in arguments if not each.startswith("-")), None)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout once more at exit, which would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (UserError, ModuleNotFoundError, KeyboardInterrupt) as error:
+    except (UserError, OSError, ModuleNotFoundError, KeyboardInterrupt) as error:
         message, code = explain(error, chosen)
         if not message or os.environ.get("CTXENC_TRACEBACK") == "1":
             raise
@@ -84,6 +84,8 @@ def explain(error: BaseException, chosen: str | None) -> tuple[str, int]:
             return "", 1
         extra = COMMANDS[chosen].extra
         return f"error: {chosen} needs the package {error.name}: pip install 'ctxenc[{extra}]'", 2
+    if isinstance(error, OSError):
+        return f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {one_line(error)}", 2
     return f"error: {error}", 2
 
 

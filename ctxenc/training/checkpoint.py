@@ -11,8 +11,10 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from accelerate import Accelerator
@@ -73,7 +75,10 @@ def save_state(accelerator: Accelerator, arm: Path, progress: Progress, ema: nn.
                 save_weights(temporary / "ema.safetensors", ema)
             write_predictions(temporary / "predictions.csv", progress.predictions)
             (temporary / "progress.json").write_text(json.dumps({"rows": progress.rows}), encoding="utf-8")
+            mode = S_IMODE((temporary / "progress.json").stat().st_mode)
             for path in temporary.iterdir():
+                with suppress(PermissionError):  # a file system without modes
+                    path.chmod(mode)  # safetensors makes its files for the owner alone
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -92,6 +97,8 @@ def load_state(accelerator: Accelerator, state: Path, ema: nn.Module | None) -> 
         UserError: The state is damaged or of another model.
     """
     try:
+        for path in state.iterdir():
+            path.open("rb").close()  # for the system's reason: safetensors calls missing whatever it cannot open
         accelerator.load_state(str(state))
         rows = json.loads((state / "progress.json").read_text(encoding="utf-8"))["rows"]
         predictions = read_predictions(state / "predictions.csv")

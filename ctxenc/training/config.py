@@ -96,13 +96,14 @@ def _is_data_config(value: Any) -> bool:
     )
 
 
+MODEL_KWARGS_RULE: tuple[str, Callable[[Any], bool]] = (
+    "keyword arguments of timm.create_model without num_classes, checkpoint_path, cache_dir or pretrained*",
+    _is_model_kwargs,
+)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format": (f"the integer {FORMAT}", lambda value: type(value) is int and value == FORMAT),
     "model": ("the name of a timm architecture", lambda value: isinstance(value, str) and bool(value)),
-    "model_kwargs": (
-        "keyword arguments of timm.create_model without num_classes, checkpoint_path, cache_dir or pretrained*",
-        _is_model_kwargs,
-    ),
+    "model_kwargs": MODEL_KWARGS_RULE,
     "classes": (
         "a non-empty list of class names",
         lambda value: isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value),
@@ -127,10 +128,10 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder of path does not take a file. Raised before the body runs where that can be known.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        if path.is_dir():
+        if path.is_dir():  # first: "." has no name to put a temporary one in place of
             raise IsADirectoryError(None, "Is a directory")
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
         temporary.touch()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
@@ -140,6 +141,8 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        if error.filename and str(error.filename) != str(temporary):
+            raise  # the body met it in another file
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

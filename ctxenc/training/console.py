@@ -1,6 +1,7 @@
 """What the commands share at the terminal: the one-line error, tables and common arguments."""
 
 import argparse
+import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """The text of an error of another library, on one line of at most limit characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def near_names(name: str, known: Sequence[str]) -> str:
+    """A hint for a name that is not among the known ones: the nearest, or how many there are."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"near names: {', '.join(near)}" if near else f"{len(known)} others are known"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:

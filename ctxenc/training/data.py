@@ -1,5 +1,6 @@
 """The data sets: where images come from, how they are split, and the transforms that timm makes of a configuration."""
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
+from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from ctxenc.training import photographs
@@ -40,30 +43,34 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """An image folder as timm reads it: one class a folder that holds images.
+    """An image folder: one class a folder that holds images, under its own name and in timm's order.
 
-    Images are opened here, since timm's own dataset replaces one that it cannot open by its neighbour.
+    It is not read by timm, whose reader leaves out what it cannot read and joins folders of one name, and whose
+    dataset replaces an image that it cannot open by its neighbour.
+
+    Args:
+        folder: Holds the class folders, at any depth.
+        class_to_index: The numbering of classes (default: in the order of their names).
 
     Raises:
-        UserError: There is no such folder, or no image in class folders.
+        UserError: There is no such folder, an image lies in no class folder, a class folder holds none, two have one
+            name, or one is not in ``class_to_index``.
     """
 
     def __init__(self, folder: Path, class_to_index: dict[str, int] | None = None) -> None:
         if not folder.is_dir():
             raise UserError(f"no image folder at {folder}")
-        try:
-            self.reader = create_dataset(
-                "", root=str(folder), search_split=False, class_map=class_to_index or {}
-            ).reader
-        except RuntimeError as error:
-            raise UserError(f"{folder} holds no images of known classes in folders: {one_line(error)}") from error
-        self.class_to_index: dict[str, int] = self.reader.class_to_idx
+        images = class_images(folder)
+        self.class_to_index = class_to_index or {
+            name: index for index, name in enumerate(sorted(images, key=natural_key))
+        }
+        if unknown := sorted(images.keys() - self.class_to_index.keys()):
+            raise UserError(f"{folder} has the class {unknown[0]}, which the training set lacks")
         self.classes = list(self.class_to_index)
-        self.paths, targets = zip(*self.reader.samples, strict=True)
-        self.targets = list(targets)
-        if "" in self.class_to_index:
-            stray = self.paths[self.targets.index(self.class_to_index[""])]
-            raise UserError(f"{stray} lies in no class folder: {folder} must hold one folder a class")
+        samples = [(path, self.class_to_index[name]) for name, paths in images.items() for path in paths]
+        samples.sort(key=lambda sample: natural_key(sample[0]))
+        self.paths = [path for path, _ in samples]
+        self.targets = [target for _, target in samples]
 
     def image(self, index: int) -> Image.Image:
         """Sample ``index``, decoded.
@@ -76,6 +83,36 @@ class FolderSource:
     def name(self, index: int) -> str:
         """The path of sample ``index``."""
         return self.paths[index]
+
+
+def class_images(folder: Path) -> dict[str, list[str]]:
+    """The paths of the images below ``folder`` by the name of the folder that they lie in.
+
+    Raises:
+        UserError: There are none, one lies in no class folder, a class folder holds none, or two have one name.
+        OSError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    images: dict[str, list[str]] = {}
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders.sort()
+        name = os.path.basename(root)
+        found = [os.path.join(root, file) for file in sorted(files) if Path(file).suffix.lower() in IMG_EXTENSIONS]
+        if root == str(folder):
+            if found:
+                raise UserError(f"{found[0]} lies in no class folder: {folder} must hold one folder a class")
+        elif found:
+            if name in images:
+                raise UserError(f"two folders of the class {name}: {os.path.dirname(images[name][0])} and {root}")
+            images[name] = found
+        elif not folders and not name.startswith("."):  # .ipynb_checkpoints and the like are no classes
+            raise UserError(f"the class folder {root} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    if not images:
+        raise UserError(f"{folder} holds no images in class folders")
+    return images
 
 
 class CifarSource:
@@ -187,6 +224,9 @@ def open_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                # 16 bits a pixel, which convert() would clip at 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or one_line(error).replace(repr(str(path)), "it")
@@ -231,7 +271,7 @@ def validation_source(settings: Settings, classes: Sequence[str], data: str | No
             raise UserError(f"the classes of --data {settings.data} are no longer those that the run was trained on")
         return source
     folder = Path(data)
-    return _fixed_classes(_split_folder(folder, VAL_NAMES) or folder, {name: i for i, name in enumerate(classes)})
+    return FolderSource(_split_folder(folder, VAL_NAMES) or folder, {name: i for i, name in enumerate(classes)})
 
 
 def _folder_of(settings: Settings) -> Path:
@@ -247,7 +287,7 @@ def _folder_datasets(folder: Path, settings: Settings) -> Datasets:
     train_folder, val_folder = _split_folder(folder, TRAIN_NAMES), _split_folder(folder, VAL_NAMES)
     if train_folder and val_folder:
         train = FolderSource(train_folder)
-        return Datasets(train, _fixed_classes(val_folder, train.class_to_index))
+        return Datasets(train, FolderSource(val_folder, train.class_to_index))
     whole = FolderSource(train_folder or folder)
     train_indices, val_indices = stratified_split(whole, settings.val_fraction, settings.seed)
     return Datasets(Subset(whole, train_indices), Subset(whole, val_indices))
@@ -255,14 +295,6 @@ def _folder_datasets(folder: Path, settings: Settings) -> Datasets:
 
 def _split_folder(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_dir()), None)
-
-
-def _fixed_classes(folder: Path, class_to_index: dict[str, int]) -> FolderSource:
-    """The images of ``folder`` under a given numbering of classes; a class beyond those is an error."""
-    own = FolderSource(folder)
-    if unknown := sorted(own.class_to_index.keys() - class_to_index.keys()):
-        raise UserError(f"{folder} has the class {unknown[0]}, which the training set lacks")
-    return FolderSource(folder, class_to_index)
 
 
 def stratified_split(source: Source, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -312,18 +344,28 @@ def _base(source: Source) -> Source:
 
 
 def train_transform(settings: Settings, data_config: dict[str, Any]) -> Any:
-    """The training transform of timm for ``data_config`` with the augmentation of ``settings``."""
-    return create_transform(
-        input_size=data_config["input_size"],
-        is_training=True,
-        scale=(settings.crop_scale, 1.0),
-        color_jitter=settings.color_jitter,
-        auto_augment=settings.auto_augment,
-        re_prob=settings.random_erase,
-        interpolation=data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-    )
+    """The training transform of timm for ``data_config`` with the augmentation of ``settings``.
+
+    Raises:
+        UserError: The policy of --auto-augment is not one of timm's.
+    """
+    try:
+        return create_transform(
+            input_size=data_config["input_size"],
+            is_training=True,
+            scale=(settings.crop_scale, 1.0),
+            color_jitter=settings.color_jitter,
+            auto_augment=settings.auto_augment,
+            re_prob=settings.random_erase,
+            interpolation=data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+        )
+    except Exception as error:  # timm asserts, or fails to read a number
+        if settings.auto_augment is None:
+            raise
+        rule = "must be a policy of timm, such as rand-m9-mstd0.5"
+        raise UserError(f"--auto-augment {rule}, got {settings.auto_augment!r}: {one_line(error)}") from error
 
 
 def eval_transform(data_config: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("export needs --onnx FILE or --torch-export FILE")
     if args.torch_export and args.torch_export.suffix != ".pt2":
         raise UserError(f"--torch-export: the file name must end in .pt2, got {args.torch_export}")
+    if args.onnx and args.torch_export and os.path.realpath(args.onnx) == os.path.realpath(args.torch_export):
+        raise UserError(f"--onnx and --torch-export must name two files, got {args.onnx} and {args.torch_export}")
     if args.onnx:
         import onnx  # noqa: F401  (before anything is built: the extra may be missing)
         import onnxscript  # noqa: F401

@@ -1,6 +1,8 @@
 """ctxenc finetune: train a timm model with its SE blocks swapped, beside the SE network or alone."""
 
 import argparse
+import json
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -12,16 +14,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
+from torch import nn
 
 from ctxenc.training import settings as options
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.data import Datasets, build_datasets, verify
+from ctxenc.training.data import Datasets, build_datasets, train_transform, verify
 from ctxenc.training.loop import Trainer, make_accelerator, make_optimizer
 from ctxenc.training.report import write_report
 from ctxenc.training.runs import RunConfig, build_model, check_model_name, installed_versions, read_config, write_config
 from ctxenc.training.settings import PHOTOGRAPHS, Settings
 
 RUNS = Path("runs")
+UNFINISHED = re.compile(r"\.config\.\d+\.json")  # what a kill in the writing of the first configuration leaves
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,10 +123,10 @@ def new_folder(out: Path | None) -> Path:
     if out is None:
         numbers = [int(each.name) for each in RUNS.glob("*") if each.name.isdecimal()]
         out = RUNS / f"{max(numbers, default=0) + 1:03d}"
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
     try:
-        if out.is_dir() and any(out.iterdir()):
+        if (out / "config.json").exists():
+            raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
+        if out.is_dir() and not all(UNFINISHED.fullmatch(each.name) for each in out.iterdir()):
             raise UserError(f"--out {out} is not empty")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,11 +135,11 @@ def new_folder(out: Path | None) -> Path:
 
 
 def arm_configs(settings: Settings, datasets: Datasets, pretrained: bool) -> dict[str, RunConfig]:
-    """The configuration of each arm. Each network and its optimiser are made once, so that what is wrong shows here.
+    """The configuration of each arm. What training needs of it is made and run once, so that what is wrong shows here.
 
     Raises:
-        UserError: The model is unknown, does not take its arguments, has no weights to be had where it is to be
-            ``pretrained``, or has nothing to swap; or the optimiser cannot be made.
+        UserError: The model is unknown, does not take its arguments or the images, has no weights to be had where it
+            is to be ``pretrained``, or has nothing to swap; or the optimiser or the transform cannot be made.
     """
     check_model_name(settings.model)
     known = get_pretrained_cfg(settings.model)
@@ -153,12 +157,39 @@ def arm_configs(settings: Settings, datasets: Datasets, pretrained: bool) -> dic
             settings=settings.as_dict(),
             versions=installed_versions(),
         )
-        make_optimizer(build_model(configs[arm], pretrained), settings)
+        train_transform(settings, configs[arm].data_config)
+        network = build_model(configs[arm], pretrained)
+        make_optimizer(network, settings)
+        # A norm over one image refuses a map of one pixel, in training alone.
+        check_forward(network.train(settings.batch_size == 1), configs[arm])
     return configs
 
 
+def check_forward(network: nn.Module, config: RunConfig) -> None:
+    """Runs ``network`` on a blank image.
+
+    Raises:
+        UserError: It fails, or gives something else than one logit a class.
+    """
+    size = config.data_config["input_size"]
+    name = f"--model {config.model} --model-kwargs '{json.dumps(config.model_kwargs)}'"
+    images = f"images of {' x '.join(map(str, size))}"
+    try:
+        with torch.no_grad():
+            logits = network(torch.zeros(1, *size))
+    except Exception as error:  # any layer may refuse, each in its way
+        raise UserError(f"{name} cannot run on {images}: {type(error).__name__}: {one_line(error)}") from error
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != (1, len(config.classes)):
+        raise UserError(f"{name} must give {len(config.classes)} logits an image, got {found} for {images}")
+
+
 def write_configs(folder: Path, configs: dict[str, RunConfig], settings: Settings) -> None:
-    """Writes the configuration of the run, and of each arm and seed into a folder of its own."""
+    """Writes the configuration of the run, and of each arm and seed into a folder of its own.
+
+    That of the run comes first: whatever cuts this off later leaves a run that --resume takes, and that mends the rest.
+    """
+    write_config(folder, configs[settings.arm_names[-1]])
     for arm, config in configs.items():
         for seed in settings.seed_list:
             own = folder / f"{arm}-{seed}"
@@ -167,7 +198,6 @@ def write_configs(folder: Path, configs: dict[str, RunConfig], settings: Setting
             except OSError as error:
                 raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
             write_config(own, config)
-    write_config(folder, configs[settings.arm_names[-1]])
 
 
 def describe(settings: Settings, datasets: Datasets) -> str:

@@ -58,9 +58,12 @@ def make_optimizer(network: nn.Module, settings: Settings) -> Optimizer:
         UserError: It needs a package that is not there, or does not take these settings.
     """
     try:
-        return create_optimizer_v2(network, settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = create_optimizer_v2(network, settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
     except Exception as error:  # each optimiser has its own
         raise UserError(f"--opt {settings.opt}: {one_line(error)}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"--opt must do with first derivatives, got {settings.opt}")
+    return optimizer
 
 
 @dataclass(frozen=True)

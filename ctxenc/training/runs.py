@@ -5,7 +5,6 @@ RUN/<arm>-<seed>/config.json  metrics.csv  last.safetensors  best.safetensors  s
 """
 
 import csv
-import difflib
 import importlib.metadata
 import os
 import platform
@@ -13,16 +12,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IMODE
 
 import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import nn
 
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training.config import RunConfig, atomic, read_config, write_config
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, near_names, one_line
 
 __all__ = [
     "SCORE",
@@ -62,16 +63,17 @@ def installed_versions() -> dict[str, str]:
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError, with near names, unless name is an architecture that timm knows."""
+    """Raise UserError, with near names, unless timm knows the architecture, and the pretrained tag if name has one."""
     if not timm.is_model(name):
         raise unknown_model(name, timm.list_models())
+    architecture, tag = split_model_name_tag(name)
+    if tag and name not in (tagged := get_arch_pretrained_cfgs(architecture)):
+        raise unknown_model(name, [architecture, *tagged])
 
 
 def unknown_model(name: str, known: Sequence[str]) -> UserError:
     """The error for a model that is not among the known ones; it names the nearest."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"near names: {', '.join(near)}" if near else f"{len(known)} others are known"
-    return UserError(f"unknown model {name!r}; {hint}")
+    return UserError(f"unknown model {name!r}; {near_names(name, known)}")
 
 
 def build_model(config: RunConfig, pretrained: bool = False) -> nn.Module:
@@ -94,7 +96,7 @@ def build_model(config: RunConfig, pretrained: bool = False) -> nn.Module:
     if config.swap is not None:
         try:
             patch_se_blocks(model, **config.swap)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # the last where the memory does not hold the codewords
             raise UserError(f"{config.model}: {one_line(error)}") from error
     return model
 
@@ -106,10 +108,13 @@ def save_weights(path: Path, model: nn.Module) -> None:
         UserError: The file cannot be written.
     """
     with atomic(path) as temporary:
+        mode = temporary.stat().st_mode  # that of any new file; safetensors makes its files for the owner alone
         try:
             safetensors.torch.save_model(model, str(temporary))
         except SafetensorError as error:
             raise UserError(f"cannot write {path}: {one_line(error)}") from error
+        with suppress(PermissionError):  # a file system without modes
+            temporary.chmod(S_IMODE(mode))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -119,6 +124,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         UserError: The file is missing, damaged or of another model. The model is then unchanged.
     """
     try:
+        path.open("rb").close()  # for the system's reason: safetensors calls missing whatever it cannot open
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             aliases = file.metadata() or {}  # second names of shared tensors

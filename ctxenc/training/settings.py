@@ -3,18 +3,20 @@
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any
 
+import torch
 from timm.optim import list_optimizers
 
-from ctxenc.training.console import UserError, add_swap_arguments, positive_int
+from ctxenc.training.config import MODEL_KWARGS_RULE
+from ctxenc.training.console import UserError, add_swap_arguments, near_names, positive_int
 
 ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
 PHOTOGRAPHS = "photographs"
+MAX_SEED = 2**32 - 1  # numpy's
 
 
 def option(default: Any, text: str, **keywords: Any) -> Any:
@@ -30,6 +32,7 @@ def flag(text: str) -> Any:
 def json_object(text: str) -> dict[str, Any]:
     """An argparse type: a JSON object."""
     value = json.loads(text)
+    json.dumps(value, allow_nan=False)  # Python reads NaN and 1e999, which no configuration may hold
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return value
@@ -99,8 +102,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise UserError(f"{option_name(name)} must be {rule}, got {value}")
+        if self.seed_list[-1] > MAX_SEED:
+            raise UserError(
+                f"--seed must be at most {MAX_SEED + 1 - self.seeds} with --seeds {self.seeds}, got {self.seed}"
+            )
         if self.opt not in (known := [str(each) for each in list_optimizers()]):
-            raise UserError(f"unknown --opt {self.opt!r}; near names: {', '.join(get_close_matches(self.opt, known))}")
+            raise _unknown_optimizer(self.opt, known)
         if self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
@@ -126,15 +133,22 @@ class Settings:
         return asdict(self)
 
 
+def _unknown_optimizer(name: str, known: Sequence[str]) -> UserError:
+    if name.lower() in {each.lower() for each in dir(torch.optim)} - set(known):
+        return UserError(f"--opt must be an optimiser of timm, got {name!r}, which only torch.optim has")
+    return UserError(f"unknown --opt {name!r}; {near_names(name, known)}")
+
+
 def _number(low: float, high: float = math.inf) -> Callable[[Any], bool]:
     return lambda value: low <= value <= high and math.isfinite(value)
 
 
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model_kwargs": MODEL_KWARGS_RULE,
     "lr": ("a positive number", lambda value: value > 0 and math.isfinite(value)),
     "weight_decay": ("at least 0", _number(0)),
     "warmup_epochs": ("at least 0", _number(0)),
-    "clip_grad": ("a positive number", lambda value: value > 0),
+    "clip_grad": ("a positive number", lambda value: value > 0 and math.isfinite(value)),
     "label_smoothing": ("in [0, 1]", _number(0, 1)),
     "ema_decay": ("in [0, 1]", _number(0, 1)),
     "val_fraction": ("above 0 and below 1", lambda value: 0 < value < 1),

@@ -10,7 +10,7 @@ from PIL import Image
 from ctxenc.__main__ import main
 from ctxenc.training import runs
 from ctxenc.training.settings import Settings
-from tests.training.small_runs import SMALL
+from tests.training.small_runs import DATA_CONFIG, SMALL
 
 CLASSES = ["cat", "dog", "newt"]
 
@@ -21,14 +21,7 @@ def make_config(swap, settings):
         model_kwargs={},
         classes=CLASSES,
         swap=swap,
-        data_config={
-            "input_size": (3, 32, 32),
-            "interpolation": "bicubic",
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-        },
+        data_config=DATA_CONFIG,
         settings=settings,
         versions=runs.installed_versions(),
     )

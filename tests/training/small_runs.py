@@ -2,6 +2,14 @@
 
 from ctxenc.training.checkpoint import read_rows
 
+DATA_CONFIG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 SMALL = ("--model", "test_efficientnet", "--image-size", "32", "--batch-size", "2")
 SMALL += ("--device", "cpu", "--threads", "1")
 

@@ -1,4 +1,5 @@
 import csv
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import ctxenc
 from ctxenc.__main__ import COMMANDS, main
 from ctxenc.training import export, predict, runs
 from ctxenc.training.data import eval_transform
+from tests.training.small_runs import SMALL
 
 
 def start(*arguments, **keywords):
@@ -145,10 +147,46 @@ class TestCommandLine:
         assert process.communicate(timeout=60)[1] == ""
         assert process.returncode == 141
 
-    def test_a_traceback_on_demand(self, monkeypatch):
+    def test_a_traceback_on_demand(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CTXENC_TRACEBACK", "1")
         with pytest.raises(Exception, match="unknown model"):
             main(["inspect", "nonsense"])
+        monkeypatch.setattr(runs.Path, "is_dir", forbid)
+        with pytest.raises(PermissionError):
+            main(["evaluate", str(tmp_path)])
+
+
+def forbid(path):
+    """What looking into another user's folder does, even below root."""
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+class TestPathsThatTheSystemRefuses:
+    LONG = "x" * 300  # no file system takes a name of that length
+
+    @pytest.mark.parametrize("name", ["predict", "evaluate", "export"])
+    def test_the_run(self, refused, monkeypatch, name, tmp_path):
+        more = {"predict": [tmp_path], "evaluate": [], "export": ["--torch-export", tmp_path / "a.pt2"]}[name]
+        if name == "predict":
+            monkeypatch.setattr(predict, "find_images", lambda arguments: [])
+        assert self.LONG in refused(name, tmp_path / self.LONG, *more)
+        real = runs.Path.is_dir
+        monkeypatch.setattr(runs.Path, "is_dir", lambda path: forbid(path) if path.name == "run" else real(path))
+        message = refused(name, tmp_path / "run", *more)
+        assert message == f"ctxenc: error: {tmp_path / 'run'}: Permission denied"
+        assert not list(tmp_path.iterdir())
+
+    def test_images_and_data(self, refused, run_folder, tmp_path):
+        assert self.LONG in refused("predict", run_folder, tmp_path / self.LONG / "a.png")
+        assert self.LONG in refused("evaluate", run_folder, "--data", tmp_path / self.LONG)
+
+    def test_what_finetune_takes(self, refused, image_folder, tmp_path):
+        small = ("finetune", *SMALL, "--epochs", 1)
+        assert self.LONG in refused(*small, "--data", tmp_path / self.LONG, "--out", tmp_path / "run")
+        assert self.LONG in refused(*small, "--resume", tmp_path / self.LONG)
+        line = refused(*small, "--data", image_folder, "--out", tmp_path / self.LONG)
+        assert line == f"ctxenc: error: --out {tmp_path / self.LONG} cannot be written: File name too long"
+        assert not list(tmp_path.iterdir())
 
 
 class TestRunErrors:
@@ -347,6 +385,13 @@ class TestExport:
         monkeypatch.setattr(export, "load_run", lambda *arguments: pytest.fail("the model was built"))
         assert "--onnx FILE or --torch-export FILE" in refused("export", run_folder)
         assert "must end in .pt2" in refused("export", run_folder, "--torch-export", tmp_path / "model.onnx")
+        (tmp_path / "sub").mkdir()
+        same = ("--onnx", tmp_path / "a.pt2", "--torch-export", tmp_path / "sub" / ".." / "a.pt2")
+        assert "--onnx and --torch-export must name two files" in refused("export", run_folder, *same)
+        (tmp_path / "sub").rmdir()
+        pytest.importorskip("onnx")
+        for folder in (".", "..", tmp_path):
+            assert f"cannot write {folder}: Is a directory" in refused("export", run_folder, "--onnx", folder)
         (tmp_path / "file").touch()
         for target in (tmp_path / "none" / "a.pt2", tmp_path / "file" / "a.pt2"):
             assert f"cannot write {target}" in refused("export", run_folder, "--torch-export", target)

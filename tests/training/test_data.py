@@ -7,20 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_dataset
 from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ctxenc.training import data
 from ctxenc.training.console import UserError
+from ctxenc.training.predict import find_images
 from ctxenc.training.settings import Settings, resolve
-
-DATA_CONFIG = {
-    "input_size": (3, 32, 32),
-    "interpolation": "bicubic",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
+from tests.training.small_runs import DATA_CONFIG
 
 
 def make_folder(folder, counts):
@@ -154,6 +149,51 @@ class TestFolders:
         with pytest.raises(UserError, match=r"stray\.png lies in no class folder"):
             data.build_datasets(Settings(data=str(tmp_path)))
 
+    def test_names_and_order_are_those_of_timm(self, tmp_path):
+        make_folder(tmp_path, {"b10": 3, "b9": 2, "A": 2, "A/z": 1, "a2": 12})
+        source = data.FolderSource(tmp_path)
+        reader = create_dataset("", root=str(tmp_path), search_split=False).reader
+        assert list(zip(source.paths, source.targets, strict=True)) == reader.samples
+        assert source.class_to_index == reader.class_to_idx
+
+    def test_every_kind_of_image_that_predict_takes(self, tmp_path):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            for suffix in IMG_EXTENSIONS:
+                Image.new("L", (8, 8)).save(tmp_path / name / f"image{suffix.upper()}")
+        paths = data.FolderSource(tmp_path).paths
+        assert len(paths) == 2 * len(IMG_EXTENSIONS)
+        assert sorted(paths) == sorted(map(str, find_images([str(tmp_path)])))
+
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_a_class_folder_without_images(self, tmp_path, split):
+        for each in ("train", "val"):
+            make_folder(tmp_path / each, {"a": 2, "b": 2, ".ipynb_checkpoints": 0})
+        (tmp_path / split / "x" / "c").mkdir(parents=True)
+        (tmp_path / split / "x" / "c" / "0.heic").touch()
+        with pytest.raises(UserError) as error:
+            data.build_datasets(Settings(data=str(tmp_path)))
+        assert f"the class folder {tmp_path / split / 'x' / 'c'} holds no images (.jpg, " in str(error.value)
+
+    def test_two_folders_of_one_class(self, tmp_path):
+        make_folder(tmp_path, {"x/n": 2, "y/n": 2, "y/m": 2})
+        with pytest.raises(UserError) as error:
+            data.build_datasets(Settings(data=str(tmp_path)))
+        assert str(error.value) == f"two folders of the class n: {tmp_path / 'x' / 'n'} and {tmp_path / 'y' / 'n'}"
+
+    def test_a_class_folder_that_cannot_be_read_is_not_left_out(self, tmp_path, monkeypatch):
+        make_folder(tmp_path, {"a": 2, "b": 2, "c": 2})
+        real = data.os.scandir
+
+        def scandir(path):
+            if str(path).endswith("c"):
+                raise PermissionError(13, "Permission denied", path)
+            return real(path)
+
+        monkeypatch.setattr(data.os, "scandir", scandir)
+        with pytest.raises(PermissionError):
+            data.FolderSource(tmp_path)
+
     def test_a_wrong_path(self, tmp_path):
         with pytest.raises(UserError, match=r"no image folder at .*nowhere"):
             data.build_datasets(Settings(data=str(tmp_path / "nowhere")))
@@ -165,6 +205,15 @@ class TestFolders:
             data.build_datasets(settings)
         make_folder(tmp_path / "val", {"a": 1, "b": 1})
         assert data.build_datasets(settings).val.targets == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "big.tif", "grey.pgm"])
+def test_sixteen_bits_keep_their_tones(tmp_path, name):
+    tones = np.arange(0, 65536, 64, dtype=">u2" if name == "big.tif" else "<u2").reshape(32, 32)
+    Image.fromarray(tones).save(tmp_path / name)
+    image = data.open_image(tmp_path / name)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.stack([tones // 256] * 3, axis=-1))
 
 
 class TestBrokenImages:

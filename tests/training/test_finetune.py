@@ -35,6 +35,7 @@ class TestRun:
         assert files == shared | {f"{arm}/{name}" for arm in arms for name in own}
         for arm in arms:
             assert [path.name for path in (done / arm / "state").iterdir()] == ["epoch-00002"]
+        assert len({path.stat().st_mode for path in done.rglob("*") if path.is_file()}) == 1
 
     def test_metrics(self, done):
         with open(done / "metrics.csv", newline="") as file:
@@ -222,9 +223,36 @@ class TestErrors:
         (broken / "val" / "dog" / "1.png").write_bytes(b"no image")
         assert f"broken image {broken / 'val' / 'dog' / '1.png'}" in refused(*arguments, data=broken)
         assert "test_efficientnet" in refused(*arguments, "--model-kwargs", '{"no_such_argument": 1}')
+        for wrong in ('{"num_classes": 5}', '{"pretrained": true}'):
+            assert "--model-kwargs must be keyword arguments" in refused(*arguments, "--model-kwargs", wrong)
+        line = refused(*arguments, "--model", "seresnet50.nope")
+        assert "unknown model 'seresnet50.nope'; near names: seresnet50" in line
         assert "--device" in refused(*arguments, "--amp", "fp16")
         assert "cannot be used" in refused(*arguments, "--device", "warp")
         assert not folder.exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (
+                ("--auto-augment", "bogus"),
+                "--auto-augment must be a policy of timm, such as rand-m9-mstd0.5, got 'bogus'",
+            ),
+            (("--auto-augment", "rand-q3"), "--auto-augment must be"),
+            (
+                ("--model-kwargs", '{"in_chans": 1}'),
+                "--model-kwargs '{\"in_chans\": 1}' cannot run on images of 3 x 32 x 32: RuntimeError",
+            ),
+            (("--model-kwargs", '{"features_only": true}'), "must give 3 logits an image, got list for images of"),
+            (("--batch-size", 1), "cannot run on images of 3 x 32 x 32: ValueError: Expected more than 1 value"),
+            (("--num-codes", 10**15), "test_efficientnet: "),
+            (("--opt", "adahessian"), "--opt must do with first derivatives, got adahessian"),
+            (("--seed", 5000000000), "--seed must be at most 4294967295 with --seeds 1, got 5000000000"),
+        ],
+    )
+    def test_what_training_could_not_use_is_told_before_the_folder_is_made(self, refused, tmp_path, arguments, words):
+        assert words in refused("--out", tmp_path / "run", "--epochs", 1, *arguments)
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_broken_image_of_a_large_set_is_named_when_its_turn_comes(

@@ -77,6 +77,26 @@ class TestResume:
         code, out, _ = finetune("--resume", "auto", "--out", "runs/001")
         assert (code, "runs/001/report.md" in out) == (0, True)
 
+    @pytest.mark.parametrize("written", [0, 1, 2])
+    def test_auto_after_a_kill_between_the_configurations(self, finetune, tmp_path, monkeypatch, written):
+        """A kill runs no handler: the last file stays under its temporary name."""
+        done, real = [], os.replace
+
+        def replace(source, target):
+            if len(done) == written:
+                shutil.copy(source, source.with_name(".config.1.json"))
+                raise KeyboardInterrupt
+            done.append(real(source, target))
+
+        arguments = ("--resume", "auto", "--out", tmp_path / "run", "--epochs", 1, "--arms", "both")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            assert finetune(*arguments)[0] == 130
+        code, _, err = finetune(*arguments)
+        assert code == 0, err
+        for arm in ("se-0", "context-0"):
+            assert runs.load_run(tmp_path / "run" / arm)
+
     def test_only_where_it_runs_may_change(self, refused, finetune, tmp_path, image_folder):
         assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
         line = refused("--resume", tmp_path / "run", "--lr", "0.5")
@@ -99,6 +119,9 @@ class TestResume:
         state = tmp_path / "run" / "context-0" / "state" / "epoch-00001"
         (state / "optimizer.bin").write_bytes(b"cut off")
         assert f"cannot resume from {state}" in refused("--resume", tmp_path / "run")
+        (state / "model.safetensors").unlink()
+        (state / "model.safetensors").symlink_to("model.safetensors")
+        assert "Too many levels of symbolic links" in refused("--resume", tmp_path / "run")
 
     def test_no_run(self, refused, finetune, tmp_path):
         assert "no run at" in refused("--resume", tmp_path)

@@ -67,6 +67,10 @@ def test_settings_are_json():
         ("mixup", -1.0, "at least 0"),
         ("workers", -1, "at least 0"),
         ("clip_grad", 0.0, "a positive number"),
+        ("clip_grad", float("inf"), "a positive number"),
+        ("model_kwargs", {"num_classes": 5}, "without num_classes"),
+        ("seed", -1, "at least 0"),
+        ("seed", 2**32, "at most 4294967295 with --seeds 1"),
         ("warmup_epochs", 31, "at most --epochs 30"),
         ("weight_decay", float("inf"), "at least 0"),
     ],
@@ -83,6 +87,22 @@ def test_a_value_that_breaks_its_rule_is_named(name, value, rule):
 def test_an_unknown_optimiser_has_near_names():
     with pytest.raises(UserError, match=r"unknown --opt 'adamwx'; near names: .*adamw"):
         Settings(opt="adamwx")
+    with pytest.raises(UserError, match=r"unknown --opt '§§'; \d+ others are known$"):
+        Settings(opt="§§")
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "LBFGS", "sparseadam"])
+def test_an_optimiser_that_timm_lacks_is_told_apart(name):
+    with pytest.raises(
+        UserError, match=f"--opt must be an optimiser of timm, got '{name}', which only torch.optim has"
+    ):
+        Settings(opt=name)
+
+
+def test_the_last_seed_counts():
+    assert Settings(seed=2**32 - 3, seeds=3).seed_list[-1] == 2**32 - 1
+    with pytest.raises(UserError, match="--seed must be at most 4294967293 with --seeds 3, got 4294967294"):
+        Settings(seed=2**32 - 2, seeds=3)
 
 
 def test_mixup_needs_pairs():
@@ -92,7 +112,14 @@ def test_mixup_needs_pairs():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--smoothing", "-1"), ("--model-kwargs", "[1]"), ("--model-kwargs", "{"), ("--epochs", "0"), ("--arms", "eca")],
+    [
+        ("--smoothing", "-1"),
+        ("--model-kwargs", "[1]"),
+        ("--model-kwargs", "{"),
+        ("--model-kwargs", '{"drop_rate": 1e999}'),
+        ("--epochs", "0"),
+        ("--arms", "eca"),
+    ],
 )
 def test_what_cannot_be_read_ends_with_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

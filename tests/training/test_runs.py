@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 import shutil
+import stat
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -127,6 +130,18 @@ class TestAtomic:
         thread.join()
         assert seen <= {"0" * 100_000, "1" * 100_000}
 
+    def test_an_error_with_another_file_is_not_called_one_of_writing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="elsewhere"), runs.atomic(tmp_path / "file.txt"):
+            (tmp_path / "elsewhere").read_bytes()
+        assert not list(tmp_path.iterdir())
+        with (
+            pytest.raises(UserError, match=r"cannot write .*file\.txt"),
+            runs.atomic(tmp_path / "file.txt") as temporary,
+        ):
+            temporary.unlink()
+        with pytest.raises(UserError, match=r"cannot write .*file\.txt"), runs.atomic(tmp_path / "file.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
     @pytest.mark.parametrize("name", ["file.txt/below", "missing/file", "."])
     def test_what_cannot_be_written_is_told_before_the_body(self, tmp_path, name):
         (tmp_path / "file.txt").touch()
@@ -150,7 +165,10 @@ class TestBuild:
             ({"model": "seresnet5O"}, "unknown model 'seresnet5O'; near names: seresnet50"),
             ({"model": "hf-hub:timm/resnet50"}, "unknown model"),
             ({"model": "local-dir:/tmp/model"}, "unknown model"),
-            ({"model": "test_efficientnet.nonsense"}, "cannot build test_efficientnet.nonsense"),
+            (
+                {"model": "test_efficientnet.nonsense"},
+                "unknown model 'test_efficientnet.nonsense'; near names: test_eff",
+            ),
             ({"model_kwargs": {"nonsense": 1}}, "cannot build test_efficientnet: TypeError"),
             ({"model": "test_resnet"}, "test_resnet: patch_se_blocks"),
             ({"swap": {"num_codes": 0}}, "num_codes"),
@@ -194,8 +212,20 @@ class TestWeights:
             runs.load_weights(runs.build_model(config), path)
 
     def test_missing(self, config, tmp_path):
-        with pytest.raises(UserError, match="cannot read"):
-            runs.load_weights(runs.build_model(config), tmp_path / "w.safetensors")
+        model, path = runs.build_model(config), tmp_path / "w.safetensors"
+        with pytest.raises(UserError, match=r"cannot read .*w\.safetensors: No such file or directory"):
+            runs.load_weights(model, path)
+        path.symlink_to(path)  # as root, no file is forbidden
+        with pytest.raises(UserError, match=r"cannot read .*w\.safetensors: Too many levels of symbolic links"):
+            runs.load_weights(model, path)
+
+    def test_are_as_open_as_other_files(self, config, tmp_path):
+        before = os.umask(0o027)
+        try:
+            runs.save_weights(tmp_path / "w.safetensors", runs.build_model(config))
+        finally:
+            os.umask(before)
+        assert stat.filemode((tmp_path / "w.safetensors").stat().st_mode) == "-rw-r-----"
 
     def test_of_another_model_leaves_the_model_unchanged(self, config, tmp_path):
         path = tmp_path / "w.safetensors"
