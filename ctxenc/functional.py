@@ -1,5 +1,6 @@
 """encode() and assign(): validation, and the choice of backend."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -52,9 +53,28 @@ def use_backend(backend: str) -> Iterator[None]:
         _preferred = before
 
 
-def _why_not_triton() -> str | None:
-    """The reason why the Triton path cannot run, None where it can."""
-    return "this version of ctxenc has no Triton kernels"
+UNPROVEN = "the Triton kernels have run in the interpreter and through the compiler, not on a GPU: they are taken by name alone"
+MAX_CHANNELS, MAX_CODES = 4096, 256  # of the Triton path
+
+
+def _why_not_triton(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | None:
+    """The reason why the Triton path cannot run on these arguments, None where it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not x.is_cuda and not (interpreted and x.device.type == "cpu"):
+        return f"x is on {x.device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment)"
+    if torch.float64 in (x.dtype, codewords.dtype, smoothing.dtype):
+        return "float64 has only the PyTorch path"
+    if codewords.shape[1] > MAX_CHANNELS or codewords.shape[0] > MAX_CODES:
+        return f"it takes {MAX_CHANNELS} channels and {MAX_CODES} codewords at most, got codewords {tuple(codewords.shape)}"
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "a graph for export takes the PyTorch path"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside torch.func transforms only the PyTorch path runs"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or higher"
+    return None
 
 
 def backend_info() -> BackendInfo:
@@ -65,21 +85,17 @@ def backend_info() -> BackendInfo:
     """
     if _preferred != "auto":
         return BackendInfo(_preferred, "set by use_backend() or CTXENC_BACKEND")
-    return BackendInfo("torch", _why_not_triton() or "")
+    return BackendInfo("torch", UNPROVEN)
 
 
-def _require_torch_path(backend: str, name: str) -> None:
-    """Accept "auto" and "torch"; an explicit "triton" never falls back.
+def _wants_triton(backend: str, name: str) -> bool:
+    """Whether the Triton path was asked for, by the argument or by what auto means at present.
 
     Raises:
         ValueError: backend is unknown.
-        RuntimeError: the Triton path was asked for and cannot run.
     """
     chosen = _checked_backend(backend, f"{name}: backend")
-    if chosen == "auto":
-        chosen = _preferred
-    if chosen == "triton":
-        raise RuntimeError(f'{name}: backend="triton" cannot run: {_why_not_triton()}')
+    return (_preferred if chosen == "auto" else chosen) == "triton"
 
 
 def _check(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | float) -> Tensor:
@@ -136,8 +152,8 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
     With r_ik = x_i - d_k and w_ik = softmax over k of -s_k |r_ik|^2, the encoding is e_k = sum over pixels i of w_ik r_ik.
     Deep TEN (arXiv 1612.02844), section 3; EncNet (arXiv 1803.08904), section 3.1.
 
-    Differentiable in x, codewords and smoothing, to any order on the PyTorch path. Sums, squares and the softmax are taken in
-    fp32 (fp64 if any argument is fp64), under autocast too. B x N x K x D is never formed.
+    Differentiable in x, codewords and smoothing, to any order on the PyTorch path, once on the Triton path. Sums, squares and the
+    softmax are taken in fp32 (fp64 if any argument is fp64), under autocast too. B x N x K x D is never formed.
 
     Args:
         x: features (B, D, *spatial), one spatial dimension or more, any strides, fp16, bf16, fp32 or fp64. N, the number
@@ -155,8 +171,14 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
         ValueError: shapes or devices do not fit each other, or the backend is unknown.
         RuntimeError: the backend cannot run here.
     """
-    _require_torch_path(backend, "encode")
+    triton = _wants_triton(backend, "encode")
     smoothing = _check("encode", x, codewords, smoothing)
+    if triton:
+        if reason := _why_not_triton(x, codewords, smoothing):
+            raise RuntimeError(f'encode: backend="triton" cannot run: {reason}')
+        from ctxenc.kernels import triton_encode
+
+        return triton_encode.encode(x.flatten(2), codewords, smoothing)
     with _no_autocast(x):
         if torch.jit.is_tracing() or torch.compiler.is_exporting():  # a saved graph cannot hold an autograd.Function
             return torch_encode.encode_plainly(x.flatten(2), codewords, smoothing)

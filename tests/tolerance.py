@@ -8,7 +8,8 @@ u = the unit round-off of the arithmetic (fp32 for half inputs), it may be off b
 where A is the value's sum taken over absolute values, which is what rounding scales with: max_k sum_i w_ik R for the encoding. The
 N / 16 is for sums taken one by one, as small products are: of N equal values each rounds the same way, 9 u off at N = 130. The
 last term is what an error of the logits, s |x - c|^2 u, does to the weights. A gradient in half precision may also be off by half
-a unit of its own dtype.
+a unit of its own dtype. Where the products are declared half precision, their unit times the value and times A is added; of A
+4 / sqrt(N) in sums over N pixels, whose roundings are independent.
 """
 
 from collections.abc import Callable
@@ -62,8 +63,18 @@ def scales(x: Tensor, codewords: Tensor, smoothing: Tensor, grad: Tensor) -> dic
     }
 
 
-def largest_excess(encode: Encode, x: Tensor, codewords: Tensor, smoothing: Tensor, grad: Tensor) -> dict[str, float]:
-    """Error over tolerance of each result: right where none is above 1. NaN, a wrong shape or dtype counts as infinite."""
+def largest_excess(
+    encode: Encode,
+    x: Tensor,
+    codewords: Tensor,
+    smoothing: Tensor,
+    grad: Tensor,
+    products: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Error over tolerance of each result: right where none is above 1. NaN, a wrong shape or dtype counts as infinite.
+
+    With products in half precision, weights and gradients are rounded before they are multiplied: one unit of it each.
+    """
     arithmetic = torch.promote_types(torch.promote_types(x.dtype, codewords.dtype), torch.float32)
     unit = torch.finfo(arithmetic).eps / 2
     exact_inputs = [tensor.double() for tensor in (x, codewords, smoothing, grad)]
@@ -89,6 +100,11 @@ def largest_excess(encode: Encode, x: Tensor, codewords: Tensor, smoothing: Tens
         tolerance += ((8 + pixels / 16) * unit + 2 * min(1.0, 4 * unit * float(scale["logits"]))) * scale[name]
         if own_unit > unit:
             tolerance += own_unit * wanted.abs().max() + torch.finfo(dtypes[name]).tiny
+        product_unit = torch.finfo(products).eps / 2
+        if product_unit > unit:
+            # Alike weights are rounded alike, others as chance has it: over N pixels that goes with the root of N.
+            averaged = 1.0 if name == "dx" else min(1.0, 4 / max(1, pixels) ** 0.5)
+            tolerance += product_unit * (wanted.abs().max() + averaged * scale[name])
         error = torch.where(fits, got[name].double() - wanted, 0).abs().max()
         excess[name] = 0.0 if error == 0 else float(error / tolerance)
     return excess

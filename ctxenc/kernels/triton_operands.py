@@ -1,0 +1,127 @@
+"""What the kernels of the Triton path multiply: rounding to the precision of a product, and operands prepared once a launch."""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
+OFFSET = tl.constexpr(16)  # a channel's base is 0 up to this many times the spread of its codewords
+
+
+@triton.jit
+def drop_bits(value, BITS: tl.constexpr):
+    """fp32 rounded to the nearest with so many bits of fraction less."""
+    bits = (value.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # the sum carries some NaN over to -0
+
+
+@triton.jit
+def rounded(value, DOT: tl.constexpr):
+    """fp32 values as an operand of a product."""
+    if DOT == "bf16":
+        if _INTERPRETED:  # which multiplies bf16 wrongly, and cuts where it should round
+            return drop_bits(value, 16)
+        else:
+            return value.to(tl.bfloat16)
+    elif DOT == "fp16":  # as tf32
+        return drop_bits(value, 13)
+    else:
+        return value
+
+
+@triton.jit
+def dot(a, b, acc, DOT: tl.constexpr):
+    """Returns acc + a @ b of rounded operands."""
+    if DOT == "bf16":
+        return tl.dot(a, b, acc)
+    elif DOT == "fp16":
+        return tl.dot(a, b, acc, input_precision="tf32")
+    else:
+        return tl.dot(a, b, acc, input_precision=DOT)
+
+
+@triton.jit
+def load_operand(p_values, o_d, o_k, PADDED_D: tl.constexpr):
+    """Prepared codewords or gradients (BLOCK_D, BLOCK_K); they are padded with zeros, so that no mask is needed."""
+    value = tl.load(p_values + o_k[None, :] * PADDED_D + o_d[:, None])
+    if _INTERPRETED:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def prepare_codewords_kernel(
+    p_codewords,  # (K, D)
+    p_operands,  # (2, BLOCK_K, padded D): d' rounded, and what is left of it
+    p_centers,  # (2, padded D), fp32: c and the base
+    p_bias,  # (blocks of D, BLOCK_K), fp32: |d'|^2 + 2 (c - base).d~, by blocks of channels
+    D: tl.constexpr,
+    K: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    block = tl.program_id(0)
+    o_k = tl.arange(0, BLOCK_K)
+    distance = tl.zeros((BLOCK_K,), tl.float32)  # of every codeword to the mean of all, squared
+    for start in range(0, D, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        mask = (o_k < K)[:, None] & (o_d < D)[None, :]
+        d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        distance += tl.sum((d - tl.sum(d, 0)[None, :] / K) * (d - tl.sum(d, 0)[None, :] / K), 1)
+    nearest = tl.argmin(tl.where(o_k < K, distance, float("inf")), 0)
+
+    o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (o_k < K)[:, None] & (o_d < D)[None, :]
+    d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(p_codewords + nearest * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    d = tl.where(mask, d - c[None, :], 0.0)
+    base = c
+    if DOT == "bf16" or DOT == "fp16":
+        base = tl.where(tl.abs(c) > OFFSET * tl.max(tl.abs(d), 0), rounded(c, DOT).to(tl.float32), 0.0)
+    high = rounded(d, DOT)
+    low = rounded(d - high.to(tl.float32), DOT)
+    bias = tl.sum(d * d + 2 * (c - base)[None, :] * (high.to(tl.float32) + low.to(tl.float32)), 1)
+    o_kd = o_k[:, None] * PADDED_D + o_d[None, :]
+    tl.store(p_operands + o_kd, high)
+    tl.store(p_operands + BLOCK_K * PADDED_D + o_kd, low)
+    tl.store(p_centers + o_d, c)
+    tl.store(p_centers + PADDED_D + o_d, base)
+    tl.store(p_bias + block * BLOCK_K + o_k, bias)
+
+
+@triton.jit(do_not_specialize=["stride_b", "stride_k", "stride_d"])
+def prepare_grad_kernel(
+    p_grad,  # (B, K, D), any strides
+    p_codewords,  # (K, D)
+    p_centers,  # (2, padded D)
+    p_operands,  # (B, BLOCK_K, padded D): grad rounded
+    p_product,  # (B, BLOCK_K), fp32: (d - base) . grad rounded
+    stride_b,
+    stride_k,
+    stride_d,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    product = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        mask = (o_k < K)[:, None] & (o_d < D)[None, :]
+        o_grad = (o_k.to(tl.int64) * stride_k)[:, None] + (o_d.to(tl.int64) * stride_d)[None, :]
+        grad = rounded(
+            tl.load(p_grad + b * stride_b + o_grad, mask=mask, other=0.0), DOT
+        )  # fp32, as encode's result is
+        d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        base = tl.load(p_centers + PADDED_D + o_d)
+        product += tl.sum((d - base[None, :]) * grad.to(tl.float32), 1)
+        tl.store(p_operands + (b * BLOCK_K + o_k[:, None]) * PADDED_D + o_d[None, :], grad)
+    tl.store(p_product + b * BLOCK_K + o_k, product)
