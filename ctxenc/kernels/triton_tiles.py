@@ -18,7 +18,7 @@ class Tiles(NamedTuple):
 def _tiles(D: int, K: int, itemsize: int, backward: bool) -> Tiles:
     """Tiles that the compiler fits into 255 registers a thread without a spill, on sm_80 and sm_90 at D = 512, K = 32; not timed.
 
-    Three terms of tf32 take more registers, which is why fp32 gets smaller ones; its backward spills 8 bytes on sm_80, channels first.
+    Three terms of tf32 take more registers, so fp32 gets smaller ones; its backward spills 8 bytes on sm_80, channels first.
     """
     if itemsize == 4:
         block_n, block_d, warps, stages = (64, 16, 4, 1) if backward else (32, 32, 4, 2)
