@@ -71,7 +71,8 @@ def prepare_codewords_kernel(
         o_d = start + tl.arange(0, BLOCK_D)
         mask = (o_k < K)[:, None] & (o_d < D)[None, :]
         d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        distance += tl.sum((d - tl.sum(d, 0)[None, :] / K) * (d - tl.sum(d, 0)[None, :] / K), 1)
+        away = d - tl.sum(d, 0)[None, :] / K
+        distance += tl.sum(away * away, 1)
     nearest = tl.argmin(tl.where(o_k < K, distance, float("inf")), 0)
 
     o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
