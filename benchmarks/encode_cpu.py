@@ -1,15 +1,17 @@
 """The PyTorch path of the encode operator against what one would write instead, on the CPU, in one run.
 
-    python -m benchmarks.encode_cpu [--repeats 50] [--out benchmarks/results/encode_cpu.json]
+    python -m benchmarks.encode_cpu [--repeats 200] [--out benchmarks/results/encode_cpu.json]
 
 Rows: ctxenc; the expanded form (B x N x K x D, as mmsegmentation computes it, and PyTorch-Encoding on a CPU); torch.compile of the
 shifted matmul form with autograd, which is as safe under offsets as ours. Each is checked against fp64 before it is timed, and the
-repetitions are interleaved, so that a change of the machine's load meets all rows alike. Columns: median milliseconds of forward
-and of forward + backward, and how many times longer a row takes than ctxenc.
+calls are interleaved one by one in random order, so that a change of the machine's load and what the call before left in the
+caches meet all rows alike. Columns: median milliseconds of forward and of forward + backward, and how many times longer a row
+takes than ctxenc.
 """
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -67,20 +69,19 @@ def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, slow: str) -> dict[str, float]:
-    """Median milliseconds of each call; the slow one is run in every tenth round only."""
+    """Median milliseconds of each call; the slow one is run in every fortieth round only."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
         for _ in range(1 if name == slow else 5):
             call()
+    order = random.Random(0)
     for round_ in range(repeats):
-        for name, call in calls.items():
-            if name == slow and round_ % 10:
+        for name in order.sample(list(calls), len(calls)):
+            if name == slow and round_ % 40:
                 continue
-            inner = 1 if name == slow else 3
             start = time.perf_counter()
-            for _ in range(inner):
-                call()
-            times[name].append((time.perf_counter() - start) * 1e3 / inner)
+            calls[name]()
+            times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -154,7 +155,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encode_cpu.json")
     args = parser.parse_args()

@@ -71,7 +71,7 @@ def test_values_and_gradients_in_parts(problem):
     wide = torch.cat([x.flatten(2)] * 300, dim=2)[:, :, :300] if x.flatten(2).shape[2] < 300 else x
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_encode, "PART", 1)
-        assert len(torch_encode._parts(wide.flatten(2))) > 1
+        assert len(torch_encode._parts(wide.flatten(2), copied=True)) > 1
         assert_right(ctxenc.encode, (wide, codewords, smoothing, grad))
         with torch.no_grad():
             inference = ctxenc.encode(wide, codewords, smoothing)
@@ -312,13 +312,12 @@ def test_common_offset_costs_nothing(offset):
     assert error < 1e-6
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("shared", [False, True])
-def test_large_maps_take_a_convolution(layout, offset, shared):
+def test_large_maps_take_a_convolution(offset, shared):
     """The product of another library, from 4 MB on; the draws above are smaller."""
     generator = torch.Generator().manual_seed(2)
-    x = lay_out(torch.randn(2, 512, 33, 32, generator=generator) + offset, layout)
+    x = lay_out(torch.randn(2, 512, 33, 32, generator=generator) + offset, "channels_last")
     assert torch_encode._convolves(x.flatten(2))
     codewords = torch.randn(8, 512, generator=generator) / 4 + offset
     smoothing = torch.rand(() if shared else (8,), generator=generator) / 16
@@ -328,6 +327,26 @@ def test_large_maps_take_a_convolution(layout, offset, shared):
     exact = results(flat_reference, *(tensor.double() for tensor in problem))
     for name, wanted in exact.items():  # the tolerance is wide at this N: 1 % off in the product would pass
         assert (got[name] - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+def test_nothing_is_shifted_where_the_codewords_lie_about_the_origin():
+    generator = torch.Generator().manual_seed(4)
+    x, codewords = torch.randn(2, 24, 10, generator=generator), torch.randn(9, 24, generator=generator)
+    run_off = codewords.clone()
+    run_off[4] = -1e5
+
+    def center(x, codewords):
+        return torch_encode._center(x, codewords, torch.float32)
+
+    assert center(x, codewords) is None
+    assert center(x, run_off) is not None  # which may hide where the others lie
+    assert center(x + 1000, codewords) is None
+    for far in (codewords + 4, run_off + 1000):
+        assert torch.equal(center(x, far), torch_encode.central(far))
+    assert center(x, codewords * float("nan")) is not None
+    assert center(x[:, :, ::2], codewords) is not None  # the shift makes it dense
+    assert center(x.to("meta"), codewords.to("meta")) is not None
+    assert torch.func.vmap(lambda d: d.sum() if center(x, d) is None else center(x, d))(codewords[None]).shape == (1, 24)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -3,10 +3,11 @@
 With c a codeword, x' = x - c and d' = d - c, the squared residual is |x'|^2 - 2 x'.d' + |d'|^2. Without the shift by c
 it cancels where x and d share an offset: 6e-3 off at offset 1000 in fp32, D = 256, where the residual form keeps 6e-8. Nothing
 depends on which c is taken, so no gradient flows through it. It is the codeword nearest to their mean: the mean itself is drawn
-away from all the others by one that has run off, 2e-2 off where that one is 1e4 away.
+away from all the others by one that has run off, 2e-2 off where that one is 1e4 away. Where the codewords lie about the origin,
+c is 0 and x is read where it lies.
 
-One autograd.Function returns the encoding, the weights and |x'|^2, each of them differentiable, and saves the last two. Since its
-backward is made of differentiable operations on saved inputs and outputs, derivatives of every order follow from it. Nothing
+One autograd.Function returns the encoding, the weights and |x'|^2, each of them differentiable, and saves the last two and c.
+Since its backward is made of differentiable operations on saved inputs and outputs, derivatives of every order follow from it. Nothing
 larger than x or B x K x N is made; between forward and backward x, one B x K x N map and one B x N map live.
 """
 
@@ -31,10 +32,43 @@ def central(codewords: Tensor) -> Tensor:
     return codewords.index_select(0, nearest.reshape(1)).squeeze(0)
 
 
-def _shift(x: Tensor, codewords: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Shifted x' (B, D, N) and d' (K, D) in the compute dtype; x of any strides becomes dense here, in its own layout."""
+def _center(x: Tensor, codewords: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What is subtracted from x and codewords, (D,), or None for nothing.
+
+    Nothing where the codewords lie about the origin, as they do at the start and mostly later: no cancellation, and no copy of x.
+    """
+    codewords = codewords.detach().to(dtype)
+    if not _in_graph() and _near_origin(x, codewords):
+        return None
+    return central(codewords)
+
+
+@torch.jit.unused
+def _near_origin(x: Tensor, codewords: Tensor) -> bool:
+    """Whether the mean codeword is nearer to the origin than 0.9 of the median codeword, and none has run off.
+
+    Told only where it costs no synchronisation, where values can be seen (not under vmap, nor a tracing mode), and where x needs
+    no copy to become dense.
+    """
+    if (
+        codewords.device.type != "cpu"
+        or type(codewords) is not Tensor
+        or torch._C._functorch.is_functorch_wrapped_tensor(codewords)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not (x.is_contiguous() or x.transpose(1, 2).is_contiguous())
+    ):
+        return False
+    norms = sorted(torch.linalg.vector_norm(codewords, dim=1).tolist())
+    median = norms[len(norms) // 2]
+    mean = float(torch.linalg.vector_norm(codewords.sum(0))) / len(norms)
+    return mean <= 0.9 * median and norms[-1] <= 8 * median
+
+
+def _shift(x: Tensor, codewords: Tensor, center: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Shifted x' (B, D, N) and d' (K, D) in the compute dtype, x' dense in the layout of x."""
     codewords = codewords.to(dtype)
-    center = central(codewords.detach())
+    if center is None:
+        return x.to(dtype), codewords
     return x - center[:, None], codewords - center
 
 
@@ -61,11 +95,11 @@ def _square_sum(x: Tensor) -> Tensor:
 
 @torch.jit.unused
 def _sliced_square_sum(x: Tensor) -> Tensor:
-    """The same by slices of channels whose sum stays in the cache: 0.11 ms against 0.16 at B, N, D = 2, 2048, 512.
+    """The same by slices of channels whose sum, 2 MB, stays in the cache: 0.5 ms against 1.0 at B, N, D = 2, 3600, 512.
 
     A second temporary of x's size costs more than its arithmetic: the C library gives its pages back after every call.
     """
-    first, *others = x.split(64, dim=1)
+    first, *others = x.split(max(32, 2**19 // max(1, x.shape[0] * x.shape[2])), dim=1)
     squares = first.square()
     for part in others:
         squares[:, : part.shape[1]].addcmul_(part, part)
@@ -73,7 +107,7 @@ def _sliced_square_sum(x: Tensor) -> Tensor:
 
 
 def _project(bias: Tensor, d: Tensor, x: Tensor) -> Tensor:
-    """Adds bias, (K, 1) or (B, K, N), to 2 d (K, D) applied to every pixel of x: (B, K, N)."""
+    """Adds bias (K, 1) to 2 d (K, D) applied to every pixel of x: (B, K, N)."""
     if not _in_graph() and _convolves(x):
         return bias + F.conv2d(x.unsqueeze(2), 2 * d[:, :, None, None]).squeeze(2).contiguous()
     return torch.baddbmm(bias, d.expand(x.shape[0], -1, -1), x, alpha=2)
@@ -82,24 +116,23 @@ def _project(bias: Tensor, d: Tensor, x: Tensor) -> Tensor:
 def _convolves(x: Tensor) -> bool:
     """Whether a 1x1 convolution, which takes oneDNN's product on a CPU, is quicker than bmm.
 
-    At B, N, D, K = 2, 3600, 512, 32 on two cores: 0.6 ms against 1.6 channels last, 1.2 against 1.6 channels first; at
-    16, 196, 256, 16 0.11 against 0.18 channels last, and no quicker channels first. Nothing is gained below 2 MB.
+    Channels last on two cores: 1.3 ms against 1.8 at B, N, D, K = 2, 3600, 512, 32, 0.7 against 0.9 at 32, 784, 128, 16, and 0.22
+    against 0.19 at 16, 196, 256, 16. Channels first it is no quicker.
     """
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and (x.numel() >= 2**19 if x.stride(1) == 1 else x.numel() >= 2**20 and x.shape[1] >= 512)
-    )
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= 2**20 and x.stride(1) == 1
 
 
 def _weights(x: Tensor, d: Tensor, smoothing: Tensor, square_sum: Tensor | None) -> Tensor:
     """Assignment weights (B, K, N) of shifted x and d. One smoothing factor for all needs no |x|^2: it cancels in the softmax."""
     s = smoothing.to(d.dtype).reshape(-1, 1)
     sd = s * d
-    bias = -(sd * d).sum(1, keepdim=True)
+    logits = _project(-(sd * d).sum(1, keepdim=True), sd, x)
     if square_sum is not None:
-        bias = torch.addcmul(bias, s, square_sum, value=-1)
-    return torch.softmax(_project(bias, sd, x), dim=1)
+        if not _in_graph() and _writable(logits):
+            logits.addcmul_(s, square_sum, value=-1)
+        else:
+            logits = torch.addcmul(logits, s, square_sum, value=-1)
+    return torch.softmax(logits, dim=1)
 
 
 def _aggregate(weights: Tensor, x: Tensor, d: Tensor) -> Tensor:
@@ -107,41 +140,54 @@ def _aggregate(weights: Tensor, x: Tensor, d: Tensor) -> Tensor:
     return torch.addcmul(torch.bmm(weights, x.transpose(1, 2)), weights.sum(2, keepdim=True), d, value=-1)
 
 
-def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Runs of pixels of x small enough that what is made of them stays in the cache.
+def _parts(x: Tensor, copied: bool) -> tuple[Tensor, ...]:
+    """Runs of pixels of x, where it is copied, small enough that the shifted or widened copy stays in the cache.
 
-    Forward at 32, 784, 128, K = 16 takes 2.7 ms in parts against 3.3 at once, at 2, 3600, 512, K = 32 4.1 against 5 to 10 (the
-    system takes memory of x's size back after every call). Under 128 pixels the products lose more than that.
+    Shifted forward at 32, 784, 128, K = 16 takes 2.7 ms in parts against 3.3 at once, at 2, 3600, 512, K = 32 4.1 against 5 to 10
+    (the system takes memory of x's size back after every call). Under 128 pixels the products lose more than that, and where
+    nothing is copied x is taken whole: 4.4 ms against 4.8 at 2, 3600, 512.
     """
-    if _in_graph() or x.device.type != "cpu" or x.numel() <= PART:
+    if _in_graph() or x.device.type != "cpu" or x.numel() <= PART or not copied:
         return (x,)
     return x.chunk(max(1, min(-(-x.numel() // PART), x.shape[2] // 128)), dim=2)
 
 
-def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _forward(
+    x: Tensor, codewords: Tensor, smoothing: Tensor, center: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Encoding (B, K, D), weights (B, K, N) and |x'|^2 (B, 1, N), the last only where the smoothing factors differ."""
-    x, d = _shift(x, codewords, compute_dtype(x, codewords, smoothing))
+    x, d = _shift(x, codewords, center, compute_dtype(x, codewords, smoothing))
     square_sum = _square_sum(x) if smoothing.dim() else None
     weights = _weights(x, d, smoothing, square_sum)
     return _aggregate(weights, x, d), weights, square_sum
+
+
+def _concatenated(parts: tuple[Tensor, ...]) -> Tensor:
+    """Along the pixels; cat would copy even one."""
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
 class _Encode(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [_forward(part, codewords, smoothing) for part in _parts(x)]
-        if len(parts) == 1:  # cat would copy the weights
-            encoding, own_weights, own_squares = parts[0]
-            return encoding, own_weights, encoding.new_empty(0) if own_squares is None else own_squares
+    def forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype = compute_dtype(x, codewords, smoothing)
+        center = _center(x, codewords, dtype)
+        parts = [_forward(part, codewords, smoothing, center) for part in _parts(x, center is not None or x.dtype != dtype)]
         encodings, weights, square_sums = zip(*parts, strict=True)
-        square_sum = torch.cat(square_sums, 2) if smoothing.dim() else encodings[0].new_empty(0)
-        return sum(encodings[1:], encodings[0]), torch.cat(weights, 2), square_sum
+        encoding, nothing = sum(encodings[1:], encodings[0]), encodings[0].new_empty(0)
+        return (
+            encoding,
+            _concatenated(weights),
+            _concatenated(square_sums) if smoothing.dim() else nothing,
+            nothing.clone() if center is None else center,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs, *output[1:])
+        ctx.mark_non_differentiable(output[3])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -160,14 +206,16 @@ def _backward(
     smoothing: Tensor,
     weights: Tensor,
     square_sum: Tensor,
+    center: Tensor,
     grad: Tensor | None,
     grad_weights: Tensor | None,
     grad_square_sum: Tensor | None,
+    _: None,
     *,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtypes = x.dtype, codewords.dtype, smoothing.dtype
-    x, d = _shift(x, codewords, weights.dtype)
+    x, d = _shift(x, codewords, center if center.shape[0] else None, weights.dtype)
     s = smoothing.to(d.dtype).reshape(-1, 1)
     if grad is None:  # a derivative of a derivative that took only the weights or |x'|^2
         grad = d.new_zeros(x.shape[0], *d.shape)
@@ -208,9 +256,11 @@ def _backward(
 
 def encode_plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """The same without a backward of its own: for inference, and for TorchScript, which knows no autograd.Function."""
+    dtype = compute_dtype(x, codewords, smoothing)
+    center = _center(x, codewords, dtype)
     if torch.jit.is_scripting():
-        return _forward(x, codewords, smoothing)[0]
-    encodings = [_forward(part, codewords, smoothing)[0] for part in _parts(x)]
+        return _forward(x, codewords, smoothing, center)[0]
+    encodings = [_forward(part, codewords, smoothing, center)[0] for part in _parts(x, center is not None or x.dtype != dtype)]
     return sum(encodings[1:], encodings[0])
 
 
@@ -226,5 +276,6 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
 
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """Assignment weights (B, K, N) of x (B, D, N), at least fp32; differentiable through plain autograd. Autocast must be off."""
-    x, d = _shift(x, codewords, compute_dtype(x, codewords, smoothing))
+    dtype = compute_dtype(x, codewords, smoothing)
+    x, d = _shift(x, codewords, _center(x, codewords, dtype), dtype)
     return _weights(x, d, smoothing, x.square().sum(1, keepdim=True) if smoothing.dim() else None)
