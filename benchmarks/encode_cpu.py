@@ -65,7 +65,7 @@ def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> float:
     exact = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
     wanted = (expanded(*exact), *gradients(expanded, exact, grad.double()))
     got = (encode(*tensors), *gradients(encode, tensors, grad))
-    return max(float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, wanted, strict=True))
+    return max(float(((g - w).abs().max() / w.abs().max()).detach()) for g, w in zip(got, wanted, strict=True))
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, slow: str) -> dict[str, float]:
