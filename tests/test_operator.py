@@ -346,7 +346,10 @@ def test_nothing_is_shifted_where_the_codewords_lie_about_the_origin():
     assert center(x, codewords * float("nan")) is not None
     assert center(x[:, :, ::2], codewords) is not None  # the shift makes it dense
     assert center(x.to("meta"), codewords.to("meta")) is not None
-    assert torch.func.vmap(lambda d: d.sum() if center(x, d) is None else center(x, d))(codewords[None]).shape == (1, 24)
+    assert torch.func.vmap(lambda d: d.sum() if center(x, d) is None else center(x, d))(codewords[None]).shape == (
+        1,
+        24,
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -7,8 +7,8 @@ away from all the others by one that has run off, 2e-2 off where that one is 1e4
 c is 0 and x is read where it lies.
 
 One autograd.Function returns the encoding, the weights and |x'|^2, each of them differentiable, and saves the last two and c.
-Since its backward is made of differentiable operations on saved inputs and outputs, derivatives of every order follow from it. Nothing
-larger than x or B x K x N is made; between forward and backward x, one B x K x N map and one B x N map live.
+Since its backward is made of differentiable operations on saved inputs and outputs, derivatives of every order follow from it.
+Nothing larger than x or B x K x N is made; between forward and backward x, one B x K x N map and one B x N map live.
 """
 
 import inspect
@@ -175,7 +175,9 @@ class _Encode(torch.autograd.Function):
     def forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = compute_dtype(x, codewords, smoothing)
         center = _center(x, codewords, dtype)
-        parts = [_forward(part, codewords, smoothing, center) for part in _parts(x, center is not None or x.dtype != dtype)]
+        parts = [
+            _forward(part, codewords, smoothing, center) for part in _parts(x, center is not None or x.dtype != dtype)
+        ]
         encodings, weights, square_sums = zip(*parts, strict=True)
         encoding, nothing = sum(encodings[1:], encodings[0]), encodings[0].new_empty(0)
         return (
@@ -265,7 +267,9 @@ def encode_plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     center = _center(x, codewords, dtype)
     if torch.jit.is_scripting():
         return _forward(x, codewords, smoothing, center)[0]
-    encodings = [_forward(part, codewords, smoothing, center)[0] for part in _parts(x, center is not None or x.dtype != dtype)]
+    encodings = [
+        _forward(part, codewords, smoothing, center)[0] for part in _parts(x, center is not None or x.dtype != dtype)
+    ]
     return sum(encodings[1:], encodings[0])
 
 
