@@ -86,10 +86,7 @@ def largest_excess(
     pixels = x.flatten(2).shape[2]
     excess = {}
     for name, wanted in exact.items():
-        fits = (
-            wanted.abs() < 0.99 * torch.finfo(dtypes[name]).max
-        )  # a sum may leave the range of a half-precision gradient
-        if got[name].shape != wanted.shape or got[name].dtype != dtypes[name] or not got[name][fits].isfinite().all():
+        if got[name].shape != wanted.shape or got[name].dtype != dtypes[name]:
             excess[name] = float("inf")
             continue
         if wanted.numel() == 0:
@@ -105,6 +102,12 @@ def largest_excess(
             # Alike weights are rounded alike, others as chance has it: over N pixels that goes with the root of N.
             averaged = 1.0 if name == "dx" else min(1.0, 4 / max(1, pixels) ** 0.5)
             tolerance += product_unit * (wanted.abs().max() + averaged * scale[name])
+        fits = (
+            wanted.abs() + tolerance < torch.finfo(dtypes[name]).max
+        )  # a gradient in half precision may leave its range
+        if not got[name][fits].isfinite().all():
+            excess[name] = float("inf")
+            continue
         error = torch.where(fits, got[name].double() - wanted, 0).abs().max()
         excess[name] = 0.0 if error == 0 else float(error / tolerance)
     return excess

@@ -8,6 +8,7 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 OFFSET = tl.constexpr(16)  # a channel's base is 0 up to this many times the spread of its codewords
+NEAR = tl.constexpr(8)  # codewords are near the origin up to this many times the distance of half of them to c
 
 
 @triton.jit
@@ -52,18 +53,33 @@ def load_operand(p_values, o_d, o_k, PADDED_D: tl.constexpr):
 
 
 @triton.jit
+def _load_shifted(
+    p_codewords, nearest, start, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Some channels of d' (BLOCK_K, BLOCK_D), zero beyond K and D, and of c (BLOCK_D,)."""
+    o_k, o_d = tl.arange(0, BLOCK_K), start + tl.arange(0, BLOCK_D)
+    mask = (o_k < K)[:, None] & (o_d < D)[None, :]
+    d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(p_codewords + nearest * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    return tl.where(mask, d - c[None, :], 0.0), c
+
+
+@triton.jit
 def prepare_codewords_kernel(
     p_codewords,  # (K, D)
     p_operands,  # (2, BLOCK_K, padded D): d' rounded, and what is left of it
     p_centers,  # (2, padded D), fp32: c and the base
     p_bias,  # (blocks of D, BLOCK_K), fp32: |d'|^2 + 2 (c - base).d~, by blocks of channels
+    p_near,  # (), int32, where RESIDENT: whether the codewords are near the origin
     D: tl.constexpr,
     K: tl.constexpr,
     PADDED_D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
+    """Prepares the codewords; those near the origin with c = 0 for the resident form of forward, which cannot shift x."""
     block = tl.program_id(0)
     o_k = tl.arange(0, BLOCK_K)
     distance = tl.zeros((BLOCK_K,), tl.float32)  # of every codeword to the mean of all, squared
@@ -75,11 +91,21 @@ def prepare_codewords_kernel(
         distance += tl.sum(away * away, 1)
     nearest = tl.argmin(tl.where(o_k < K, distance, float("inf")), 0)
 
+    near = False
+    if RESIDENT:
+        distance, norm = tl.zeros((BLOCK_K,), tl.float32), 0.0  # |d'|^2, |c|^2
+        for start in range(0, D, BLOCK_D):
+            d, c = _load_shifted(p_codewords, nearest, start, D, K, BLOCK_D, BLOCK_K)
+            distance += tl.sum(d * d, 1)
+            norm += tl.sum(c * c, 0)
+        near = 2 * tl.sum(tl.where((o_k < K) & (norm <= NEAR * NEAR * distance), 1, 0), 0) >= K
+        tl.store(p_near, near.to(tl.int32))
+
     o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (o_k < K)[:, None] & (o_d < D)[None, :]
-    d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(p_codewords + nearest * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    d = tl.where(mask, d - c[None, :], 0.0)
+    d, c = _load_shifted(p_codewords, nearest, block * BLOCK_D, D, K, BLOCK_D, BLOCK_K)
+    if RESIDENT:
+        d, c = tl.where(near & mask, d + c[None, :], d), tl.where(near, 0.0, c)
     base = c
     if DOT == "bf16" or DOT == "fp16":
         base = tl.where(tl.abs(c) > OFFSET * tl.max(tl.abs(d), 0), rounded(c, DOT).to(tl.float32), 0.0)

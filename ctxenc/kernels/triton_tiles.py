@@ -12,7 +12,26 @@ class Tiles(NamedTuple):
     block_n: int  # pixels of a tile
     block_d: int  # channels of a block, at least 16
     warps: int
-    stages: int  # blocks of x in flight
+    stages: int  # blocks of x in flight; tiles where they are resident
+    resident: bool = False  # forward: all channels of a tile in shared memory
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of x (B, D, N) are what lies together."""
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
+def vector(x: Tensor, channels_last: bool) -> int:
+    """Elements of 16 bytes where every row of x begins at a multiple of 16 bytes, else 1."""
+    elements = 16 // x.element_size()
+    row = [x.stride(2)] if channels_last else [x.stride(1), x.shape[2]]
+    return elements if all(size % elements == 0 for size in (x.stride(0), *row)) and x.data_ptr() % 16 == 0 else 1
+
+
+def padded_channels(D: int, tiles: Tiles) -> int:
+    """D filled up to whole blocks; to a power of two where a tile holds all channels."""
+    blocks = -(-D // tiles.block_d)
+    return tiles.block_d * (1 << (blocks - 1).bit_length() if tiles.resident else blocks)
 
 
 def _tiles(D: int, K: int, itemsize: int, backward: bool) -> Tiles:
@@ -29,8 +48,49 @@ def _tiles(D: int, K: int, itemsize: int, backward: bool) -> Tiles:
     return Tiles(max(16, block_n * 32 // max(32, block_k)), min(block_d, channels), warps, stages)
 
 
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+class Target(NamedTuple):
+    """What the choice depends on beside x and K."""
+
+    capability: int  # 90 for 9.0; 0 where it is no NVIDIA GPU
+    multiprocessors: int
+
+
+def target_of(x: Tensor) -> Target:
+    """The GPU that x is on; in the interpreter a small one that copies no tiles on its own."""
+    if not x.is_cuda:
+        return Target(0, 4)
+    properties = torch.cuda.get_device_properties(x.device)
+    return Target(
+        0 if torch.version.hip else properties.major * 10 + properties.minor, properties.multi_processor_count
+    )
+
+
+def may_be_resident(x: Tensor) -> bool:
+    """Whether the form of forward that holds whole tiles in shared memory takes an x laid out like this one."""
+    rows = is_channels_last(x) or x.stride(2) == 1 or x.shape[2] == 1
+    return (
+        x.dtype == torch.bfloat16
+        and rows
+        and vector(x, is_channels_last(x)) > 1
+        and (x.stride(0) > 0 or x.shape[0] == 1)
+    )
+
+
+def _resident_tiles(D: int, K: int) -> Tiles | None:
+    """Two tiles of 64 pixels and codewords in two terms fit into the 227 kB of sm_90, and the sums (K, D) into half its registers.
+
+    With 64 pixels a warpgroup of 4 warps has one row of products each, and x @ x^T for the norms stays small.
+    """
+    channels, block_k = max(16, 1 << (D - 1).bit_length()), max(16, 1 << (K - 1).bit_length())
+    return (
+        Tiles(64, min(16, channels), 4, 2, resident=True) if channels * block_k <= 512 * 32 and block_k <= 64 else None
+    )
+
+
+def _programs_per_multiprocessor(D: int, K: int) -> int:
+    """Of the resident form, by shared memory; more than four gain nothing."""
+    shared = 2 * (1 << (D - 1).bit_length()) * (2 * 64 + 2 * K) + 5000
+    return max(1, min(4, 227 * 1024 // shared))
 
 
 def partial_rows(x: Tensor, K: int) -> int:
@@ -38,20 +98,29 @@ def partial_rows(x: Tensor, K: int) -> int:
     return x.shape[0] * x.shape[2] * x.element_size() // (40 * K)
 
 
-def forward_tiles(x: Tensor, K: int) -> tuple[Tiles, int, int]:
+def forward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Tiles, int, int]:
     """Tiles of forward; the programs that share the pixels of an image; and those that share its channels."""
     B, D, N = x.shape
+    target = target or target_of(x)
+    tiles = _resident_tiles(D, K)
+    if tiles and target.capability // 10 == 9 and may_be_resident(x):
+        fill = (
+            2 * _programs_per_multiprocessor(D, K) * target.multiprocessors
+        )  # two rounds: an uneven last one costs less
+        splits = max(1, min(-(-N // tiles.block_n), fill // B, partial_rows(x, K) // B))
+        if 2 * B * splits >= target.multiprocessors:  # with fewer, sharing the channels too is better
+            return tiles, splits, 1
     tiles = _tiles(D, K, x.element_size(), backward=False)
-    fill = 2 * _multiprocessors(x)
+    fill = 2 * target.multiprocessors
     splits = max(1, min(-(-N // tiles.block_n), -(-fill // B), partial_rows(x, K) // B))
     return tiles, splits, _groups(fill, B * splits, D, tiles)
 
 
-def backward_tiles(x: Tensor, K: int) -> tuple[Tiles, int, int]:
+def backward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Tiles, int, int]:
     """Tiles of backward; the programs that share the pixels of all images; and those that share their channels."""
     B, D, N = x.shape
     tiles = _tiles(D, K, x.element_size(), backward=True)
-    fill = 2 * _multiprocessors(x)
+    fill = 2 * (target or target_of(x)).multiprocessors
     programs = max(1, min(B * -(-N // tiles.block_n), fill, partial_rows(x, K)))
     return tiles, programs, _groups(fill, programs, D, tiles)
 
