@@ -93,7 +93,7 @@ def test_the_block_compiles_without_a_break():
     x = torch.randn(8, 64, 28, 28, device=DEVICE)
     with ctxenc.use_backend("triton"):
         compiled = torch.compile(copy.deepcopy(block), fullgraph=True)
-        assert_near([compiled(x).detach()], [block(x).detach()], 1e-4)
+        assert_near([compiled(x).detach()], [block(x).detach()], 1e-3)  # the convolution is in tf32
 
 
 class Network(nn.Module):
