@@ -7,8 +7,8 @@ torch.compile of it, for half precision under autocast too; and the expanded for
 where it fits. Each is checked against fp64 first, and no time is reported of a ctxenc row that is wrong.
 
 On a GPU a time is that of CUDA graph replays over copies of x that together exceed the L2 cache four times, the rows in random
-order in every round. "Floor" is the part of the time that its least bytes take at the copy bandwidth measured in the same run: x once in
-forward; x twice and one write of its gradient in forward + backward. The most important tables come first.
+order in every round. "Floor" is the part of the time that its least bytes take at the copy bandwidth measured in the same run:
+x once in forward; x twice and one write of its gradient in forward + backward. The most important tables come first.
 """
 
 import argparse
