@@ -11,10 +11,9 @@ takes than ctxenc.
 
 import argparse
 import json
-import random
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 import ctxenc
 from benchmarks.environment import describe
+from benchmarks.timing import Call, cpu_timer, interleaved
 from ctxenc.kernels import reference
 
 # (B, N, D, K): EncNet at a 480 crop, one image per core; two SE-sized blocks.
@@ -31,6 +31,7 @@ LAYOUTS = ("channels_first", "channels_last")
 TOLERANCE = 1e-4  # relative to the largest value; a form that is wrong is off by far more
 
 Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
+Shape = tuple[int, int, int, int]
 
 
 def expanded(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
@@ -47,12 +48,23 @@ def shifted_matmul(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     return weights @ x.transpose(1, 2) - weights.sum(2, keepdim=True) * codewords
 
 
-def inputs(shape: tuple[int, int, int, int], layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random x (B, D, N), codewords (K, D) and learned smoothing (K,), all with gradients."""
+def inputs(
+    shape: Shape, layout: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random x (B, D, N) in a dtype, codewords (K, D) and learned smoothing (K,) in fp32, all with gradients."""
     B, N, D, K = shape
-    x = torch.randn(B, N, D).transpose(1, 2) if layout == "channels_last" else torch.randn(B, D, N)
-    tensors = x, torch.randn(K, D) / 4, torch.rand(K) / D
+    if layout == "channels_last":
+        x = torch.randn(B, N, D, dtype=dtype, device=device).transpose(1, 2)
+    else:
+        x = torch.randn(B, D, N, dtype=dtype, device=device)
+    tensors = x, torch.randn(K, D, device=device) / 4, torch.rand(K, device=device) / D
     return tuple(tensor.requires_grad_() for tensor in tensors)  # type: ignore[return-value]
+
+
+def forward(encode: Encode, tensors: tuple[Tensor, ...]) -> Tensor:
+    """Without a graph for backward."""
+    with torch.no_grad():
+        return encode(*tensors)
 
 
 def gradients(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
@@ -60,32 +72,26 @@ def gradients(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tupl
     return torch.autograd.grad(encode(*tensors), tensors, grad)
 
 
-def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> float:
-    """Largest relative error of the encoding and of its three gradients against fp64."""
-    exact = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
-    wanted = (expanded(*exact), *gradients(expanded, exact, grad.double()))
-    got = (encode(*tensors), *gradients(encode, tensors, grad))
-    return max(float(((g - w).abs().max() / w.abs().max()).detach()) for g, w in zip(got, wanted, strict=True))
+def results(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The encoding and its three gradients."""
+    return encode(*tensors).detach(), *gradients(encode, tensors, grad)
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, slow: str) -> dict[str, float]:
-    """Median milliseconds of each call; the slow one is run in every fortieth round only."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
-        for _ in range(1 if name == slow else 5):
-            call()
-    order = random.Random(0)
-    for round_ in range(repeats):
-        for name in order.sample(list(calls), len(calls)):
-            if name == slow and round_ % 40:
-                continue
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+def exact(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The results of a form in fp64."""
+    return results(encode, tuple(tensor.detach().double().requires_grad_() for tensor in tensors), grad.double())
 
 
-def measure(shape: tuple[int, int, int, int], layout: str, repeats: int) -> list[dict[str, Any]]:
+def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor, wanted: tuple[Tensor, ...]) -> float:
+    """Largest error of the results, each relative to its own largest value; NaN stays NaN."""
+    errors = [
+        (g.double() - w).abs().max() / w.abs().max()
+        for g, w in zip(results(encode, tensors, grad), wanted, strict=True)
+    ]
+    return float(torch.stack(errors).max())
+
+
+def measure(shape: Shape, layout: str, repeats: int) -> list[dict[str, Any]]:
     """One table: every row at one shape and layout."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -96,23 +102,17 @@ def measure(shape: tuple[int, int, int, int], layout: str, repeats: int) -> list
         "torch.compile(shifted matmul)": torch.compile(shifted_matmul),
         "expanded": expanded,
     }
-    errors = {name: error(form, tensors, grad) for name, form in forms.items()}
+    wanted = exact(expanded, tensors, grad)
+    errors = {name: error(form, tensors, grad, wanted) for name, form in forms.items()}
     if wrong := {name: value for name, value in errors.items() if not value < TOLERANCE}:
         raise SystemExit(f"no speed is reported for a wrong result: {wrong} at {shape}, {layout}")
 
-    def forward(form: Encode) -> Callable[[], Any]:
-        def call() -> Any:
-            with torch.no_grad():
-                return form(*tensors)
+    def median(calls: dict[str, Call]) -> dict[str, float]:
+        timers = {name: cpu_timer(call, 1 if name == "expanded" else 5) for name, call in calls.items()}
+        return {name: statistics.median(times) for name, times in interleaved(timers, repeats, slow="expanded").items()}
 
-        return call
-
-    fwd = interleaved({name: forward(form) for name, form in forms.items()}, repeats, slow="expanded")
-    both = interleaved(
-        {name: lambda form=form: gradients(form, tensors, grad) for name, form in forms.items()},
-        repeats,
-        slow="expanded",
-    )
+    fwd = median({name: partial(forward, form, tensors) for name, form in forms.items()})
+    both = median({name: partial(gradients, form, tensors, grad) for name, form in forms.items()})
     return [
         {
             "shape": shape,

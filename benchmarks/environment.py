@@ -19,9 +19,32 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _output(command: list[str]) -> str:
+    """What a command prints; nothing where there is no such command."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _gpu() -> dict[str, Any]:
+    """What a time on a GPU depends on besides its name."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return {
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+
+
 def _commit() -> str:
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return _output(["git", *args])
 
     return git("rev-parse", "--short=12", "HEAD") + (
         "+changes" if git("status", "--porcelain", "--", "../ctxenc") else ""
@@ -44,6 +67,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
+        **({"gpu_properties": _gpu()} if cuda else {}),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "torchvision", "timm", "triton", "numpy")},
         "commit": _commit(),

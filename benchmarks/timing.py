@@ -1,0 +1,111 @@
+"""Milliseconds of a call, by the clock on a CPU and by events around replays of a CUDA graph on a GPU; and calls interleaved."""
+
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+Timer = Callable[[], float]  # runs once, gives milliseconds
+
+REPLAYED_MS = 2.0  # between two events: launching the first graph takes some 10 us, half a percent of it
+
+
+def interleaved(timers: dict[str, Timer], rounds: int, slow: str = "", every: int = 40) -> dict[str, list[float]]:
+    """Milliseconds of each timer, all of them in random order in every round; the slow one in every fortieth round only."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    order = random.Random(0)
+    for round_ in range(rounds):
+        for name in order.sample(list(timers), len(timers)):
+            if name != slow or round_ % every == 0:
+                times[name].append(timers[name]())
+    return times
+
+
+def cpu_timer(call: Call, warm_up: int = 5) -> Timer:
+    """Times single calls."""
+    for _ in range(warm_up):
+        call()
+
+    def timer() -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+    return timer
+
+
+def _each(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def cuda_timer(calls: Sequence[Call]) -> tuple[Timer, str]:
+    """Times a call on a GPU: calls are the same one on different inputs, more together than the cache holds, and run in turn.
+
+    Returns:
+        The timer, and how it times: "graph", or "calls" and why no graph could be captured; then launching may be what takes time.
+    """
+    stream = torch.cuda.Stream()  # warm-up and capture on the same one, or autograd waits for the other
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in itertools.islice(itertools.cycle(calls), max(3, len(calls))):
+            call()
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            _each(calls)
+        replay, how = graph.replay, "graph"
+    except RuntimeError as failure:
+        torch.cuda.synchronize()
+        replay, how = partial(_each, calls), f"calls: {first_line(failure)}"
+
+    def run(times: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(times):
+            replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / times
+
+    run(2)
+    repeats = max(1, math.ceil(REPLAYED_MS / max(run(1), 1e-3)))
+    return lambda: run(repeats) / len(calls), how
+
+
+def first_line(failure: BaseException) -> str:
+    """Its type and the first line of what it says."""
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0][:200]}"
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentiles."""
+    low, high = statistics.quantiles(times, n=5, method="inclusive")[::3] if len(times) > 1 else (times[0], times[0])
+    return {"median": statistics.median(times), "p20": low, "p80": high}
+
+
+def copies_beyond_cache(tensor: Tensor, times: float = 4.0) -> int:
+    """Copies of a tensor that together exceed the L2 cache several times; 1 on a CPU."""
+    if not tensor.is_cuda:
+        return 1
+    cache = torch.cuda.get_device_properties(tensor.device).L2_cache_size
+    return max(2, math.ceil(times * cache / tensor.nbytes))
+
+
+def copy_bandwidth(device: str, nbytes: int = 2**31) -> float:
+    """Bytes read and written in a second where a large tensor is copied; the median of 20 copies."""
+    nbytes = min(nbytes, torch.cuda.mem_get_info()[0] // 4)
+    source = torch.randn(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    timer, _ = cuda_timer([lambda: target.copy_(source)])
+    return 2 * source.nbytes / (statistics.median(timer() for _ in range(20)) * 1e-3)
