@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxenc.encoding import Encoding, check_sizes, check_smoothing, is_traced
+from ctxenc.functional import fused_gate, fuses_gate
 
 Layer = Callable[..., nn.Module]
 
@@ -198,13 +199,23 @@ class ContextEncoding(nn.Module):
             return self.norm_codes(encoding.unsqueeze(3)).squeeze(3).relu().mean(1)
         return F.normalize(encoding.flatten(1), dim=1)
 
+    @torch.jit.unused
+    def _fuses_gate(self, x: Tensor, logits: Tensor) -> bool:
+        """Whether the product is fused: only where the gate is the sigmoid and nothing else, for one with hooks is to be called."""
+        gate = self.gate
+        hooked = gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks or gate._backward_pre_hooks
+        return type(gate) is nn.Sigmoid and not hooked and not is_traced(x) and fuses_gate(x, logits)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.permute(0, 3, 1, 2)
         if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not is_traced(x):
             _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
-        gate = self.gate(self.fc(self.features(x).to(x.dtype)))
-        x = x * gate.to(x.dtype)[:, :, None, None]
+        logits = self.fc(self.features(x).to(x.dtype))
+        if not torch.jit.is_scripting() and self._fuses_gate(x, logits):
+            x = fused_gate(x, logits)
+        else:
+            x = x * self.gate(logits).to(x.dtype)[:, :, None, None]
         return x.permute(0, 2, 3, 1) if self.channels_last else x
 
     __jit_unused_properties__: ClassVar[list[str]] = ["smoothing"]

@@ -1,4 +1,4 @@
-"""encode() and assign(): validation, and the choice of backend."""
+"""encode() and assign(): validation, and the choice of backend, for the block's gate too."""
 
 import importlib.util
 import os
@@ -57,15 +57,11 @@ UNPROVEN = "the Triton kernels have run in the interpreter and through the compi
 MAX_CHANNELS, MAX_CODES = 4096, 256  # of the Triton path
 
 
-def _why_not_triton(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | None:
-    """The reason why the Triton path cannot run on these arguments, None where it can."""
+def _why_no_kernels(x: Tensor) -> str | None:
+    """The reason why no Triton kernel can run here, None where they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not x.is_cuda and not (interpreted and x.device.type == "cpu"):
         return f"x is on {x.device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment)"
-    if torch.float64 in (x.dtype, codewords.dtype, smoothing.dtype):
-        return "float64 has only the PyTorch path"
-    if codewords.shape[1] > MAX_CHANNELS or codewords.shape[0] > MAX_CODES:
-        return f"it takes {MAX_CHANNELS} channels and {MAX_CODES} codewords at most, got codewords {tuple(codewords.shape)}"
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "a graph for export takes the PyTorch path"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
@@ -74,6 +70,17 @@ def _why_not_triton(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | No
         return "Triton is not installed"
     if x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
+    return None
+
+
+def _why_not_triton(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | None:
+    """The reason why the Triton path cannot run on these arguments, None where it can."""
+    if reason := _why_no_kernels(x):
+        return reason
+    if torch.float64 in (x.dtype, codewords.dtype, smoothing.dtype):
+        return "float64 has only the PyTorch path"
+    if codewords.shape[1] > MAX_CHANNELS or codewords.shape[0] > MAX_CODES:
+        return f"it takes {MAX_CHANNELS} channels and {MAX_CODES} codewords at most, got codewords {tuple(codewords.shape)}"
     return None
 
 
@@ -183,6 +190,29 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
         if torch.jit.is_tracing() or torch.compiler.is_exporting():  # a saved graph cannot hold an autograd.Function
             return torch_encode.encode_plainly(x.flatten(2), codewords, smoothing)
         return torch_encode.encode(x.flatten(2), codewords, smoothing)
+
+
+def fuses_gate(x: Tensor, logits: Tensor) -> bool:
+    """Whether fused_gate takes the place of x * sigmoid(logits): where Triton is in force by name, as no kernel is proven yet.
+
+    float64 takes the plain expression: encode() refuses it, but what is encoded of such a map may be fp32.
+
+    Raises:
+        RuntimeError: Triton is in force and cannot run here, as for encode().
+    """
+    if not _wants_triton("auto", "gate") or torch.float64 in (x.dtype, logits.dtype):
+        return False
+    if reason := _why_no_kernels(x):
+        raise RuntimeError(f'gate: backend="triton" cannot run: {reason}')
+    return True
+
+
+@torch.jit.unused
+def fused_gate(x: Tensor, logits: Tensor) -> Tensor:
+    """X * sigmoid(logits) of x (B, C, *spatial) and logits (B, C) by the Triton kernel, laid out as x is."""
+    from ctxenc.kernels import triton_gate
+
+    return triton_gate.gate(x.flatten(2), logits).unflatten(2, x.shape[2:])
 
 
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor | float) -> Tensor:
