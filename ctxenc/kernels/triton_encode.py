@@ -92,13 +92,13 @@ class _Launch:
         stride_b, stride_d, stride_n = self.x.stride()
         return self.N, self.tiles_per_image, *cut, stride_b, stride_n, stride_d
 
-    def descriptor(self) -> TensorDescriptor | None:
-        """Of x, for tiles of all channels, where they are to be resident."""
-        if not self.tiles.resident:
+    def descriptor(self, x: Tensor, channels: int) -> TensorDescriptor | None:
+        """Of x or its gradient, for tiles of so many channels, where they are to be resident."""
+        if not self.tiles.resident or x.numel() == 0:
             return None
-        x, block = self.x, [1, self.padded, self.tiles.block_n]
+        block = [1, channels, self.tiles.block_n]
         if self.channels_last:
-            x, block = x.transpose(1, 2), [1, self.tiles.block_n, self.padded]
+            x, block = x.transpose(1, 2), [1, self.tiles.block_n, channels]
         return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
     def options(self) -> dict[str, Any]:
@@ -109,12 +109,14 @@ class _Launch:
             "VECTOR": vector(self.x, self.channels_last),
             "BLOCK_N": self.tiles.block_n,
             "STAGES": self.tiles.stages,
+            "RESIDENT": self.tiles.resident,
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
             **FUSED,
         }
 
 
+CHUNK = 64  # channels of x that resident backward takes at a time
 FUSED = {"enable_fp_fusion": True}  # Triton 3.10 turns its default over
 
 
@@ -132,7 +134,7 @@ def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, T
         weight_sum = x.new_empty((B, splits, K), dtype=torch.float32)
         encode_fwd_kernel[(groups * splits * B,)](
             launch.x,
-            launch.descriptor(),
+            launch.descriptor(launch.x, launch.padded),
             launch.codewords,
             launch.smoothing,
             launch.operands,
@@ -142,7 +144,6 @@ def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, T
             encoding,
             weight_sum,
             *launch.sizes(share, splits, groups),
-            RESIDENT=tiles.resident,
             **launch.options(),
         )
     if splits == 1:
@@ -166,13 +167,17 @@ def _backward(
         programs = triton.cdiv(B * launch.tiles_per_image, share)
         dcodewords = x.new_empty((programs, K, D), dtype=torch.float32)
         dsmoothing = x.new_empty((programs, K), dtype=torch.float32)
+        chunk = min(CHUNK, launch.padded)
         encode_bwd_kernel[(groups * programs,)](
             launch.x,
+            launch.descriptor(launch.x, chunk),
+            launch.descriptor(dx, chunk),
             launch.codewords,
             launch.smoothing,
             launch.operands,
             launch.centers,
             launch.bias,
+            launch.near,
             grad_operands,
             product,
             dx,
@@ -181,6 +186,7 @@ def _backward(
             *launch.sizes(share, groups),
             B,
             DX=x_wanted,
+            CHUNK=chunk,
             **launch.options(),
         )
     total = dcodewords.sum(0) - (weight_sum.unsqueeze(2) * grad).sum(0)

@@ -10,7 +10,8 @@ The walking form, for all else: see triton_walk.py.
 import triton
 import triton.language as tl
 
-from ctxenc.kernels.triton_operands import _INTERPRETED, dot, load_operand, rounded
+from ctxenc.kernels.triton_operands import dot, load_operand, rounded
+from ctxenc.kernels.triton_resident import load_tile, resident_nearness
 from ctxenc.kernels.triton_walk import (
     add_product,
     image,
@@ -24,31 +25,6 @@ from ctxenc.kernels.triton_walk import (
 
 # One binary for all sizes: how x is aligned is the explicit constexpr VECTOR.
 SIZES = ["p_x", "N", "tiles", "share", "splits", "groups", "stride_b", "stride_n", "stride_d"]
-
-
-@triton.jit
-def _load_tile(d_x, b, start, PADDED_D: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr):
-    """All channels of a tile (BLOCK_N, padded D) as they are, zero beyond N and D."""
-    if CHANNELS_LAST:
-        x = d_x.load([b, start, 0]).reshape(BLOCK_N, PADDED_D)
-    else:
-        x = tl.trans(d_x.load([b, 0, start]).reshape(PADDED_D, BLOCK_N))
-    if _INTERPRETED:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _resident_nearness(
-    x, high, low, bias, SHARED: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """-|x - d|^2, without |x|^2 where that cancels, (BLOCK_N, BLOCK_K)."""
-    nearness = 2 * dot(x, low, dot(x, high, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), DOT), DOT) - bias[None, :]
-    if not SHARED:
-        o_n = tl.arange(0, BLOCK_N)
-        products = dot(x, tl.trans(x), tl.zeros((BLOCK_N, BLOCK_N), tl.float32), DOT)
-        nearness -= tl.sum(tl.where(o_n[:, None] == o_n[None, :], products, 0.0), 1)[:, None]
-    return nearness
 
 
 @triton.jit
@@ -81,8 +57,8 @@ def _resident(
     sums = tl.zeros((PADDED_D, BLOCK_K), tl.float32)
     # What is hoisted out of the loop would be spilled: 64 addresses of operands in shared memory among it.
     for tile in tl.range(first, last, num_stages=STAGES, disable_licm=True):
-        x = _load_tile(d_x, b, tile * BLOCK_N, PADDED_D, CHANNELS_LAST, BLOCK_N)
-        nearness = _resident_nearness(x, high, low, bias, SHARED, DOT, BLOCK_N, BLOCK_K)
+        x = load_tile(d_x, b, tile * BLOCK_N, 0, PADDED_D, CHANNELS_LAST, BLOCK_N)
+        nearness = resident_nearness((x,), (high,), (low,), bias, SHARED, DOT, BLOCK_N, BLOCK_K, 1)
         s = tl.load(p_smoothing + (o_k * 0 if SHARED else o_k), mask=m_k, other=0.0).to(tl.float32)
         m_n = tile * BLOCK_N + tl.arange(0, BLOCK_N) < N
         weights = rounded(softmax(nearness, s, m_n, m_k), DOT)

@@ -140,7 +140,7 @@ def prepare_grad_kernel(
     b = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     product = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, PADDED_D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         mask = (o_k < K)[:, None] & (o_d < D)[None, :]
         o_grad = (o_k.to(tl.int64) * stride_k)[:, None] + (o_d.to(tl.int64) * stride_d)[None, :]

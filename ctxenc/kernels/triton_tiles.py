@@ -13,7 +13,7 @@ class Tiles(NamedTuple):
     block_d: int  # channels of a block, at least 16
     warps: int
     stages: int  # blocks of x in flight; tiles where they are resident
-    resident: bool = False  # forward: all channels of a tile in shared memory
+    resident: bool = False  # all channels of a tile in shared memory
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -65,8 +65,10 @@ def target_of(x: Tensor) -> Target:
     )
 
 
-def may_be_resident(x: Tensor) -> bool:
-    """Whether the form of forward that holds whole tiles in shared memory takes an x laid out like this one."""
+def may_be_resident(x: Tensor, backward: bool = False) -> bool:
+    """Whether the forms that hold whole tiles in shared memory take an x laid out like this one, and for backward give a dx so."""
+    if backward and is_channels_last(x) and x.shape[1] % 8:
+        return False
     rows = is_channels_last(x) or x.stride(2) == 1 or x.shape[2] == 1
     return (
         x.dtype == torch.bfloat16
@@ -76,15 +78,16 @@ def may_be_resident(x: Tensor) -> bool:
     )
 
 
-def _resident_tiles(D: int, K: int) -> Tiles | None:
+def _resident_tiles(D: int, K: int, backward: bool = False) -> Tiles | None:
     """Two tiles of 64 pixels and codewords in two terms fit into the 227 kB of sm_90, and the sums (K, D) into half its registers.
 
-    With 64 pixels a warpgroup of 4 warps has one row of products each, and x @ x^T for the norms stays small.
+    With 64 pixels a warpgroup of 4 warps has one row of products each, and x @ x^T for the norms stays small. Backward holds the
+    gradient beside the codewords, and has room for half as much.
     """
     channels, block_k = max(16, 1 << (D - 1).bit_length()), max(16, 1 << (K - 1).bit_length())
-    return (
-        Tiles(64, min(16, channels), 4, 2, resident=True) if channels * block_k <= 512 * 32 and block_k <= 64 else None
-    )
+    if block_k > (32 if backward else 64) or channels > (8192 // block_k**2 * 16 if backward else 16384 // block_k):
+        return None
+    return Tiles(64, min(16, channels), 4, 2, resident=True)
 
 
 def _programs_per_multiprocessor(D: int, K: int) -> int:
@@ -119,10 +122,13 @@ def forward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Tile
 def backward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Tiles, int, int]:
     """Tiles of backward; the programs that share the pixels of all images; and those that share their channels."""
     B, D, N = x.shape
-    tiles = _tiles(D, K, x.element_size(), backward=True)
-    fill = 2 * (target or target_of(x)).multiprocessors
+    target = target or target_of(x)
+    tiles = _resident_tiles(D, K, backward=True)
+    if not (tiles and target.capability // 10 == 9 and may_be_resident(x, backward=True)):
+        tiles = _tiles(D, K, x.element_size(), backward=True)
+    fill = 2 * target.multiprocessors
     programs = max(1, min(B * -(-N // tiles.block_n), fill, partial_rows(x, K)))
-    return tiles, programs, _groups(fill, programs, D, tiles)
+    return tiles, programs, 1 if tiles.resident else _groups(fill, programs, D, tiles)
 
 
 def _groups(fill: int, programs: int, D: int, tiles: Tiles) -> int:

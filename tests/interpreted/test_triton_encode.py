@@ -82,10 +82,12 @@ def cut_into(patch: pytest.MonkeyPatch, cut: tuple[Tiles, int, int], x: Tensor) 
     groups = min(groups, -(-x.shape[1] // tiles.block_d))
     resident = may_be_resident(x) and groups < 3  # the groups draw tells the rest
     forward = tiles._replace(resident=True) if resident else tiles
-    patch.setattr(
-        triton_encode, "forward_tiles", lambda *_: (forward, min(programs, per_image), 1 if resident else groups)
-    )
-    patch.setattr(triton_encode, "backward_tiles", lambda *_: (tiles, min(programs, per_image * x.shape[0]), groups))
+    splits, shared_channels = min(programs, per_image), 1 if resident else groups
+    patch.setattr(triton_encode, "forward_tiles", lambda *_: (forward, splits, shared_channels))
+    resident = may_be_resident(x, backward=True) and groups < 3
+    backward = tiles._replace(resident=True) if resident else tiles
+    programs = min(programs, per_image * x.shape[0])
+    patch.setattr(triton_encode, "backward_tiles", lambda *_: (backward, programs, 1 if resident else groups))
 
 
 @thorough
