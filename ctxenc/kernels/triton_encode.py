@@ -123,6 +123,8 @@ def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, T
     K = codewords.shape[0]
     if x.numel() == 0:
         return x.new_zeros((B, K, D), dtype=torch.float32), x.new_zeros((B, K), dtype=torch.float32)
+    # Memory moves x once, 4 B K (D + 1) bytes a split (written and read again where there are several), and the operands; L2 gives x
+    # groups times more, and the split's sums twice a tile, unless tiles are resident: triton_bytes.py.
     tiles, splits, groups = forward_tiles(x, K)
     with torch.cuda.device_of(x):
         launch = _Launch(x, codewords, smoothing, tiles)
@@ -158,6 +160,7 @@ def _backward(
     dx = _empty_dx(x, x_wanted)
     if x.numel() == 0:
         return dx, torch.zeros_like(codewords), torch.zeros_like(smoothing)
+    # Memory moves x and dx once, 4 K (D + 1) bytes a program twice, and the operands, those of grad for every image; L2 as in forward.
     tiles, programs, groups = backward_tiles(x, K)
     with torch.cuda.device_of(x):
         launch = _Launch(x, codewords, smoothing, tiles)
