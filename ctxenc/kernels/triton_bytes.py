@@ -1,7 +1,8 @@
 """The bytes that a launch of the Triton kernels moves, counted from the tiles that it would be given. Nothing is run.
 
 What a count leaves out is told in its fields: whether a second walk over a tile finds it in the L2 cache depends on how many tiles
-are in use at a time (in_flight) and on the GPU.
+are in use at a time (in_flight) and on the GPU; and the resident form of forward is counted with codewords near the origin, as it
+walks where they are not.
 """
 
 from typing import NamedTuple
