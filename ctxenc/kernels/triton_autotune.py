@@ -33,6 +33,9 @@ AUTOTUNE = os.environ.get("CTXENC_AUTOTUNE") == "1" and os.environ.get("TRITON_I
 MARGIN = 0.02  # of the time: less is noise
 WARM_UP, REPETITIONS = 3, 15
 LIMITS = {"block_n": (16, 256), "block_d": (16, 128), "warps": (4, 8), "stages": (1, 3), "factor": (0.5, 4)}
+# A resident tile needs the 64 rows of a warpgroup's product, or 2904 bytes spill (D = 512, K = 32, sm_90); with one tile in
+# flight the compiler fails, in Triton 3.9.
+RESIDENT_LOWEST = {"block_n": 64, "stages": 2}
 SLEEP = 1_000_000  # clock cycles, some 0.6 ms: more than it takes to launch a call
 
 Cut = tuple[Tiles, int, int]  # tiles, programs that share the pixels, groups that share the channels
@@ -157,6 +160,8 @@ def recut(direction: str, x: Tensor, K: int, base: Cut, choice: Choice) -> Cut:
 def neighbours(choice: Choice, field: str, D: int) -> Iterator[Choice]:
     """The choices next to this one in a field, inside the limits."""
     low, high = LIMITS[field]
+    if choice.tiles.resident:
+        low = RESIDENT_LOWEST.get(field, low)
     if field == "block_d":
         high = min(high, max(16, 1 << (D - 1).bit_length()))
     value = choice.factor if field == "factor" else getattr(choice.tiles, field)
