@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ctxenc
-from ctxenc.kernels import reference, triton_encode
+from ctxenc.kernels import reference, triton_encode, triton_tiles
 from ctxenc.kernels.triton_tiles import Tiles, may_be_resident
 from tests.tolerance import largest_excess
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("channels_first", "channels_last", "expanded", "sliced_pixels", "sliced_channels", "no_unit_stride")
-EXAMPLES = int(os.environ.get("CTXENC_EXAMPLES", "60"))  # of the first property below, a third of it of the second
+EXAMPLES = int(os.environ.get("CTXENC_EXAMPLES", "40"))  # of the first property below, a third of it of the second
 thorough = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -121,6 +121,44 @@ def test_incoming_gradients_of_any_stride(problem, kind):
         plain = torch.autograd.grad(encoding, leaves, grad.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
     assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in leaves]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 2.0, 300.0])
+def test_the_resident_form(offset, shared, channels_last, monkeypatch):
+    """As a GPU of capability 9 takes it: D no power of two, N no multiple of the tile; it walks where codewords lie far off."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(8, 40, 72, generator=generator) + offset).bfloat16()
+    x = lay_out(x, "channels_last" if channels_last else "channels_first")
+    codewords = torch.randn(5, 40, generator=generator) + offset
+    smoothing = torch.rand(() if shared else (5,), generator=generator) / 40
+    monkeypatch.setattr(triton_tiles, "target_of", lambda x: triton_tiles.Target(90, 8))
+    tiles, splits, groups = triton_tiles.forward_tiles(x, 5)
+    assert tiles.resident
+    assert (splits, groups) == (1, 1)  # more would be over a tenth of x
+    assert bool(triton_encode._Launch(x, codewords, smoothing, tiles).near) == (offset < 300)
+    grad = torch.randn(8, 5, 40, generator=generator)
+    excess = largest_excess(triton, x, codewords, smoothing, grad, products=torch.bfloat16)
+    assert max(excess.values()) <= 1, excess
+    fp32 = ctxenc.encode(x.float(), codewords, smoothing, backend="torch")
+    off = (triton(x, codewords, smoothing) - fp32).abs().max()
+    assert off < 3e-3 * fp32.abs().max()  # the weights' rounding
+
+
+def test_what_cannot_be_resident():
+    def taken(x):
+        return triton_tiles.may_be_resident(x)
+
+    x = torch.zeros(2, 16, 24, dtype=torch.bfloat16)
+    assert taken(x)
+    assert taken(lay_out(x, "channels_last"))
+    assert taken(x[:1].expand(1, 16, 24))
+    assert not taken(x.float())
+    assert not taken(x[:, :, 1:])  # no address of 16 bytes
+    assert not taken(x[:, :, :12])  # nor rows of as many
+    assert not taken(x[:1].expand(2, 16, 24))
+    assert not taken(lay_out(x, "no_unit_stride"))
 
 
 def lost_pixel(x, codewords, smoothing):
