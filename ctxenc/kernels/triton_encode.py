@@ -12,6 +12,8 @@ leave the range of fp16.
 Deep TEN (arXiv 1612.02844), section 3.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ctxenc.kernels.triton_autotune import AUTOTUNE, Cut, tuned
 from ctxenc.kernels.triton_backward import encode_bwd_kernel
 from ctxenc.kernels.triton_forward import encode_fwd_kernel
 from ctxenc.kernels.triton_operands import INTERPRETED, prepare_codewords_kernel, prepare_grad_kernel
@@ -120,12 +123,31 @@ CHUNK = 64  # channels of x that resident backward takes at a time
 FUSED = {"enable_fp_fusion": True}  # Triton 3.10 turns its default over
 
 
-def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
+def _cut(
+    direction: str,
+    x: Tensor,
+    codewords: Tensor,
+    smoothing: Tensor,
+    choose: Callable[..., Cut],
+    launch: Callable[[Cut], Any],
+) -> Cut:
+    """Tiles, programs and groups of a launch: the table's, unless CTXENC_AUTOTUNE=1 has them searched for."""
+    K = codewords.shape[0]
+    if not AUTOTUNE:
+        return choose(x, K)
+    return tuned(direction, _precision(x.dtype), x, K, smoothing.dim() == 0, choose, launch)
+
+
+def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
     B, D, _ = x.shape
     K = codewords.shape[0]
     if x.numel() == 0:
         return x.new_zeros((B, K, D), dtype=torch.float32), x.new_zeros((B, K), dtype=torch.float32)
-    tiles, splits, groups = forward_tiles(x, K)
+    # Memory moves x once, 4 B K (D + 1) bytes a split (twice where there are several), and the operands; L2 gives x groups times
+    # more, and a program's sums twice a tile, unless tiles are resident: triton_bytes.py.
+    tiles, splits, groups = cut or _cut(
+        "forward", x, codewords, smoothing, forward_tiles, partial(_forward, x, codewords, smoothing)
+    )
     with torch.cuda.device_of(x):
         launch = _Launch(x, codewords, smoothing, tiles)
         share = triton.cdiv(launch.tiles_per_image, splits)
@@ -152,14 +174,28 @@ def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, T
 
 
 def _backward(
-    grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
+    grad: Tensor,
+    x: Tensor,
+    codewords: Tensor,
+    smoothing: Tensor,
+    weight_sum: Tensor,
+    x_wanted: bool,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, D, _ = x.shape
     K = codewords.shape[0]
     dx = _empty_dx(x, x_wanted)
     if x.numel() == 0:
         return dx, torch.zeros_like(codewords), torch.zeros_like(smoothing)
-    tiles, programs, groups = backward_tiles(x, K)
+    # Memory moves x and dx once, 4 K (D + 1) bytes a program twice, and the operands, those of grad for every image; L2 as above.
+    tiles, programs, groups = cut or _cut(
+        "backward" if x_wanted else "backward, no dx",
+        x,
+        codewords,
+        smoothing,
+        backward_tiles,
+        partial(_backward, grad, x, codewords, smoothing, weight_sum, x_wanted),
+    )
     with torch.cuda.device_of(x):
         launch = _Launch(x, codewords, smoothing, tiles)
         grad_operands, product = launch.prepare_grad(grad)

@@ -1,0 +1,91 @@
+"""What launches of the Triton kernels move, counted: against what the launchers hand over, and against what was promised."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from ctxenc.kernels.triton_bytes import encode_bytes
+from ctxenc.kernels.triton_tiles import Target
+
+SHAPES = [(2, 3600, 512, 32), (16, 196, 256, 16), (32, 784, 128, 16)]  # B, N, D, K
+TARGETS = [Target(80, 108), Target(90, 132), Target(100, 148)]
+L2 = 40e6  # bytes; the smallest of these GPUs, an A100
+
+everywhere = pytest.mark.parametrize(
+    ("shape", "itemsize", "target"), list(product(SHAPES, (4, 2), TARGETS)), ids=lambda value: str(value)
+)
+
+
+def count(shape, itemsize, target):
+    B, N, D, K = shape
+    return encode_bytes(B, D, N, K, itemsize, target)
+
+
+@everywhere
+def test_partial_sums_are_a_tenth_of_x_at_most(shape, itemsize, target):
+    for direction in count(shape, itemsize, target):
+        assert direction.partial_written <= 0.1 * direction.x
+
+
+@everywhere
+def test_x_comes_from_memory_once(shape, itemsize, target):
+    B, N, D, K = shape
+    assert K * D <= 32 * 512
+    for direction in count(shape, itemsize, target):
+        assert direction.x == B * N * D * itemsize
+        assert direction.l2_x == (direction.passes - 1) * direction.x
+        assert direction.in_flight <= L2  # what is walked over again is still in the cache
+
+
+def test_x_is_copied_once_where_its_tiles_are_resident():
+    forward = count((16, 3600, 512, 32), 2, Target(90, 132)).forward
+    assert (forward.passes, forward.l2, forward.in_flight) == (1, 0, 0)
+
+
+def test_only_backward_writes_a_gradient():
+    counts = count((2, 3600, 512, 32), 2, Target(80, 108))
+    assert counts.forward.dx == 0
+    assert counts.backward.dx == counts.backward.x
+    assert counts.backward.memory > 2 * counts.backward.x
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("D", [16, 512])
+def test_counts_are_what_the_launchers_hand_over(chip, dtype, channels_last, D):
+    pytest.importorskip("triton")
+    from benchmarks.kernel_report import CHIPS, DTYPES, Case, launches
+
+    K = 32
+    torch_dtype = next(key for key, name in DTYPES.items() if name == dtype)
+    handed = {
+        direction: launches(Case(chip, direction, dtype, channels_last, True, D, K))[0].arguments
+        for direction in ("forward", "backward")
+    }
+    B, N = 64, 4096  # of launches()
+    options = {"dtype": torch_dtype, "channels_last": channels_last}
+    forward, backward = encode_bytes(B, D, N, K, torch_dtype.itemsize, CHIPS[chip].target, **options)
+
+    def nbytes(direction, *names):
+        return sum(handed[direction][name].nbytes for name in names)
+
+    assert max(forward.partial_written, forward.results) == nbytes("forward", "p_encoding", "p_weight_sum")
+    assert forward.passes == (1 if handed["forward"]["RESIDENT"] else handed["forward"]["groups"] + 1)
+    parameters = ("p_codewords", "p_smoothing")
+    prepared = nbytes("forward", "p_operands", "p_centers", "p_bias")
+    assert forward.operands == nbytes("forward", *parameters) + 2 * prepared
+
+    assert backward.dx == nbytes("backward", "p_dx")
+    assert backward.partial_written == nbytes("backward", "p_dcodewords", "p_dsmoothing")
+    prepared = nbytes("backward", "p_operands", "p_centers", "p_bias", "p_grad")
+    grad = 4 * B * K * D
+    assert backward.operands == nbytes("backward", *parameters) + 2 * prepared + 4 * grad
+
+
+def test_a_dtype_of_another_size_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^encode_bytes: dtype must have 2 bytes, as itemsize says, got torch.float32"
+    ):
+        encode_bytes(1, 16, 16, 16, 2, TARGETS[0], dtype=torch.float32)
