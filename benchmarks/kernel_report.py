@@ -78,10 +78,11 @@ class Launch(NamedTuple):
 
 def cases(chips: list[str], quick: bool) -> list[Case]:
     """All that is reported; the quick ones leave out what differs least."""
-    sizes = (64, 512) if quick else (16, 32, 64, 128, 256, 512, 1024, 2048)
+    sizes = (64, 512) if quick else (16, 32, 64, 100, 128, 256, 512, 1024, 2048)
     alignments = (True,) if quick else (True, False)
     dtypes = ("bf16", "fp16", "fp32")
-    every = product(chips, ("forward", "backward"), dtypes, (False, True), alignments, sizes, (16, 32, 64))
+    codes = (16, 32, 64) if quick else (16, 32, 64, 128, 256)
+    every = product(chips, ("forward", "backward"), dtypes, (False, True), alignments, sizes, codes)
     return [Case(*values) for values in every]
 
 
@@ -194,13 +195,13 @@ def report(case: Case) -> dict[str, Any]:
 
 def faults(row: dict[str, Any]) -> str | None:
     """Why a row may not be shipped."""
-    if row["stack"]:
-        return f"spills {row['stack']} bytes"
-    if row["shared"] > CHIPS[row["chip"]].shared:
-        return f"takes {row['shared']} bytes of shared memory of {CHIPS[row['chip']].shared}"
-    if not row["matrix"]:
-        return "has no matrix instruction"
-    return None
+    limit = CHIPS[row["chip"]].shared
+    found = {
+        f"spills {row['stack']} bytes": row["stack"] > 0,
+        f"takes {row['shared']} bytes of shared memory of {limit}": row["shared"] > limit,
+        "has no matrix instruction": row["matrix"] == 0,
+    }
+    return ", ".join(fault for fault, there in found.items() if there) or None
 
 
 def line(row: dict[str, Any]) -> str:

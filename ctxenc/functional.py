@@ -1,9 +1,11 @@
 """encode() and assign(): validation, and the choice of backend, for the block's gate too."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -57,6 +59,11 @@ UNPROVEN = "the Triton kernels have run in the interpreter and through the compi
 MAX_CHANNELS, MAX_CODES = 4096, 256  # of the Triton path
 
 
+@cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.import_module("triton").__version__.split(".")[:2])
+
+
 def _why_no_kernels(x: Tensor) -> str | None:
     """The reason why no Triton kernel can run here, None where they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,6 +75,8 @@ def _why_no_kernels(x: Tensor) -> str | None:
         return "inside torch.func transforms only the PyTorch path runs"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if not torch.compiler.is_compiling() and _triton_version() < (3, 5):
+        return "it needs Triton 3.5 or higher, which comes with torch 2.9"
     if x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
     return None

@@ -334,22 +334,38 @@ def test_nothing_is_shifted_where_the_codewords_lie_about_the_origin():
     x, codewords = torch.randn(2, 24, 10, generator=generator), torch.randn(9, 24, generator=generator)
     run_off = codewords.clone()
     run_off[4] = -1e5
+    two_clusters = codewords + torch.tensor([100.0] * 5 + [-100.0] * 4)[:, None]
 
     def center(x, codewords):
         return torch_encode._center(x, codewords, torch.float32)
 
     assert center(x, codewords) is None
-    assert center(x, run_off) is not None  # which may hide where the others lie
     assert center(x + 1000, codewords) is None
-    for far in (codewords + 4, run_off + 1000):
+    assert center(x, run_off) is None
+    for far in (codewords + 4, run_off + 1000, two_clusters):
         assert torch.equal(center(x, far), torch_encode.central(far))
     assert center(x, codewords * float("nan")) is not None
+    assert center(x, codewords[:1]) is not None  # the one codeword: exact with it
     assert center(x[:, :, ::2], codewords) is not None  # the shift makes it dense
     assert center(x.to("meta"), codewords.to("meta")) is not None
     assert torch.func.vmap(lambda d: d.sum() if center(x, d) is None else center(x, d))(codewords[None]).shape == (
         1,
         24,
     )
+
+
+@pytest.mark.parametrize("offset", [1.0, 30.0, 1000.0])
+def test_a_cluster_far_from_the_origin_keeps_its_digits(offset):
+    """Most codewords at the offset, the others opposite, x near the first: their logits are small differences."""
+    generator = torch.Generator().manual_seed(5)
+    direction = torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0) * offset
+    side = torch.where(torch.arange(20) < 14, 1.0, -1.0)[:, None]
+    codewords = side * direction + torch.randn(20, 32, generator=generator) / 6
+    x = direction[:, None] + torch.randn(2, 32, 50, generator=generator) / 6
+    smoothing = torch.rand(20, generator=generator)
+    wanted = reference.encode(x.double(), codewords.double(), smoothing.double())
+    error = (ctxenc.encode(x, codewords, smoothing) - wanted)[:, :14].abs().max() / wanted[:, :14].abs().max()
+    assert error < 2e-6
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -2,10 +2,14 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
 from ctxenc import ContextEncoding, Encoding
@@ -302,3 +306,45 @@ def test_sampled_smoothing_under_vmap():
     assert not torch.allclose(draws[0], draws[1])
     same = vmap(lambda x: layer(x[None]), randomness="same")(x.expand(3, -1, -1))
     assert_close(same[0], same[1])
+
+
+def double_problem(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    codewords = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    return x, codewords, torch.rand(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def test_second_derivatives_through_vmap_over_smoothing_alone():
+    def of_the_squares(encode):
+        x, codewords, smoothing = double_problem()
+        encoding = encode(x, codewords, smoothing)
+        first = torch.autograd.grad(encoding.square().sum(), (x, codewords, smoothing), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, codewords, smoothing))
+
+    got = of_the_squares(vmap(ctxenc.encode, (None, None, 0)))
+    wanted = of_the_squares(lambda x, d, s: torch.stack([ctxenc.encode(x, d, row) for row in s]))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("counted", ["forward", "backward"])
+def test_checkpointing_where_one_run_is_under_another_mode(counted):
+    """Such a mode hides values; what is saved is of the same shape all the same, and as right."""
+    x, codewords, smoothing = double_problem()
+    with FlopCounterMode(display=False) if counted == "forward" else nullcontext():
+        encoding = checkpoint(ctxenc.encode, x, codewords, smoothing[0], use_reentrant=False)
+    with FlopCounterMode(display=False) if counted == "backward" else nullcontext():
+        (got,) = torch.autograd.grad(encoding.square().sum(), x)
+    (wanted,) = torch.autograd.grad(ctxenc.encode(x, codewords, smoothing[0]).square().sum(), x)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx(mode, pre_dispatch):
+    x, codewords, smoothing = (tensor.detach() for tensor in double_problem())
+    graph = make_fx(lambda *args: ctxenc.encode(*args), tracing_mode=mode, pre_dispatch=pre_dispatch)(
+        x, codewords, smoothing[0]
+    )
+    torch.testing.assert_close(graph(x, codewords + 9, smoothing[1]), ctxenc.encode(x, codewords + 9, smoothing[1]))

@@ -36,33 +36,37 @@ def central(codewords: Tensor) -> Tensor:
 def _center(x: Tensor, codewords: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What is subtracted from x and codewords, (D,), or None for nothing.
 
-    Nothing where the codewords lie about the origin, as they do at the start and mostly later: no cancellation, and no copy of x.
+    Nothing where the codewords lie about the origin, as they do at the start and mostly later, and x need not be copied to become
+    dense: |x|^2 - 2 x.d + |d|^2 then loses no more than a digit.
     """
     codewords = codewords.detach().to(dtype)
-    if not _in_graph() and _near_origin(x, codewords):
-        return None
+    if not _in_graph() and _may_look(codewords) and (x.is_contiguous() or x.transpose(1, 2).is_contiguous()):
+        return _far_center(codewords)
     return central(codewords)
 
 
 @torch.jit.unused
-def _near_origin(x: Tensor, codewords: Tensor) -> bool:
-    """Whether the mean codeword is nearer to the origin than 0.9 of the median codeword, and none has run off.
+def _may_look(tensor: Tensor) -> bool:
+    """Whether values can be seen and it costs no synchronisation: on a CPU, not under vmap, nor a mode that traces."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+    )
 
-    Told only where it costs no synchronisation, where values can be seen (not under vmap, nor a tracing mode), and where x needs
-    no copy to become dense.
-    """
-    if (
-        codewords.device.type != "cpu"
-        or type(codewords) is not Tensor
-        or torch._C._functorch.is_functorch_wrapped_tensor(codewords)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or not (x.is_contiguous() or x.transpose(1, 2).is_contiguous())
-    ):
-        return False
-    norms = sorted(torch.linalg.vector_norm(codewords, dim=1).tolist())
-    median = norms[len(norms) // 2]
-    mean = float(torch.linalg.vector_norm(codewords.sum(0))) / len(norms)
-    return mean <= 0.9 * median and norms[-1] <= 8 * median
+
+@torch.jit.unused
+def _far_center(codewords: Tensor) -> Tensor | None:
+    """The central codeword, or None where all but a quarter of the others are at least half as far from it as the origin is."""
+    distance = torch.linalg.vector_norm(codewords - codewords.mean(0), dim=1)
+    center = codewords[int(distance.argmin())] if codewords.numel() else codewords.mean(0)
+    distances = sorted(torch.linalg.vector_norm(codewords - center, dim=1).tolist())
+    near = (
+        float(torch.linalg.vector_norm(center)) <= 2 * distances[max(min(1, len(distances) - 1), len(distances) // 4)]
+    )
+    return None if near else center
 
 
 def _shift(x: Tensor, codewords: Tensor, center: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -80,8 +84,8 @@ def _in_graph() -> bool:
 
 @torch.jit.unused
 def _writable(x: Tensor) -> bool:
-    """Whether a tensor made of x may be written to: nothing records a graph, and vmap has no rule for addcmul_."""
-    return not torch.is_grad_enabled() and not torch._C._functorch.is_batchedtensor(x)
+    """Whether a tensor made of x may be written to: nothing records a graph, vmap and DTensor have no rule for addcmul_."""
+    return type(x) is Tensor and not torch.is_grad_enabled() and not torch._C._functorch.is_batchedtensor(x)
 
 
 def _square_sum(x: Tensor) -> Tensor:
@@ -178,13 +182,19 @@ class _Encode(torch.autograd.Function):
         parts = [
             _forward(part, codewords, smoothing, center) for part in _parts(x, center is not None or x.dtype != dtype)
         ]
-        encodings, weights, square_sums = zip(*parts, strict=True)
-        encoding, nothing = sum(encodings[1:], encodings[0]), encodings[0].new_empty(0)
+        encodings, all_weights, square_sums = zip(*parts, strict=True)
+        encoding, weights = sum(encodings[1:], encodings[0]), _concatenated(all_weights)
+        square_sum = _concatenated(square_sums) if smoothing.dim() else encoding.new_empty(0)
+        if smoothing.dim() and torch._C._functorch.is_batchedtensor(weights):
+            square_sum = (
+                square_sum + 0 * weights[:, :1]
+            )  # batched as they are: else its gradient is counted once a sample
         return (
             encoding,
-            _concatenated(weights),
-            _concatenated(square_sums) if smoothing.dim() else nothing,
-            nothing.clone() if center is None else center,
+            weights,
+            square_sum,
+            # Of one shape whatever it is: activation checkpointing compares those of both runs.
+            codewords.new_zeros(codewords.shape[1], dtype=dtype) if center is None else center,
         )
 
     @staticmethod
@@ -222,7 +232,7 @@ def _backward(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtypes = x.dtype, codewords.dtype, smoothing.dtype
-    x, d = _shift(x, codewords, center if center.shape[0] else None, weights.dtype)
+    x, d = _shift(x, codewords, None if _is_nothing(center) else center, weights.dtype)
     s = smoothing.to(d.dtype).reshape(-1, 1)
     if grad is None:  # a derivative of a derivative that took only the weights or |x'|^2
         grad = d.new_zeros(x.shape[0], *d.shape)
@@ -259,6 +269,11 @@ def _backward(
         else:
             dx.add_(x * pull)
     return dx.to(dtypes[0]), dd.to(dtypes[1]), ds.to(dtypes[2])
+
+
+def _is_nothing(center: Tensor) -> bool:
+    """Whether forward shifted nothing; where that cannot be seen, 0 is subtracted."""
+    return not _in_graph() and _may_look(center) and not bool(center.any())
 
 
 def encode_plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def _walking(
     bias = load_bias(p_bias, o_k, PADDED_D // BLOCK_D, BLOCK_K)
     q_sum, dsmoothing = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, disable_licm=True):
         b = (tile // tiles).to(tl.int64)
         p_image = image(p_x, b, stride_b, VECTOR)
         p_image_grad = p_grad + b * BLOCK_K * PADDED_D

@@ -186,7 +186,7 @@ def _backward(
     K = codewords.shape[0]
     dx = _empty_dx(x, x_wanted)
     if x.numel() == 0:
-        return dx, torch.zeros_like(codewords), torch.zeros_like(smoothing)
+        return dx, codewords.new_zeros(codewords.shape), smoothing.new_zeros(smoothing.shape)
     # Memory moves x and dx once, 4 K (D + 1) bytes a program twice, and the operands, those of grad for every image; L2 as above.
     tiles, programs, groups = cut or _cut(
         "backward" if x_wanted else "backward, no dx",
@@ -263,7 +263,7 @@ def _encode_backward_op(
 def _(
     grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_dx(x, x_wanted), torch.empty_like(codewords), torch.empty_like(smoothing)
+    return _empty_dx(x, x_wanted), codewords.new_empty(codewords.shape), smoothing.new_empty(smoothing.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -100,7 +100,7 @@ def _walking(
     bias = load_bias(p_bias, o_k, PADDED_D // BLOCK_D, BLOCK_K)
     weight_sum = tl.zeros((BLOCK_K,), tl.float32)
     sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, disable_licm=True):
         o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         nearness, _ = walk_channels(
             p_image,

@@ -89,7 +89,7 @@ def prepare_codewords_kernel(
         d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
         away = d - tl.sum(d, 0)[None, :] / K
         distance += tl.sum(away * away, 1)
-    nearest = tl.argmin(tl.where(o_k < K, distance, float("inf")), 0)
+    nearest = tl.minimum(tl.argmin(tl.where(o_k < K, distance, float("inf")), 0), K - 1)  # NaN would lead beyond
 
     near = False
     if RESIDENT:

@@ -34,20 +34,6 @@ def padded_channels(D: int, tiles: Tiles) -> int:
     return tiles.block_d * (1 << (blocks - 1).bit_length() if tiles.resident else blocks)
 
 
-def _tiles(D: int, K: int, itemsize: int, backward: bool) -> Tiles:
-    """Tiles that the compiler fits into 255 registers a thread without a spill, on sm_80 and sm_90 at D = 512, K = 32; not timed.
-
-    Three terms of tf32 take more registers, so fp32 gets smaller ones; its backward spills 8 bytes on sm_80, channels first.
-    """
-    if itemsize == 4:
-        block_n, block_d, warps, stages = (64, 16, 4, 1) if backward else (32, 32, 4, 2)
-    else:
-        block_n, block_d, warps, stages = (128, 32, 8, 2) if backward else (64, 64, 4, 2)
-    block_k = max(16, 1 << (K - 1).bit_length())
-    channels = max(16, 1 << (D - 1).bit_length())
-    return Tiles(max(16, block_n * 32 // max(32, block_k)), min(block_d, channels), warps, stages)
-
-
 class Target(NamedTuple):
     """What the choice depends on beside x and K."""
 
@@ -65,6 +51,36 @@ def target_of(x: Tensor) -> Target:
     )
 
 
+def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
+    """The largest tiles of some tried that the compiler fits into a target's registers without a spill; not timed.
+
+    benchmarks.kernel_report tries them. Three terms of tf32 take more registers, so fp32 gets smaller tiles, as do loads of single
+    elements, each with an address of its own. Beyond 64 codewords it is shared memory that limits.
+    """
+    fp32, wide, major = x.element_size() == 4, K > 32, target.capability // 10  # 0 for AMD
+    if K > 64:
+        tiles = Tiles(16, 16, 8 if fp32 else 4, 1)
+    elif backward and fp32:
+        if major == 0 or (not wide and major != 10):
+            tiles = Tiles(64, 16, 4, 1)
+        else:
+            tiles = Tiles(32, 16, 8 if wide else 4, 1) if not wide or major == 8 else Tiles(16, 16, 8, 1)
+    elif backward:
+        if major == 0:
+            tiles = Tiles(64, 32, 4, 1)
+        elif wide:
+            tiles = {8: Tiles(32, 32, 4, 2), 10: Tiles(32, 16, 4, 1)}.get(major, Tiles(64, 32, 8, 2))
+        else:
+            tiles = Tiles(64, 32, 8, 2) if major == 10 else Tiles(128, 32, 8, 2)
+    elif fp32:
+        tiles = Tiles(16, 16, 4, 1) if major == 12 and not wide else Tiles(32, 32, 4, 2)
+    elif major == 0 or (x.dtype == torch.bfloat16 and vector(x, is_channels_last(x)) > 1):
+        tiles = Tiles(64, 64, 4, 2)
+    else:
+        tiles = Tiles(32 if wide else 64, 32, 4, 2)
+    return tiles._replace(block_d=min(tiles.block_d, max(16, 1 << (x.shape[1] - 1).bit_length())))
+
+
 def may_be_resident(x: Tensor, backward: bool = False) -> bool:
     """Whether the forms that hold whole tiles in shared memory take an x laid out like this one, and for backward give a dx so."""
     if backward and is_channels_last(x) and x.shape[1] % 8:
@@ -74,7 +90,7 @@ def may_be_resident(x: Tensor, backward: bool = False) -> bool:
         x.dtype == torch.bfloat16
         and rows
         and vector(x, is_channels_last(x)) > 1
-        and (x.stride(0) > 0 or x.shape[0] == 1)
+        and all(stride > 0 or size == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
     )
 
 
@@ -85,7 +101,7 @@ def _resident_tiles(D: int, K: int, backward: bool = False) -> Tiles | None:
     gradient beside the codewords, and has room for half as much.
     """
     channels, block_k = max(16, 1 << (D - 1).bit_length()), max(16, 1 << (K - 1).bit_length())
-    if block_k > (32 if backward else 64) or channels > (8192 // block_k**2 * 16 if backward else 16384 // block_k):
+    if block_k > (32 if backward else 64) or channels > min(512, 2**17 // block_k**2 if backward else 2**14 // block_k):
         return None
     return Tiles(64, min(16, channels), 4, 2, resident=True)
 
@@ -113,7 +129,7 @@ def forward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Tile
         splits = max(1, min(-(-N // tiles.block_n), fill // B, partial_rows(x, K) // B))
         if 2 * B * splits >= target.multiprocessors:  # with fewer, sharing the channels too is better
             return tiles, splits, 1
-    tiles = _tiles(D, K, x.element_size(), backward=False)
+    tiles = _tiles(x, K, target, backward=False)
     fill = 2 * target.multiprocessors
     splits = max(1, min(-(-N // tiles.block_n), -(-fill // B), partial_rows(x, K) // B))
     return tiles, splits, _groups(fill, B * splits, D, tiles)
@@ -125,7 +141,7 @@ def backward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Til
     target = target or target_of(x)
     tiles = _resident_tiles(D, K, backward=True)
     if not (tiles and target.capability // 10 == 9 and may_be_resident(x, backward=True)):
-        tiles = _tiles(D, K, x.element_size(), backward=True)
+        tiles = _tiles(x, K, target, backward=True)
     fill = 2 * target.multiprocessors
     programs = max(1, min(B * -(-N // tiles.block_n), fill, partial_rows(x, K)))
     return tiles, programs, 1 if tiles.resident else _groups(fill, programs, D, tiles)
