@@ -69,13 +69,15 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
         if major == 0:
             tiles = Tiles(64, 32, 4, 1)
         elif wide:
-            tiles = {8: Tiles(32, 32, 4, 2), 10: Tiles(32, 16, 4, 1)}.get(major, Tiles(64, 32, 8, 2))
+            tiles = {8: Tiles(32, 32, 4, 2), 10: Tiles(32, 16, 4, 1), 12: Tiles(32, 32, 4, 2)}.get(
+                major, Tiles(64, 32, 8, 2)
+            )
         else:
             tiles = Tiles(64, 32, 8, 2) if major == 10 else Tiles(128, 32, 8, 2)
     elif fp32:
-        tiles = Tiles(16, 16, 4, 1) if major == 12 and not wide else Tiles(32, 32, 4, 2)
+        tiles = Tiles(32, 16, 4, 2) if major == 12 and not wide else Tiles(32, 32, 4, 2)
     elif major == 0 or (x.dtype == torch.bfloat16 and vector(x, is_channels_last(x)) > 1):
-        tiles = Tiles(64, 64, 4, 2)
+        tiles = Tiles(32 if major == 12 and wide else 64, 64, 4, 2)
     else:
         tiles = Tiles(32 if wide else 64, 32, 4, 2)
     return tiles._replace(block_d=min(tiles.block_d, max(16, 1 << (x.shape[1] - 1).bit_length())))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import ctxenc
 from ctxenc.kernels import reference, triton_encode, triton_tiles
@@ -292,6 +293,20 @@ def test_compiled_without_a_break():
     got = torch.autograd.grad(encoding.square().sum(), arguments)
     wanted = torch.autograd.grad(triton(*arguments).square().sum(), arguments)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_fakes_lie_as_results_do():
+    """Which opcheck does not see: of parameters of other strides."""
+    x, codewords, smoothing = (tensor.detach() for tensor in problem())
+    codewords, smoothing = codewords.t().contiguous().t(), torch.stack([smoothing, smoothing], 1)[:, 0]
+    encoding, weight_sum = torch.ops.ctxenc.encode(x, codewords, smoothing)
+    arguments = (encoding, x, codewords, smoothing, weight_sum, True)
+    with FakeTensorMode() as mode:
+        fakes = torch.ops.ctxenc.encode_backward(
+            *(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments)
+        )
+    for real, fake in zip(torch.ops.ctxenc.encode_backward(*arguments), fakes, strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 @pytest.mark.parametrize(
