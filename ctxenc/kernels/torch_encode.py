@@ -186,9 +186,8 @@ class _Encode(torch.autograd.Function):
         encoding, weights = sum(encodings[1:], encodings[0]), _concatenated(all_weights)
         square_sum = _concatenated(square_sums) if smoothing.dim() else encoding.new_empty(0)
         if smoothing.dim() and torch._C._functorch.is_batchedtensor(weights):
-            square_sum = (
-                square_sum + 0 * weights[:, :1]
-            )  # batched as they are: else its gradient is counted once a sample
+            # Batched as they are, or its gradient is counted once a sample.
+            square_sum = square_sum + 0 * weights[:, :1]
         return (
             encoding,
             weights,

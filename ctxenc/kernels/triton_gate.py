@@ -15,18 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ctxenc.kernels.triton_operands import _INTERPRETED, INTERPRETED, drop_bits
+from ctxenc.kernels.triton_walk import multiple
 
 # One binary for all sizes: how x and dy are aligned is in the explicit constexprs VECTOR and DY_VECTOR.
 SIZES = ["p_x", "p_logits", "p_dy", "C", "N", "tiles_c", "tiles_n", "splits"]
 SIZES += [f"{of}stride_{dim}" for of in ("", "dy_") for dim in "bcn"]
 
 WALK = 256  # pixels that one program of backward sums up: its partial sums are 1 / (64 * itemsize) of x, at most 0.8 %
-
-
-@triton.jit
-def _multiple(size, VECTOR: tl.constexpr):
-    """The size, which is a multiple of VECTOR, in a form that the compiler sees it in; tl.multiple_of does nothing to arguments."""
-    return size // VECTOR * VECTOR
 
 
 @triton.jit
@@ -43,10 +38,10 @@ def _place(tiles_c, tiles_n, UNIT: tl.constexpr):
 def _pointers(p_image, c, n, o_c, o_n, stride_c, stride_n, UNIT: tl.constexpr, VECTOR: tl.constexpr):
     """Pointers to the tile that starts at channel c and pixel n, int64. UNIT: whose stride is 1, "c", "n" or "" for neither."""
     if UNIT == "c":
-        stride_n = _multiple(stride_n, VECTOR)
+        stride_n = multiple(stride_n, VECTOR)
         p_tile, offsets = p_image + n * stride_n + c, (o_n.to(tl.int64) * stride_n)[None, :] + o_c[:, None]
     elif UNIT == "n":
-        stride_c = _multiple(stride_c, VECTOR)
+        stride_c = multiple(stride_c, VECTOR)
         p_tile, offsets = p_image + c * stride_c + n, (o_c.to(tl.int64) * stride_c)[:, None] + o_n[None, :]
     else:
         p_tile = p_image + c * stride_c + n * stride_n
@@ -90,15 +85,15 @@ def gate_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     if UNIT == "c":
-        C = _multiple(C, VECTOR)
+        C = multiple(C, VECTOR)
     else:
-        N = _multiple(N, VECTOR)
+        N = multiple(N, VECTOR)
     b, tile_c, tile_n = _place(tiles_c, tiles_n, UNIT)
     c, n, o_c, o_n = tile_c * BLOCK_C, tile_n * BLOCK_N, tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
     m_c = o_c < C - c
     mask = m_c[:, None] & (o_n < N - n)[None, :]
     gate, _ = _sigmoid(p_logits + b * C + c + o_c, m_c)
-    p_image = p_x + b * _multiple(stride_b, VECTOR)
+    p_image = p_x + b * multiple(stride_b, VECTOR)
     x = tl.load(_pointers(p_image, c, n, o_c, o_n, stride_c, stride_n, UNIT, VECTOR), mask=mask, other=0.0)
     x = x.to(tl.float32)
     y = x * gate[:, None]
@@ -135,13 +130,13 @@ def gate_bwd_kernel(
     BLOCK_N: tl.constexpr,
     WALK: tl.constexpr,
 ):
-    C = _multiple(C, VECTOR if UNIT == "c" else (DY_VECTOR if DY_UNIT == "c" else 1))
-    N = _multiple(N, VECTOR if UNIT == "n" else (DY_VECTOR if DY_UNIT == "n" else 1))
+    C = multiple(C, VECTOR if UNIT == "c" else (DY_VECTOR if DY_UNIT == "c" else 1))
+    N = multiple(N, VECTOR if UNIT == "n" else (DY_VECTOR if DY_UNIT == "n" else 1))
     b, tile_c, split = _place(tiles_c, splits, UNIT)
     c, first, o_c, o_n = tile_c * BLOCK_C, split * WALK, tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
     m_c = o_c < C - c
     gate, slope = _sigmoid(p_logits + b * C + c + o_c, m_c)
-    p_image, p_grad = p_x + b * _multiple(stride_b, VECTOR), p_dy + b * _multiple(dy_stride_b, DY_VECTOR)
+    p_image, p_grad = p_x + b * multiple(stride_b, VECTOR), p_dy + b * multiple(dy_stride_b, DY_VECTOR)
     products = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     for n in range(first, tl.minimum(first + WALK, N), BLOCK_N):
         mask = m_c[:, None] & (o_n < N - n)[None, :]
