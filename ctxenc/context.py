@@ -99,6 +99,7 @@ class ContextEncoding(nn.Module):
         norm_layer: norm after the projection, BatchNorm2d by default.
         gate_layer: "sigmoid", "hard_sigmoid", "tanh", "identity", a class or a module.
         channels_last: the map is (B, H, W, C), as in the networks that use timm's SqueezeExciteCl.
+        residual: the output is relu(x + x * gate) in place of x * gate, as in EncNet's segmentation head.
         device: of the parameters.
         dtype: of the parameters; the norm over the codewords stays fp32 where this is half.
 
@@ -114,6 +115,7 @@ class ContextEncoding(nn.Module):
     rd_channels: Final[int]
     pool: Final[str]
     channels_last: Final[bool]
+    residual: Final[bool]
 
     def __init__(
         self,
@@ -128,6 +130,7 @@ class ContextEncoding(nn.Module):
         norm_layer: Layer | None = None,
         gate_layer: str | Layer | nn.Module = "sigmoid",
         channels_last: bool = False,
+        residual: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -150,6 +153,7 @@ class ContextEncoding(nn.Module):
         self.rd_channels = rd_channels
         self.pool = pool
         self.channels_last = channels_last
+        self.residual = residual
         self.conv = nn.Conv2d(channels, rd_channels, 1, bias=False, **dd)
         self.norm = (norm_layer or nn.BatchNorm2d)(rd_channels, **dd)
         self.act = (act_layer or nn.ReLU)()
@@ -194,6 +198,8 @@ class ContextEncoding(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What the gate is computed from: (B, C') for "mean", (B, K * C') for "concat", of x (B, C, H, W)."""
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not is_traced(x):
+            _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
         encoding = self.encoding(self.act(self.norm(self.conv(x))))
         if self.pool == "mean":
             return self.norm_codes(encoding.unsqueeze(3)).squeeze(3).relu().mean(1)
@@ -206,16 +212,19 @@ class ContextEncoding(nn.Module):
         hooked = gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks or gate._backward_pre_hooks
         return type(gate) is nn.Sigmoid and not hooked and not is_traced(x) and fuses_gate(x, logits)
 
+    def gated(self, x: Tensor, features: Tensor) -> Tensor:
+        """The output for x (B, C, H, W) and what features(x) gave."""
+        logits = self.fc(features.to(x.dtype))
+        if not torch.jit.is_scripting() and self._fuses_gate(x, logits):
+            return fused_gate(x, logits, self.residual)
+        gated = x * self.gate(logits).to(x.dtype)[:, :, None, None]
+        # relu, which would save its output: the layer behind may change that in place.
+        return F.threshold(x + gated, 0.0, 0.0) if self.residual else gated
+
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.permute(0, 3, 1, 2)
-        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not is_traced(x):
-            _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
-        logits = self.fc(self.features(x).to(x.dtype))
-        if not torch.jit.is_scripting() and self._fuses_gate(x, logits):
-            x = fused_gate(x, logits)
-        else:
-            x = x * self.gate(logits).to(x.dtype)[:, :, None, None]
+        x = self.gated(x, self.features(x))
         return x.permute(0, 2, 3, 1) if self.channels_last else x
 
     __jit_unused_properties__: ClassVar[list[str]] = ["smoothing"]

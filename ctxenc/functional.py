@@ -202,7 +202,7 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
 
 
 def fuses_gate(x: Tensor, logits: Tensor) -> bool:
-    """Whether fused_gate takes the place of x * sigmoid(logits): where Triton is in force by name, as no kernel is proven yet.
+    """Whether fused_gate takes the place of the plain gate: where Triton is in force by name, as no kernel is proven yet.
 
     float64 takes the plain expression: encode() refuses it, but what is encoded of such a map may be fp32.
 
@@ -217,11 +217,11 @@ def fuses_gate(x: Tensor, logits: Tensor) -> bool:
 
 
 @torch.jit.unused
-def fused_gate(x: Tensor, logits: Tensor) -> Tensor:
-    """X * sigmoid(logits) of x (B, C, *spatial) and logits (B, C) by the Triton kernel, laid out as x is."""
+def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
+    """X * sigmoid(logits), or relu(x + x * sigmoid(logits)), of x (B, C, *spatial) and logits (B, C), laid out as x is."""
     from ctxenc.kernels import triton_gate
 
-    return triton_gate.gate(x.flatten(2), logits).unflatten(2, x.shape[2:])
+    return triton_gate.gate(x.flatten(2), logits, residual).unflatten(2, x.shape[2:])
 
 
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor | float) -> Tensor:

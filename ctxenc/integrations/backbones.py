@@ -1,0 +1,72 @@
+"""timm networks as the dilated backbones of segmentation."""
+
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+
+OUTPUT_STRIDES = (8, 16, 32)
+
+
+def check_backbone(owner: str, name: str) -> None:
+    """Accept the names of timm's models, with or without a tag; those with a source ("hf_hub:...") would download.
+
+    Raises:
+        TypeError: name is no string.
+        ValueError: timm knows no such model.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{owner}: backbone must be the name of a timm model, got {name!r}")
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"{owner}: backbone must be the name of a timm model, got {name!r}{hint}")
+
+
+def dilated_backbone(
+    owner: str, name: str, *, maps: int, output_stride: int, pretrained: bool = False, **kwargs: Any
+) -> Any:
+    """A timm network that gives its deepest maps, the last of them at the given stride.
+
+    Args:
+        owner: what asks, for the texts of errors.
+        name: a timm model.
+        maps: how many maps, counted from the deepest.
+        output_stride: 8, 16 or 32; strides beyond it become dilations.
+        pretrained: load timm's weights.
+        **kwargs: further arguments of timm.create_model.
+
+    Returns:
+        A module with feature_info, from (B, C, H, W) to a list of maps, the deepest last.
+
+    Raises:
+        TypeError: name is no string.
+        ValueError: there is no such network, or timm cannot give it that stride or so many maps.
+    """
+    check_backbone(owner, name)
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"{owner}: output_stride must be one of 8, 16, 32, got {output_stride!r}")
+    wanted = f"one that timm can give output_stride={output_stride} and {maps} maps, as ResNets, RegNets and ConvNeXts"
+    try:
+        backbone: Any = timm.create_model(
+            name,
+            pretrained=pretrained,
+            features_only=True,
+            output_stride=output_stride,
+            out_indices=tuple(range(-maps, 0)),
+            **kwargs,
+        )
+    except (
+        TypeError,
+        AssertionError,
+        NotImplementedError,
+        IndexError,
+        AttributeError,
+    ) as error:  # each family in its own way
+        reason = f"{type(error).__name__} {error}".strip()
+        raise ValueError(f"{owner}: backbone must be {wanted}, got {name!r} ({reason})") from error
+    reduction = backbone.feature_info.reduction()
+    if reduction[-1] != output_stride:
+        raise ValueError(f"{owner}: backbone must be {wanted}, got {name!r} with strides {reduction}")
+    return backbone

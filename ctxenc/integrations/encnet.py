@@ -1,0 +1,137 @@
+"""EncNet: Context Encoding for Semantic Segmentation (arXiv 1803.08904)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import get_norm_layer
+from torch import Tensor, nn
+
+from ctxenc.encoding import Encoding, check_sizes, check_smoothing
+from ctxenc.integrations.backbones import dilated_backbone
+from ctxenc.integrations.encoding_module import EncodingModule
+from ctxenc.integrations.hub import Saved
+
+Norm = str | Callable[..., nn.Module]
+
+
+def _conv(channels: int, out_channels: int, size: int, norm: Callable[..., nn.Module]) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, out_channels, size, padding=size // 2, bias=False),
+        norm(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _classifier(channels: int, num_classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
+
+
+class EncNet(
+    nn.Module, Saved, library_name="ctxenc", paper_url="https://arxiv.org/abs/1803.08904", tags=["image-segmentation"]
+):
+    """The segmentation network of Context Encoding for Semantic Segmentation (arXiv 1803.08904), figure 2, on any timm backbone.
+
+    Head: conv3x3 -> (lateral: fused with the maps of the two stages before) -> EncodingModule -> dropout -> 1x1 classifier, and
+    logits upsampled to the image.
+
+    Args:
+        backbone: a timm model that timm can dilate: ResNets, SE-ResNets, ResNeSt, RegNet, ConvNeXt, EfficientNet, MobileNetV3,
+            NFNet, RexNet.
+        num_classes: classes of a pixel.
+        pretrained_backbone: load timm's ImageNet weights.
+        num_codes: K, number of codewords.
+        aux: an FCN head on the stage before the last ("aux"), for training.
+        se_loss: a linear layer on the encoding that tells which classes are present ("se"), for training.
+        lateral: fuse the maps of the two stages before the last.
+        smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
+        norm_layer: norms of the head: one of timm's names or a class.
+        align_corners: how logits are upsampled: True in PyTorch-Encoding, False in mmsegmentation.
+        output_stride: 8, 16 or 32: of the map that is encoded.
+        channels: of the head; 512 in the paper.
+        in_chans: channels of the image.
+
+    Shape:
+        (B, in_chans, H, W) of any size -> a dict, as torchvision's segmentation models give: "out" (B, num_classes, H, W), and
+        where asked for "aux" (the same) and "se" (B, num_classes), all of them logits.
+
+    Raises:
+        ValueError: a size is not positive, there is no such backbone, or timm cannot dilate it.
+        TypeError: a size is no integer, or another argument is of no such type.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        num_classes: int = 21,
+        *,
+        pretrained_backbone: bool = False,
+        num_codes: int = 32,
+        aux: bool = True,
+        se_loss: bool = True,
+        lateral: bool = False,
+        smoothing: str | float = "learned",
+        norm_layer: Norm = "batchnorm2d",
+        align_corners: bool = False,
+        output_stride: int = 8,
+        channels: int = 512,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        check_sizes("EncNet", num_classes=num_classes, num_codes=num_codes, channels=channels, in_chans=in_chans)
+        check_smoothing(smoothing, "EncNet")
+        norm = get_norm_layer(norm_layer)
+        self.num_classes = num_classes
+        self.align_corners = align_corners
+        self.backbone = dilated_backbone(
+            "EncNet",
+            backbone,
+            maps=3 if lateral else 2 if aux else 1,
+            output_stride=output_stride,
+            pretrained=pretrained_backbone,
+            in_chans=in_chans,
+        )
+        widths = self.backbone.feature_info.channels()
+        self.reduce = _conv(widths[-1], channels, 3, norm)
+        self.laterals = nn.ModuleList(_conv(width, channels, 1, norm) for width in widths[-3:-1] if lateral)
+        self.fusion = _conv(3 * channels, channels, 3, norm) if lateral else None
+        self.encoding = EncodingModule(
+            channels, num_codes, num_classes if se_loss else None, smoothing=smoothing, norm_layer=norm
+        )
+        self.classifier = _classifier(channels, num_classes)
+        self.aux: nn.Module | None = None
+        if aux:
+            inner = max(1, widths[-2] // 4)
+            self.aux = nn.Sequential(_conv(widths[-2], inner, 3, norm), _classifier(inner, num_classes))
+
+    def _resized(self, x: Tensor, size: torch.Size) -> Tensor:
+        return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
+
+    def head(self, maps: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Logits of the pixels at the maps' own stride, and of presence, from the maps of the backbone, the deepest last."""
+        x = self.reduce(maps[-1])
+        if self.fusion is not None:
+            laterals = [conv(each) for conv, each in zip(self.laterals, maps[-3:-1], strict=True)]
+            x = self.fusion(torch.cat([x, *(self._resized(each, x.shape[2:]) for each in laterals)], 1))
+        x, presence = self.encoding(x)
+        return self.classifier(x), presence
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.backbone(x)
+        logits, presence = self.head(maps)
+        outputs = {"out": self._resized(logits, x.shape[2:])}
+        if self.aux is not None:
+            outputs["aux"] = self._resized(self.aux(maps[-2]), x.shape[2:])
+        if presence is not None:
+            outputs["se"] = presence
+        return outputs
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimizers should not decay: codewords and smoothing."""
+        return {
+            f"{name}.{each}"
+            for name, module in self.named_modules()
+            if isinstance(module, Encoding)
+            for each in ("codewords", "smoothing")
+        }

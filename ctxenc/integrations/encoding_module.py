@@ -1,0 +1,139 @@
+"""The Context Encoding Module of EncNet, and how it gets into segmentation networks of others."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxenc.context import ContextEncoding, Layer
+from ctxenc.encoding import check_sizes
+
+
+class EncodingModule(nn.Module):
+    """Gates the channels of a segmentation map by its encoding, and tells from the same encoding which classes are present.
+
+    Context Encoding for Semantic Segmentation (arXiv 1803.08904), section 3.1 and figure 2: relu(x + x * sigmoid(linear(e))), where
+    e is the mean over the codewords of relu(norm(encode(conv1x1(x)))). For an FCN of your own:
+
+        x, presence = module(x)
+        logits = classifier(x)
+
+    Args:
+        channels: C of the map.
+        num_codes: K, number of codewords.
+        num_classes: classes whose presence is told (the paper's SE-loss, section 3.2); None for no such branch.
+        smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
+        act_layer: activation after the projection, ReLU by default.
+        norm_layer: norm after the projection, BatchNorm2d by default.
+        gate_layer: "sigmoid" or another of ContextEncoding's.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (B, C, H, W) -> the same, and logits of presence (B, num_classes) or None.
+
+    Raises:
+        ValueError: a size is not positive, or smoothing or gate_layer is unknown; in a training forward, if there is one sample
+            of one pixel.
+        TypeError: a size is no integer, or another argument is of no such type.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_codes: int = 32,
+        num_classes: int | None = None,
+        *,
+        smoothing: str | float = "learned",
+        act_layer: Layer | None = None,
+        norm_layer: Layer | None = None,
+        gate_layer: str | Layer | nn.Module = "sigmoid",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes("EncodingModule", channels=channels, num_codes=num_codes)
+        if num_classes is not None:
+            check_sizes("EncodingModule", num_classes=num_classes)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.context = ContextEncoding(
+            channels,
+            num_codes,
+            rd_channels=channels,
+            smoothing=smoothing,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            gate_layer=gate_layer,
+            residual=True,
+            **dd,
+        )
+        self.presence = None if num_classes is None else nn.Linear(channels, num_classes, **dd)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = self.context.features(x)
+        presence = None if self.presence is None else self.presence(features.to(x.dtype))
+        return self.context.gated(x, features), presence
+
+
+def add_context_encoding(
+    model: nn.Module, *, num_codes: int = 32, rd_channels: int | None = None, smoothing: str | float = "learned"
+) -> nn.Module:
+    """Put the Context Encoding Module, without its presence branch, into the head of a segmentation network, in place.
+
+    It goes before the classifier of torchvision's FCN and DeepLabV3 and of segmentation_models_pytorch's FPN, as in EncNet, and
+    before the decoder of segmentation_models_pytorch's U-Net, where the map is the deepest. All names in the state dict stay,
+    new ones beside them; so weights are loaded before or, with strict=False, after.
+
+    Args:
+        model: the network.
+        num_codes: K, number of codewords.
+        rd_channels: C', channels that the encoding is taken of; those of the map by default, 512 at most.
+        smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it is none of these networks, or has the module already; or as for ContextEncoding.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"add_context_encoding: model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, ContextEncoding) and module.residual for module in model.modules()):
+        raise ValueError(
+            f"add_context_encoding: model must not have a Context Encoding Module yet, got {type(model).__name__} with one"
+        )
+    owner, name, channels = _place(model)
+    before, like = getattr(owner, name), next(model.parameters())
+    context = ContextEncoding(
+        channels,
+        num_codes,
+        rd_channels=min(channels, 512) if rd_channels is None else rd_channels,
+        smoothing=smoothing,
+        residual=True,
+        device=like.device,
+        dtype=like.dtype,
+    )
+    context.train(model.training)
+    if isinstance(before, nn.Sequential):
+        before.append(context)
+    else:
+        setattr(owner, name, nn.Sequential(before, context))
+    return model
+
+
+def _place(model: Any) -> tuple[nn.Module, str, int]:
+    """The module after which the context goes: its owner, its name there, and its channels."""
+    family = f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"
+    if family in ("torchvision.FCN", "torchvision.DeepLabV3"):
+        head = model.classifier
+        activation = max(i for i, layer in enumerate(head) if isinstance(layer, nn.ReLU))
+        return head, str(activation), head[-1].in_channels
+    if family == "segmentation_models_pytorch.FPN":
+        return model.decoder, "merge", model.segmentation_head[0].in_channels
+    if family == "segmentation_models_pytorch.Unet":
+        return model.decoder, "center", model.encoder.out_channels[-1]
+    raise ValueError(
+        "add_context_encoding: model must be torchvision's FCN or DeepLabV3, or segmentation_models_pytorch's Unet or FPN,"
+        f" got {family}; EncodingModule goes into a network of your own"
+    )
