@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_norm_layer
+from timm.layers import GroupNorm, LayerNorm2d
 from torch import Tensor, nn
 
 from ctxenc.encoding import Encoding, check_sizes, check_smoothing
@@ -12,10 +12,22 @@ from ctxenc.integrations.backbones import dilated_backbone
 from ctxenc.integrations.encoding_module import EncodingModule
 from ctxenc.integrations.hub import Saved
 
-Norm = str | Callable[..., nn.Module]
+Norm = Callable[..., nn.Module]
+
+NORMS: dict[str, Norm] = {"batchnorm2d": nn.BatchNorm2d, "groupnorm": GroupNorm, "layernorm2d": LayerNorm2d}
 
 
-def _conv(channels: int, out_channels: int, size: int, norm: Callable[..., nn.Module]) -> nn.Sequential:
+def _norm(norm_layer: str | Norm) -> Norm:
+    if isinstance(norm_layer, str):
+        if norm_layer not in NORMS:
+            raise ValueError(f"EncNet: norm_layer must be one of {', '.join(NORMS)} or a class, got {norm_layer!r}")
+        return NORMS[norm_layer]
+    if not callable(norm_layer):
+        raise TypeError(f"EncNet: norm_layer must be a name or a class, got {norm_layer!r}")
+    return norm_layer
+
+
+def _conv(channels: int, out_channels: int, size: int, norm: Norm) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, size, padding=size // 2, bias=False),
         norm(out_channels),
@@ -45,7 +57,8 @@ class EncNet(
         se_loss: a linear layer on the encoding that tells which classes are present ("se"), for training.
         lateral: fuse the maps of the two stages before the last.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
-        norm_layer: norms of the head: one of timm's names or a class.
+        norm_layer: norms of the head: "batchnorm2d", "groupnorm", "layernorm2d" or a class; a network with a class of your own can
+            not be saved by save_pretrained.
         align_corners: how logits are upsampled: True in PyTorch-Encoding, False in mmsegmentation.
         output_stride: 8, 16 or 32: of the map that is encoded.
         channels: of the head; 512 in the paper.
@@ -71,7 +84,7 @@ class EncNet(
         se_loss: bool = True,
         lateral: bool = False,
         smoothing: str | float = "learned",
-        norm_layer: Norm = "batchnorm2d",
+        norm_layer: str | Norm = "batchnorm2d",
         align_corners: bool = False,
         output_stride: int = 8,
         channels: int = 512,
@@ -80,7 +93,8 @@ class EncNet(
         super().__init__()
         check_sizes("EncNet", num_classes=num_classes, num_codes=num_codes, channels=channels, in_chans=in_chans)
         check_smoothing(smoothing, "EncNet")
-        norm = get_norm_layer(norm_layer)
+        norm = _norm(norm_layer)
+        self.stored(norm_layer=next((name for name, each in NORMS.items() if each is norm), None))
         self.num_classes = num_classes
         self.align_corners = align_corners
         self.backbone = dilated_backbone(

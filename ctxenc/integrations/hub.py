@@ -12,15 +12,25 @@ class Saved(PyTorchModelHubMixin):
     The weights of a backbone are in the file: from_pretrained does not ask timm for them.
     """
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        name = type(self).__name__
-        config: dict[str, Any] = dict(self._hub_mixin_config or {})  # type: ignore[arg-type]
+    def stored(self, **arguments: Any) -> None:
+        """Say how arguments that are no JSON are stored; None for one that cannot be."""
+        self._hub_mixin_config: Any = {**(self._hub_mixin_config or {}), **arguments}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that rebuild this network, without pretrained weights.
+
+        Raises:
+            ValueError: one of them is no JSON.
+        """
+        config = {**self._hub_mixin_config, "pretrained_backbone": False}
         for argument in self._hub_mixin_init_parameters:
-            if argument not in ("self", *config):
-                raise ValueError(
-                    f"{name}: save_pretrained needs arguments that are JSON; {argument} is none, give its name"
-                )
-        self._hub_mixin_config = config | {"pretrained_backbone": False}
+            if argument != "self" and config.get(argument) is None:
+                raise ValueError(f"{type(self).__name__}: to be saved, {argument} must be given as a name or a number")
+        return config
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self._hub_mixin_config = self.config
         super()._save_pretrained(save_directory)
 
     @classmethod

@@ -1,0 +1,252 @@
+"""Checkpoints of EncNet: those of PyTorch-Encoding and mmsegmentation, and ours.
+
+Names of their parameters, in the order of the network (mmsegmentation's, PyTorch-Encoding's, ours) are in the two tables below.
+Both store scale = -smoothing.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ctxenc.integrations.encnet import EncNet
+
+NAME = "load_encnet_checkpoint"
+METADATA = "ctxenc.EncNet"  # key of the configuration in the metadata of a safetensors file
+
+
+class Source(NamedTuple):
+    """A code base: what its names begin with and what takes the place of that; None where our network has no such part."""
+
+    name: str
+    align_corners: bool
+    names: dict[str, str | None]
+
+
+PYTORCH_ENCODING = Source(
+    "PyTorch-Encoding",
+    True,
+    {
+        "pretrained.": "backbone.",
+        "pretrained.fc.": None,  # the ImageNet classifier, which segmentation does not call
+        "head.conv5.": "reduce.",
+        "head.connect.": "laterals.",
+        "head.fusion.": "fusion.",
+        "head.encmodule.encoding.0.": "encoding.context.conv.",
+        "head.encmodule.encoding.1.": "encoding.context.norm.",
+        "head.encmodule.encoding.3.": "encoding.context.encoding.",
+        "head.encmodule.encoding.4.": "encoding.context.norm_codes.",
+        "head.encmodule.fc.0.": "encoding.context.fc.",
+        "head.encmodule.selayer.": "encoding.presence.",
+        "head.conv6.1.": "classifier.1.",
+        "auxlayer.conv5.0.": "aux.0.0.",
+        "auxlayer.conv5.1.": "aux.0.1.",
+        "auxlayer.conv5.4.": "aux.1.1.",
+    },
+)
+MMSEGMENTATION = Source(
+    "mmsegmentation",
+    False,
+    {
+        "backbone.": "backbone.",
+        "backbone.stem.": "backbone.conv1.",
+        "backbone.stem.7.": "backbone.bn1.",
+        "decode_head.bottleneck.conv.": "reduce.0.",
+        "decode_head.bottleneck.bn.": "reduce.1.",
+        "decode_head.lateral_convs.0.conv.": "laterals.0.0.",
+        "decode_head.lateral_convs.0.bn.": "laterals.0.1.",
+        "decode_head.lateral_convs.1.conv.": "laterals.1.0.",
+        "decode_head.lateral_convs.1.bn.": "laterals.1.1.",
+        "decode_head.fusion.conv.": "fusion.0.",
+        "decode_head.fusion.bn.": "fusion.1.",
+        "decode_head.enc_module.encoding_project.conv.": "encoding.context.conv.",
+        "decode_head.enc_module.encoding_project.bn.": "encoding.context.norm.",
+        "decode_head.enc_module.encoding.0.": "encoding.context.encoding.",
+        "decode_head.enc_module.encoding.1.": "encoding.context.norm_codes.",
+        "decode_head.enc_module.fc.0.": "encoding.context.fc.",
+        "decode_head.se_layer.": "encoding.presence.",
+        "decode_head.conv_seg.": "classifier.1.",
+        "auxiliary_head.convs.0.conv.": "aux.0.0.",
+        "auxiliary_head.convs.0.bn.": "aux.0.1.",
+        "auxiliary_head.conv_seg.": "aux.1.1.",
+    },
+)
+
+
+def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> EncNet:
+    """Build the EncNet of a checkpoint and fill it.
+
+    Recognises EncNet of PyTorch-Encoding and of mmsegmentation (ResNet-50, 101 and 152 with their own stem or timm's plain one,
+    with and without laterals, auxiliary head and SE-loss), and what save_encnet_checkpoint wrote. What the network is follows from
+    names and shapes; align_corners from the code base: True in PyTorch-Encoding's networks, False in mmsegmentation's.
+
+    Args:
+        source: a file of tensors (.safetensors, or what torch.save wrote, read with weights_only=True), or a state dict; inside
+            "state_dict" or "model", and with "module." before each name, too.
+
+    Returns:
+        The network, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: the file is none of these, or would run code; no such network is recognised; or a name is unknown, missing, or
+            of another shape.
+        OSError: the file cannot be read.
+    """
+    if isinstance(source, Mapping):
+        state, config = dict(source), None
+    else:
+        state, config = _read(Path(source))
+    state = _unwrapped(state)
+    names = {name: name for name in state}
+    if config is not None:
+        network = EncNet(**config)
+    else:
+        code_base = _recognised(state)
+        names = _renamed(state, code_base)
+        state = {ours: _converted(theirs, state[theirs]) for ours, theirs in names.items()}
+        network = EncNet(**_configuration(state), align_corners=code_base.align_corners)
+    _fill(network, state, names)
+    return network.eval()
+
+
+def save_encnet_checkpoint(network: EncNet, path: str | os.PathLike[str]) -> None:
+    """Write a network and what rebuilds it into one safetensors file, which load_encnet_checkpoint reads.
+
+    Raises:
+        TypeError: network is no EncNet.
+        ValueError: an argument that it was made with is no JSON.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(network, EncNet):
+        raise TypeError(f"save_encnet_checkpoint: network must be an EncNet, got {type(network).__name__}")
+    metadata = {"format": "pt", METADATA: json.dumps(network.config)}
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path, metadata)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What a file holds, and the arguments of our network where it has them."""
+    with open(path, "rb"):
+        pass  # what cannot be read raises here, in one way
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                config = (file.metadata() or {}).get(METADATA)
+                return {name: file.get_tensor(name) for name in file.keys()}, config and json.loads(config)  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{NAME}: {path} is no valid safetensors file: {error}") from error
+    try:
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{NAME}: {path} must hold tensors, numbers and texts alone, since anything else could run code; keep its state dict"
+            f" and nothing more ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{NAME}: {path} is no file that torch.save wrote: {error}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{NAME}: {path} must hold a state dict, got {type(state).__name__}")
+    return dict(state), None
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickle of numpy's numbers names, in numpy 1 and 2: old checkpoints hold their scores so."""
+    number: Any = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    return [np.dtype, *kinds, *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def _unwrapped(state: dict[str, Any]) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = dict(state[key])
+    if state and all(isinstance(name, str) and name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if wrong := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(
+            f"{NAME}: a state dict must hold tensors, got {type(state[wrong[0]]).__name__} at {wrong[0]!r}"
+        )
+    return state
+
+
+def _recognised(state: dict[str, Tensor]) -> Source:
+    if "head.encmodule.encoding.3.codewords" in state:
+        return PYTORCH_ENCODING
+    if "decode_head.enc_module.encoding.0.codewords" in state:
+        return MMSEGMENTATION
+    raise ValueError(
+        f"{NAME}: neither PyTorch-Encoding's nor mmsegmentation's EncNet: no codewords among {len(state)} names such as"
+        f" {', '.join(sorted(state)[:3])}"
+    )
+
+
+def _renamed(state: dict[str, Tensor], source: Source) -> dict[str, str]:
+    """Our name of each tensor, and theirs."""
+    renamed, unknown = {}, []
+    for name in state:
+        beginning = max((each for each in source.names if name.startswith(each)), key=len, default=None)
+        if beginning is None:
+            unknown.append(name)
+        elif (ours := source.names[beginning]) is not None:
+            renamed[(ours + name.removeprefix(beginning)).replace(".scale", ".smoothing")] = name
+    if unknown:
+        raise ValueError(f"{NAME}: unknown in {source.name}'s EncNet: {', '.join(unknown)}")
+    return renamed
+
+
+def _converted(name: str, tensor: Tensor) -> Tensor:
+    return -tensor if name.endswith(".scale") else tensor
+
+
+def _configuration(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of EncNet, by names and shapes."""
+    depths: Any = tuple(
+        len({name.split(".")[2] for name in state if name.startswith(f"backbone.layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    )
+    layers = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(depths)
+    if layers is None or "backbone.layer1.0.conv3.weight" not in state:
+        raise ValueError(f"{NAME}: the backbone must be a ResNet-50, 101 or 152, got stages of {depths} blocks")
+    stem = {"backbone.conv1.weight": "", "backbone.conv1.0.weight": "c"}
+    kind = next((kind for name, kind in stem.items() if name in state), "")
+    if kind and state["backbone.conv1.0.weight"].shape[0] == 64:
+        kind = "s"  # PyTorch-Encoding's: 64, 64, 128 channels; mmsegmentation's: 32, 32, 64
+    if missing := {"encoding.context.encoding.codewords", "classifier.1.weight"} - state.keys():
+        raise ValueError(f"{NAME}: missing: {', '.join(sorted(missing))}")
+    num_codes, channels = state["encoding.context.encoding.codewords"].shape
+    return {
+        "backbone": f"resnet{layers}{kind}",
+        "num_classes": state["classifier.1.weight"].shape[0],
+        "num_codes": num_codes,
+        "channels": channels,
+        "aux": "aux.1.1.weight" in state,
+        "se_loss": "encoding.presence.weight" in state,
+        "lateral": "fusion.0.weight" in state,
+    }
+
+
+def _fill(network: EncNet, state: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Strictly; old checkpoints do not count batches. names: those of the checkpoint for ours."""
+    wanted = network.state_dict()
+    counts = {name for name in wanted if name.endswith("num_batches_tracked")}
+    wrong = {
+        "missing": sorted(wanted.keys() - state.keys() - counts),
+        "unknown": sorted(names[name] for name in state.keys() - wanted.keys()),
+        "of another shape": [
+            f"{names[name]} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
+        raise ValueError(f"{NAME}: the checkpoint does not fit the network that it names: {found}")
+    network.load_state_dict({name: state.get(name, tensor) for name, tensor in wanted.items()})
