@@ -1,0 +1,38 @@
+"""ctxenc convert: a checkpoint of PyTorch-Encoding's or mmsegmentation's EncNet into ours."""
+
+import argparse
+from pathlib import Path
+
+from ctxenc.integrations.checkpoints import load_encnet_checkpoint, save_encnet_checkpoint
+from ctxenc.training.config import atomic
+from ctxenc.training.console import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.epilog = "example: ctxenc convert encnet_resnet50_pcontext.pth.tar encnet.safetensors"
+    parser.add_argument("source", type=Path, metavar="IN", help="checkpoint of PyTorch-Encoding or mmsegmentation")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT.safetensors", help="file to write, with the network's arguments in it"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, converts, writes, and says what was found."""
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"OUT must end in .safetensors, got {args.out}")
+    if args.out.exists() and args.source.exists() and args.out.samefile(args.source):
+        raise UserError(f"OUT must be another file than IN, got {args.out}")
+    try:
+        network = load_encnet_checkpoint(args.source)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with atomic(args.out) as path:
+        save_encnet_checkpoint(network, path)
+    config = network.config
+    parts = [name for name in ("aux", "se_loss", "lateral", "align_corners") if config[name]]
+    print(
+        f"{args.out}: EncNet on {config['backbone']}, {config['num_classes']} classes, {config['num_codes']} codewords",
+        end="",
+    )
+    print(f", {', '.join(parts)}" if parts else "")
