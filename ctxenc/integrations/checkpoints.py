@@ -7,6 +7,8 @@ Both store scale = -smoothing.
 import json
 import os
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +109,7 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
     state = _unwrapped(state)
     names = {name: name for name in state}
     if config is not None:
-        network = EncNet(**config)
+        network = _built(config)
     else:
         code_base = _recognised(state)
         names = _renamed(state, code_base)
@@ -143,15 +145,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{NAME}: {path} is no valid safetensors file: {error}") from error
     try:
-        with torch.serialization.safe_globals(_numpy_numbers()):
+        with torch.serialization.safe_globals(_numpy_numbers()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on old protocols of pickle
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        refused = re.search(r"GLOBAL:? (\S+)", str(error))
+        found = f"{refused[1]}, which could run code" if refused else "something else"
         raise ValueError(
-            f"{NAME}: {path} must hold tensors, numbers and texts alone, since anything else could run code; keep its state dict"
-            f" and nothing more ({str(error).splitlines()[0]})"
+            f"{NAME}: {path} must be what torch.save wrote of tensors, numbers and texts, got {found}; where you trust it, keep"
+            " its state dict and nothing more"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{NAME}: {path} is no file that torch.save wrote: {error}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{NAME}: {path} must hold a state dict, got {type(state).__name__}")
     return dict(state), None
@@ -175,6 +178,16 @@ def _unwrapped(state: dict[str, Any]) -> dict[str, Tensor]:
             f"{NAME}: a state dict must hold tensors, got {type(state[wrong[0]]).__name__} at {wrong[0]!r}"
         )
     return state
+
+
+def _built(config: Any) -> EncNet:
+    """Our network of the arguments in a file."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{NAME}: the arguments of EncNet must be a table, got {config!r}")
+    try:
+        return EncNet(**(config | {"pretrained_backbone": False}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{NAME}: the file names a network that cannot be built: {error}") from error
 
 
 def _recognised(state: dict[str, Tensor]) -> Source:
