@@ -7,10 +7,10 @@ are rounded to fp32, so that they hardly depend on the machine or the number of 
 The cases named pe_* stand for PyTorch-Encoding, which has no wheel: the arithmetic is mmsegmentation's, run with PyTorch-Encoding's
 settings (a stem of 64, 64 and 128 channels, align_corners=True). In evaluation the two code bases compute the same.
 
-In an environment of its own that has torch, torchvision, scipy and matplotlib, from the root of a clone:
+In an environment of its own that has torch, numpy and scipy, from the root of a clone:
 
     pip install --no-deps mmsegmentation==1.2.2 mmcv-lite==2.1.0 mmengine==0.10.7
-    pip install addict yapf termcolor rich prettytable packaging regex ftfy opencv-python-headless
+    pip install addict yapf pyyaml pillow termcolor rich prettytable packaging regex ftfy opencv-python-headless
     python -m tests.data.foreign.make_mmseg
 
 For each case it prints where its assignments lie between hard (entropy 0) and uniform (1), and by how many standard deviations of
