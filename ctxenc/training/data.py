@@ -216,21 +216,32 @@ def seeded(*key: int) -> Iterator[None]:
         generator.set_state(state)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The image at ``path``, decoded, as RGB.
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image file at ``path``, to be decoded in the body.
 
     Raises:
         UserError: It cannot be read; the text holds the path.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-                # 16 bits a pixel, which convert() would clip at 255
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or one_line(error).replace(repr(str(path)), "it")
         raise UserError(f"broken image {path}: {reason}") from error
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image at ``path``, decoded, as RGB.
+
+    Raises:
+        UserError: It cannot be read; the text holds the path.
+    """
+    with opened(path) as image:
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            # 16 bits a pixel, which convert() would clip at 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 def build_datasets(settings: Settings) -> Datasets:

@@ -3,9 +3,9 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.optim import list_optimizers
@@ -17,6 +17,9 @@ ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
 PHOTOGRAPHS = "photographs"
 MAX_SEED = 2**32 - 1  # numpy's
+MOVABLE = ("data", "data_dir", "download", "device", "workers", "threads")  # what --resume may change
+Rules = dict[str, tuple[str, Callable[[Any], bool]]]
+Kind = TypeVar("Kind")
 
 
 def option(default: Any, text: str, **keywords: Any) -> Any:
@@ -98,16 +101,12 @@ class Settings:
     compile: bool = flag("torch.compile the network")
 
     def __post_init__(self) -> None:
-        for name, (rule, holds) in _RULES.items():
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise UserError(f"{option_name(name)} must be {rule}, got {value}")
+        check_rules(self, _RULES)
         if self.seed_list[-1] > MAX_SEED:
             raise UserError(
                 f"--seed must be at most {MAX_SEED + 1 - self.seeds} with --seeds {self.seeds}, got {self.seed}"
             )
-        if self.opt not in (known := [str(each) for each in list_optimizers()]):
-            raise _unknown_optimizer(self.opt, known)
+        check_optimizer(self.opt)
         if self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
@@ -133,32 +132,48 @@ class Settings:
         return asdict(self)
 
 
-def _unknown_optimizer(name: str, known: Sequence[str]) -> UserError:
+def check_rules(settings: object, rules: Rules) -> None:
+    """Raises UserError for the first of ``settings`` that breaks its rule; None breaks none."""
+    for name, (rule, holds) in rules.items():
+        value = getattr(settings, name)
+        if value is not None and not holds(value):
+            raise UserError(f"{option_name(name)} must be {rule}, got {value}")
+
+
+def check_optimizer(name: str) -> None:
+    """Raises UserError, with near names, unless timm has an optimiser of this ``name``."""
+    known = [str(each) for each in list_optimizers()]
+    if name in known:
+        return
     if name.lower() in {each.lower() for each in dir(torch.optim)} - set(known):
-        return UserError(f"--opt must be an optimiser of timm, got {name!r}, which only torch.optim has")
-    return UserError(f"unknown --opt {name!r}; {near_names(name, known)}")
+        raise UserError(f"--opt must be an optimiser of timm, got {name!r}, which only torch.optim has")
+    raise UserError(f"unknown --opt {name!r}; {near_names(name, known)}")
 
 
 def _number(low: float, high: float = math.inf) -> Callable[[Any], bool]:
     return lambda value: low <= value <= high and math.isfinite(value)
 
 
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+POSITIVE: tuple[str, Callable[[Any], bool]] = ("a positive number", lambda value: 0 < value < math.inf)
+AT_LEAST_0 = ("at least 0", _number(0))
+UP_TO_1 = ("in [0, 1]", _number(0, 1))
+FRACTION: tuple[str, Callable[[Any], bool]] = ("above 0 and below 1", lambda value: 0 < value < 1)
+_RULES: Rules = {
     "model_kwargs": MODEL_KWARGS_RULE,
-    "lr": ("a positive number", lambda value: value > 0 and math.isfinite(value)),
-    "weight_decay": ("at least 0", _number(0)),
-    "warmup_epochs": ("at least 0", _number(0)),
-    "clip_grad": ("a positive number", lambda value: value > 0 and math.isfinite(value)),
-    "label_smoothing": ("in [0, 1]", _number(0, 1)),
-    "ema_decay": ("in [0, 1]", _number(0, 1)),
-    "val_fraction": ("above 0 and below 1", lambda value: 0 < value < 1),
+    "lr": POSITIVE,
+    "weight_decay": AT_LEAST_0,
+    "warmup_epochs": AT_LEAST_0,
+    "clip_grad": POSITIVE,
+    "label_smoothing": UP_TO_1,
+    "ema_decay": UP_TO_1,
+    "val_fraction": FRACTION,
     "crop_scale": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "color_jitter": ("at least 0", _number(0)),
-    "random_erase": ("in [0, 1]", _number(0, 1)),
-    "mixup": ("at least 0", _number(0)),
-    "cutmix": ("at least 0", _number(0)),
-    "workers": ("at least 0", _number(0)),
-    "seed": ("at least 0", _number(0)),
+    "color_jitter": AT_LEAST_0,
+    "random_erase": UP_TO_1,
+    "mixup": AT_LEAST_0,
+    "cutmix": AT_LEAST_0,
+    "workers": AT_LEAST_0,
+    "seed": AT_LEAST_0,
 }
 
 # The run with no arguments: small enough for two CPU cores, both arms side by side.
@@ -183,28 +198,42 @@ def option_name(name: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds an option for each setting. None stands for one that was not given, so that resolve can tell."""
+    add_options(parser, Settings(), {"the photographs": EMBEDDED})
+    add_swap_arguments(parser)
+    parser.set_defaults(**dict.fromkeys(asdict(Settings())))
+
+
+def add_options(parser: argparse.ArgumentParser, usual: Any, own: dict[str, dict[str, Any]]) -> None:
+    """Adds an option for each setting that has a text.
+
+    Args:
+        parser: Takes the options, in a group of their own.
+        usual: The settings with their defaults, a dataclass.
+        own: The defaults that differ from ``usual``, by the name of the data that they are for.
+    """
     group = parser.add_argument_group("training")
-    for each in fields(Settings):
+    for each in fields(usual):
         if not each.metadata:
             continue
         keywords = dict(each.metadata)
         if not keywords["help"].endswith(")") and "action" not in keywords:
-            keywords["help"] += f" (default: {_default(each.name)})"
+            keywords["help"] += f" (default: {_default(each.name, usual, own)})"
         group.add_argument(option_name(each.name), **keywords)
-    add_swap_arguments(parser)
-    parser.set_defaults(**{each.name: None for each in fields(Settings)})
 
 
-def _default(name: str) -> str:
-    usual = Settings().as_dict()[name]
-    own = EMBEDDED.get(name, usual)
-    text = "none" if usual in (None, {}) else str(usual)
-    return text if own == usual or isinstance(own, dict) else f"{text}; {own} for the photographs"
+def _default(name: str, usual: Any, own: dict[str, dict[str, Any]]) -> str:
+    value = getattr(usual, name)
+    texts = ["none" if value in (None, {}) else str(value)]
+    for data, defaults in own.items():
+        other = defaults.get(name, value)
+        if other != value and not isinstance(other, dict):
+            texts.append(f"{other} for {data}")
+    return "; ".join(texts)
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line names."""
-    names = {each.name for each in fields(Settings)}
+def given(args: argparse.Namespace, kind: type = Settings) -> dict[str, Any]:
+    """The settings (those of the dataclass ``kind``) that the command line names."""
+    names = {each.name for each in fields(kind)}
     return {key: value for key, value in vars(args).items() if key in names and value is not None}
 
 
@@ -230,11 +259,15 @@ def resumed(stored: dict[str, Any], chosen: dict[str, Any]) -> Settings:
     Raises:
         UserError: ``chosen`` differs in a setting that shapes the result, or ``stored`` is not this version's.
     """
-    movable = ("data", "data_dir", "download", "device", "workers", "threads")
+    return resumed_as(Settings, stored, chosen)
+
+
+def resumed_as(kind: Callable[..., Kind], stored: dict[str, Any], chosen: dict[str, Any]) -> Kind:
+    """What ``resumed`` does, for the settings of any command: those of the dataclass ``kind``."""
     for name, value in chosen.items():
-        if name not in movable and value != stored.get(name):
+        if name not in MOVABLE and value != stored.get(name):
             raise UserError(f"--resume: {option_name(name)} was {stored.get(name)} in this run, got {value}")
     try:
-        return Settings(**(stored | chosen))
+        return kind(**(stored | chosen))
     except TypeError as error:
         raise UserError(f"--resume: the run's settings are not those of this version: {error}") from error

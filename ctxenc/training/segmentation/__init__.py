@@ -1,0 +1,1 @@
+"""Semantic segmentation: what `python -m ctxenc segment` runs."""

@@ -1,0 +1,293 @@
+"""The data sets of segmentation: where pairs of image and mask come from, and what the numbers in a mask mean.
+
+On disk they lie as Pascal VOC, Cityscapes and ADE20K are unpacked, or in plain folders. torchvision's own classes for VOC and
+Cityscapes are left aside: they know neither the augmented VOC nor the 19 classes that count, and miss no mask until it is read.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.datasets import Cityscapes
+from tqdm import tqdm
+
+from ctxenc.training.console import UserError, one_line
+from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, seeded
+from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
+from ctxenc.training.segmentation.settings import SegmentSettings
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+ADE20K_CLASSES = 150
+CITYSCAPES_CLASSES = sorted(
+    (each for each in Cityscapes.classes if 0 <= each.train_id < IGNORED), key=lambda c: c.train_id
+)
+CITYSCAPES_LABELS = {each.id: each.train_id for each in Cityscapes.classes if each.id >= 0}
+
+
+class Source(Protocol):
+    """Where samples come from: images with the class of each pixel."""
+
+    classes: list[str]
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def pair(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Image (3, H, W) and mask (H, W) of sample ``index``, both uint8; the mask holds class numbers and IGNORED.
+
+        May draw from the global generators, which are seeded for the sample.
+        """
+
+    def name(self, index: int) -> str:
+        """What to call sample ``index``: a path or a number."""
+
+
+class Samples(Dataset[tuple[Tensor, Tensor]]):
+    """A source with a joint transform. What is random is drawn from (seed, epoch, index).
+
+    So the sample does not depend on the worker that makes it, on what came before, or on an interruption, and the
+    generators of the process stay as they were.
+
+    Args:
+        source: Where images and masks come from.
+        transform: Makes an image (3, h, w) float32 and a mask (h, w) int64 of a pair; see the transforms module.
+        seed: Seed of all that is drawn.
+    """
+
+    def __init__(self, source: Source, transform: Callable[..., tuple[Tensor, Tensor]], seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Names the epoch that the next samples are drawn for; before the loader starts its workers."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        with seeded(self.seed, self.epoch, index):
+            return self.transform(*self.source.pair(index))
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a training needs: both sources over the same classes."""
+
+    train: Source
+    val: Source
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the logits."""
+        return self.train.classes
+
+
+def build_datasets(settings: SegmentSettings) -> Datasets:
+    """The training and validation sources that ``settings`` name.
+
+    Raises:
+        UserError: A folder, a list or a mask is missing, there are too few images, or classes are not as they must be.
+    """
+    layouts: dict[str, Callable[[Path], Datasets]] = {
+        "voc": voc,
+        "voc_aug": voc_aug,
+        "cityscapes": cityscapes,
+        "ade20k": ade20k,
+    }
+    if settings.data in layouts:
+        return layouts[settings.data](Path(settings.data_dir))
+    return folder(Path(settings.data), settings.val_fraction, settings.seed)
+
+
+def verify(datasets: Datasets, show_progress: bool = True) -> None:
+    """Reads every pair of a small data set, so that a broken one is told before training starts.
+
+    Raises:
+        UserError: See ``Pairs.pair``.
+    """
+    sources = [source for source in (datasets.train, datasets.val) if isinstance(source, Pairs)]
+    if sum(map(len, sources)) > VERIFIED_UP_TO:
+        return
+    for source in sources:
+        for index in tqdm(range(len(source)), "checking masks", delay=1, disable=not show_progress):
+            source.pair(index)
+
+
+def voc(data_dir: Path) -> Datasets:
+    """Pascal VOC 2012: 1,464 training and 1,449 validation images, with borders ignored."""
+    root = _voc_root(data_dir, "voc")
+    train, val = _listed(root, "train.txt"), _listed(root, "val.txt")
+    return Datasets(*(Pairs(_voc_pairs(root, names, "SegmentationClass"), VOC_CLASSES) for names in (train, val)))
+
+
+def voc_aug(data_dir: Path) -> Datasets:
+    """Pascal VOC 2012 with the annotations of SBD for training: PNG files in SegmentationClassAug, not SBD's own .mat files.
+
+    Validation is that of VOC. The list is ImageSets/Segmentation/train_aug.txt or trainaug.txt: a name, or the paths of an
+    image and its mask, a line.
+    """
+    root = _voc_root(data_dir, "voc_aug", "SegmentationClassAug")
+    lists = ("train_aug.txt", "trainaug.txt")
+    found = next((each for each in lists if (root / "ImageSets/Segmentation" / each).is_file()), lists[0])
+    train, val = _listed(root, found), _listed(root, "val.txt")
+    if common := sorted(set(train) & set(val)):  # SBD's own lists overlap VOC's
+        raise UserError(f"{found} of {root} must hold no image of val.txt, got {common[0]}")
+    train_pairs = Pairs(_voc_pairs(root, train, "SegmentationClassAug"), VOC_CLASSES)
+    return Datasets(train_pairs, Pairs(_voc_pairs(root, val, "SegmentationClass"), VOC_CLASSES))
+
+
+def _voc_root(data_dir: Path, data: str, *more: str) -> Path:
+    needed = ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass", *more)
+    return _root(data_dir, data, ("VOCdevkit/VOC2012", "VOC2012"), needed)
+
+
+def _voc_pairs(root: Path, names: Sequence[str], masks: str) -> Paths:
+    return present([(root / "JPEGImages" / f"{name}.jpg", root / masks / f"{name}.png") for name in names])
+
+
+def _listed(root: Path, name: str) -> list[str]:
+    path = root / "ImageSets" / "Segmentation" / name
+    names = [Path(line.split()[0]).stem for line in _lines(path) if line.strip()]
+    if not names:
+        raise UserError(f"{path} must name at least one image, got none")
+    return names
+
+
+def cityscapes(data_dir: Path) -> Datasets:
+    """Cityscapes with its fine annotations: 2,975 training and 500 validation images, 19 classes.
+
+    Masks are read from *_labelTrainIds.png where there are some, else from *_labelIds.png.
+    """
+    splits = ("train", "val")
+    needed = [f"{part}/{split}" for part in ("leftImg8bit", "gtFine") for split in splits]
+    root = _root(data_dir, "cityscapes", ("cityscapes",), needed)
+    return Datasets(*(_cityscapes_pairs(root, split) for split in splits))
+
+
+def _cityscapes_pairs(root: Path, split: str) -> Pairs:
+    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    if not images:
+        raise UserError(f"{root / 'leftImg8bit' / split} must hold */*_leftImg8bit.png, got none")
+
+    def masks(kind: str) -> list[Path]:
+        folder = root / "gtFine" / split
+        names = (each.name.removesuffix("leftImg8bit.png") + f"gtFine_{kind}.png" for each in images)
+        return [folder / each.parent.name / name for each, name in zip(images, names, strict=True)]
+
+    names = [each.name for each in CITYSCAPES_CLASSES]
+    prepared = masks("labelTrainIds")
+    if any(each.is_file() for each in prepared):
+        return Pairs(present(list(zip(images, prepared, strict=True))), names)
+    return Pairs(present(list(zip(images, masks("labelIds"), strict=True))), names, CITYSCAPES_LABELS)
+
+
+def ade20k(data_dir: Path) -> Datasets:
+    """The scene parsing benchmark of ADE20K: 20,210 training and 2,000 validation images.
+
+    Its masks hold 0 where there is none of the 150 classes: that is ignored, and class c of a mask becomes c - 1.
+    """
+    splits = ("training", "validation")
+    needed = [f"{part}/{split}" for part in ("images", "annotations") for split in splits]
+    root = _root(data_dir, "ade20k", ("ADEChallengeData2016",), needed)
+    classes = _ade20k_names(root / "objectInfo150.txt")
+    labels = {0: IGNORED} | {label + 1: label for label in range(ADE20K_CLASSES)}
+    return Datasets(
+        *(Pairs(matched(root / "images" / split, root / "annotations" / split), classes, labels) for split in splits)
+    )
+
+
+def _ade20k_names(path: Path) -> list[str]:
+    """The first synonym of each class in a table whose last column is the name; numbers where there is no such file."""
+    if not path.is_file():
+        return [str(label) for label in range(ADE20K_CLASSES)]
+    rows = [line.split("\t") for line in _lines(path)[1:] if line.strip()]
+    names = [row[-1].replace(";", ",").partition(",")[0].strip() for row in rows]
+    if len(names) != ADE20K_CLASSES or not all(names):
+        raise UserError(f"{path} must name {ADE20K_CLASSES} classes below its header, got {len(names)} lines")
+    return names
+
+
+def folder(root: Path, val_fraction: float, seed: int) -> Datasets:
+    """Plain folders: images and masks of one stem, under images/ and masks/.
+
+    The layouts are ROOT/images/train with ROOT/masks/train, ROOT/train/images with ROOT/train/masks (the same for val), and
+    ROOT/images with ROOT/masks. Where there is no val, some pairs are held out: the same for the same seed and files.
+    ROOT/classes.txt names the classes, one a line; without it they are the numbers up to the highest in any mask.
+
+    Raises:
+        UserError: A folder or a mask is missing, there are too few images, or classes.txt does not name 2 to 255 classes.
+    """
+    if not root.is_dir():
+        raise UserError(f"no folder of images and masks at {root}")
+    train, val = _split(root, TRAIN_NAMES), _split(root, VAL_NAMES)
+    if not (train or val or (root / "images").is_dir()):
+        raise UserError(f"{root} must hold images/ and masks/, or train/images/ and train/masks/, got neither")
+    if val is None:
+        train, val = held_out(train or matched(root / "images", root / "masks"), val_fraction, seed)
+    elif train is None:
+        raise UserError(
+            f"{root} must have a training folder ({', '.join(TRAIN_NAMES)}) beside that for validation, got none"
+        )
+    path = root / "classes.txt"
+    classes = _names(path) if path.is_file() else [str(label) for label in range(_highest(train + val, root) + 1)]
+    if not 2 <= len(classes) <= IGNORED:
+        counted = f"{path} must name" if path.is_file() else f"the masks of {root} must hold"
+        raise UserError(f"{counted} 2 to {IGNORED} classes ({IGNORED} is ignored), got {len(classes)}")
+    return Datasets(Pairs(train, classes), Pairs(val, classes))
+
+
+def _split(root: Path, names: Sequence[str]) -> Paths | None:
+    for name in names:
+        for images, masks in (("images/" + name, "masks/" + name), (name + "/images", name + "/masks")):
+            if (root / images).is_dir():
+                return matched(root / images, root / masks)
+    return None
+
+
+def _highest(paths: Paths, root: Path) -> int:
+    """The highest number in any mask but IGNORED, or -1 where there is none."""
+    highest = -1
+    for _, mask in tqdm(paths, f"counting classes: no classes.txt in {root}", delay=1, disable=None):
+        numbers = read_mask(mask)
+        highest = max(highest, int(numbers.max(initial=-1, where=numbers != IGNORED)))
+        if highest > IGNORED:
+            raise UserError(f"mask {mask} must hold class numbers below {IGNORED}, got {highest}")
+    return highest
+
+
+def _names(path: Path) -> list[str]:
+    names = [line.strip() for line in _lines(path)]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise UserError(f"{path} must name a class in every line, got none in line {names.index('') + 1}")
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"{path} must name each class once, got {next(each for each in names if names.count(each) > 1)} twice"
+        )
+    return names
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
+
+
+def _root(data_dir: Path, data: str, inner: Sequence[str], needed: Sequence[str]) -> Path:
+    root = next((data_dir / each for each in inner if (data_dir / each).is_dir()), data_dir)
+    for each in needed:
+        if not (root / each).is_dir():
+            raise UserError(
+                f"--data {data} needs a --data-dir with {inner[0]} (or that folder itself): no folder {root / each}"
+            )
+    return root

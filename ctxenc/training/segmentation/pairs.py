@@ -1,0 +1,141 @@
+"""Pairs of an image and a mask in files: which go together, and reading them.
+
+EXIF orientation is ignored in both: a mask is drawn over the pixels as they are stored.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as F
+
+from ctxenc.training.console import UserError
+from ctxenc.training.data import open_image, opened
+
+IGNORED = 255  # in a mask: counts neither in the loss nor in a metric
+UNKNOWN = -1
+Paths = list[tuple[Path, Path]]
+
+
+class Pairs:
+    """Images and masks in files, read when they are asked for.
+
+    Args:
+        paths: The image and the mask of each sample.
+        classes: Class names in the order of the logits.
+        labels: The class of each number that a mask may hold (default: itself). IGNORED always stands for itself.
+    """
+
+    def __init__(self, paths: Paths, classes: Sequence[str], labels: Mapping[int, int] | None = None) -> None:
+        self.paths, self.classes = paths, list(classes)
+        labels = labels or {label: label for label in range(len(classes))}
+        self.rule = f"{min(labels)} to {max(labels)}, or {IGNORED} where it is to be ignored"
+        self.table = np.full(IGNORED + 1, UNKNOWN, dtype=np.int16)
+        self.table[list(labels)] = list(labels.values())
+        self.table[IGNORED] = IGNORED
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pair(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Image (3, H, W) and mask (H, W) of sample ``index``, both uint8.
+
+        Raises:
+            UserError: A file cannot be read, the mask is no PNG of class numbers, it is of another size than the image, or it
+                holds a number that is no class. The text holds the paths.
+        """
+        image_path, mask_path = self.paths[index]
+        image, numbers = open_image(image_path), read_mask(mask_path)
+        height, width = numbers.shape
+        if (width, height) != image.size:
+            sizes = f"must be of the size of its image {image_path}, {image.width} x {image.height}"
+            raise UserError(f"mask {mask_path} {sizes}, got {width} x {height}")
+        known = (numbers >= 0) & (numbers <= IGNORED)
+        classes = self.table[np.where(known, numbers, 0)]
+        if (wrong := numbers[~known | (classes == UNKNOWN)]).size:
+            raise UserError(f"mask {mask_path} must hold {self.rule}, got {wrong[0]}")
+        return tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(classes.astype(np.uint8)))
+
+    def name(self, index: int) -> str:
+        """The path of image ``index``."""
+        return str(self.paths[index][0])
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """The numbers in the mask at ``path``, (H, W): the grey values, or the indices where it has a palette.
+
+    Raises:
+        UserError: It cannot be read, or is no PNG with one number a pixel; the text holds the path.
+    """
+    with opened(path) as image:
+        if image.format != "PNG" or not (image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16")):
+            raise UserError(
+                f"mask {path} must be a PNG of class numbers, grey or with a palette, got {image.format} of mode {image.mode}"
+            )
+        return np.asarray(image).astype(np.int32)
+
+
+def held_out(paths: Paths, fraction: float, seed: int) -> tuple[Paths, Paths]:
+    """Splits ``paths`` for training and validation: the latter a rounded share, at least one, and one is left for training.
+
+    Raises:
+        UserError: There is a single pair.
+    """
+    if len(paths) < 2:
+        raise UserError(f"{paths[0][0].parent} must hold at least 2 images for one to be held out, got {len(paths)}")
+    order = np.random.default_rng(seed).permutation(len(paths)).tolist()
+    count = min(max(round(fraction * len(paths)), 1), len(paths) - 1)
+    return [paths[index] for index in sorted(order[count:])], [paths[index] for index in sorted(order[:count])]
+
+
+def matched(images: Path, masks: Path) -> Paths:
+    """The images below one folder with the masks below another: those of the same path but for the suffix.
+
+    Raises:
+        UserError: There is no such folder or no image, a file has no counterpart, or two have one stem.
+    """
+    for each in (images, masks):
+        if not each.is_dir():
+            raise UserError(f"no folder {each}: it must stand beside {(masks if each == images else images).name}")
+    image_paths, mask_paths = _by_stem(images, IMG_EXTENSIONS), _by_stem(masks, (".png",))
+    if not image_paths:
+        raise UserError(f"{images} must hold images ({', '.join(IMG_EXTENSIONS)}), got none")
+    if missing := sorted(image_paths.keys() - mask_paths.keys()):
+        raise UserError(f"image {image_paths[missing[0]]} must have a mask {masks / missing[0]}.png, got none")
+    if left := sorted(mask_paths.keys() - image_paths.keys()):
+        raise UserError(f"mask {mask_paths[left[0]]} must have an image of the same stem below {images}, got none")
+    return [(image_paths[stem], mask_paths[stem]) for stem in sorted(image_paths)]
+
+
+def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in _files(folder):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if path.suffix.lower() not in suffixes:
+            continue
+        if stem in found:
+            raise UserError(f"two files of one stem: {found[stem]} and {path}")
+        found[stem] = path
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(each for each in folders if not each.startswith("."))  # .ipynb_checkpoints and the like
+        yield from (Path(root, each) for each in sorted(files) if not each.startswith("."))
+
+
+def present(paths: Paths) -> Paths:
+    for image, mask in paths:
+        if not image.is_file():
+            raise UserError(f"image {image} is missing")
+        if not mask.is_file():
+            raise UserError(f"image {image} must have a mask {mask}, got none")
+    return paths

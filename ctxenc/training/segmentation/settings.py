@@ -1,0 +1,168 @@
+"""The settings of a segmentation training: the recipe of EncNet (arXiv 1803.08904), section 4, and its rules."""
+
+import argparse
+from argparse import BooleanOptionalAction
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ctxenc.training.console import UserError, positive_int, smoothing
+from ctxenc.training.settings import (
+    AT_LEAST_0,
+    FRACTION,
+    MAX_SEED,
+    POSITIVE,
+    SCHEDULES,
+    UP_TO_1,
+    Rules,
+    add_options,
+    check_optimizer,
+    check_rules,
+    flag,
+    option,
+    resumed_as,
+)
+from ctxenc.training.settings import given as given_of
+
+SCENES = "scenes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSettings:
+    """Every setting of a segmentation training.
+
+    Raises:
+        UserError: A value breaks its rule; the text names the option, the rule and the value.
+    """
+
+    data: str = option(
+        SCENES,
+        "scenes (embedded), voc, voc_aug, cityscapes, ade20k, or a folder with images/ and masks/",
+        metavar="DATA",
+    )
+    data_dir: str = option("data", "where voc, voc_aug, cityscapes or ade20k lies", metavar="DIR")
+    val_fraction: float = option(0.2, "share of the images held out where a folder has no val", type=float)
+    workers: int = option(0, "processes that load images", type=int)
+
+    backbone: str = option("resnet50", "a timm model that can be dilated", metavar="NAME")
+    pretrained_backbone: bool = flag("start from timm's pretrained weights of the backbone")
+    channels: int = option(512, "channels of the head", type=positive_int)
+    num_codes: int = option(32, "codewords", type=positive_int, metavar="K")
+    smoothing: str | float = option("learned", "learned, sampled or a number", type=smoothing, metavar="S")
+    output_stride: int = option(8, "of the map that is encoded", type=int, choices=(8, 16, 32))
+    aux: bool = option(True, "an FCN head on the stage before the last", action=BooleanOptionalAction)
+    aux_weight: float = option(0.2, "weight of the loss of that head", type=float)
+    se_loss: bool = option(True, "predict from the encoding which classes are present", action=BooleanOptionalAction)
+    se_weight: float = option(0.2, "weight of the loss of that prediction", type=float)
+    lateral: bool = flag("fuse the maps of the two stages before the last")
+
+    epochs: int = option(50, "passes over the training set", type=positive_int)
+    batch_size: int = option(16, "images a step and process", type=positive_int)
+    opt: str = option("sgd", "a timm optimiser", metavar="NAME")
+    momentum: float = option(0.9, "momentum of the optimiser", type=float)
+    lr: float = option(1e-3, "peak learning rate of the backbone", type=float)
+    head_lr_mult: float = option(10.0, "learning rate of all but the backbone, as a multiple of --lr", type=float)
+    weight_decay: float = option(1e-4, "weight decay", type=float)
+    sched: str = option("poly", "learning rate schedule, stepped each update", choices=SCHEDULES)
+    poly_power: float = option(0.9, "exponent of the poly schedule", type=float)
+    warmup_epochs: int = option(0, "epochs of linear warm-up", type=int)
+    clip_grad: float | None = option(None, "largest norm of the gradient (default: no limit)", type=float)
+
+    base_size: int = option(520, "longer side of an image before random scaling, and in validation", type=positive_int)
+    crop_size: int = option(480, "side of the random crop", type=positive_int)
+    scale_min: float = option(0.5, "smallest random scale", type=float)
+    scale_max: float = option(2.0, "largest random scale", type=float)
+    rotate: float = option(10.0, "largest random rotation, in degrees", type=float)
+    flip: float = option(0.5, "probability of a horizontal flip", type=float)
+
+    seed: int = option(0, "seed of the weights and of all that is drawn", type=int)
+    threads: int | None = option(None, "CPU threads of each process (default: PyTorch's)", type=positive_int)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", metavar="DEVICE")
+    amp: str | None = option(
+        None, "mixed precision (default: none, or what accelerate launch names)", choices=("bf16", "fp16")
+    )
+    channels_last: bool = flag("channels-last memory format")
+    compile: bool = flag("torch.compile the network")
+
+    def __post_init__(self) -> None:
+        check_rules(self, _RULES)
+        check_optimizer(self.opt)
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
+        if self.scale_min > self.scale_max:
+            raise UserError(f"--scale-min must be at most --scale-max {self.scale_max}, got {self.scale_min}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values by name."""
+        return asdict(self)
+
+
+_RULES: Rules = {
+    "val_fraction": FRACTION,
+    "workers": AT_LEAST_0,
+    "aux_weight": AT_LEAST_0,
+    "se_weight": AT_LEAST_0,
+    "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "lr": POSITIVE,
+    "head_lr_mult": POSITIVE,
+    "weight_decay": AT_LEAST_0,
+    "poly_power": POSITIVE,
+    "warmup_epochs": AT_LEAST_0,
+    "clip_grad": POSITIVE,
+    "scale_min": POSITIVE,
+    "scale_max": POSITIVE,
+    "rotate": ("in [0, 180]", lambda value: 0 <= value <= 180),
+    "flip": UP_TO_1,
+    "seed": (f"in [0, {MAX_SEED}]", lambda value: 0 <= value <= MAX_SEED),
+}
+
+# Defaults of their own. The scenes: small enough for two CPU cores. ADE20K: section 4 of the paper. Cityscapes, which the paper
+# leaves out, as PyTorch-Encoding has it: at a longer side of 520, poles and riders would be a pixel wide.
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    SCENES: {
+        "backbone": "resnet10t",
+        "channels": 64,
+        "num_codes": 8,
+        "base_size": 64,
+        "crop_size": 64,
+        "epochs": 12,
+        "lr": 0.01,
+        "channels_last": True,
+        "threads": 1,
+    },
+    "ade20k": {"epochs": 120, "lr": 0.01},
+    "cityscapes": {"base_size": 2048, "crop_size": 720},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds an option for each setting. None stands for one that was not given, so that resolve can tell."""
+    usual = SegmentSettings()
+    add_options(parser, usual, OWN_DEFAULTS)
+    parser.set_defaults(**dict.fromkeys(usual.as_dict()))
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names."""
+    return given_of(args, SegmentSettings)
+
+
+def resolve(chosen: dict[str, Any]) -> SegmentSettings:
+    """The settings of a new run: the defaults (those of the data where it has its own), then ``chosen``.
+
+    Raises:
+        UserError: A value breaks its rule.
+    """
+    return SegmentSettings(**(OWN_DEFAULTS.get(chosen.get("data", SCENES), {}) | chosen))
+
+
+def resumed(stored: dict[str, Any], chosen: dict[str, Any]) -> SegmentSettings:
+    """The settings of a run that goes on: the stored ones, of which only where and how fast it runs may change.
+
+    Args:
+        stored: The settings in the run's configuration.
+        chosen: The settings that the command line names.
+
+    Raises:
+        UserError: ``chosen`` differs in a setting that shapes the result, or ``stored`` is not this version's.
+    """
+    return resumed_as(SegmentSettings, stored, chosen)

@@ -1,0 +1,548 @@
+"""Pairs of image and mask from disk: layouts, what the numbers in a mask mean, and what is refused."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+
+from ctxenc.training.console import UserError
+from ctxenc.training.segmentation import data
+from ctxenc.training.segmentation.pairs import Pairs, held_out, matched
+from ctxenc.training.segmentation.settings import SegmentSettings, resolve
+
+
+def write_image(path, value=0, size=(8, 6), mode="RGB"):
+    """A single-coloured image; one of two colours would not stay so in a JPEG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, (value, value, value) if mode == "RGB" else value).save(path)
+    return path
+
+
+def write_mask(path, numbers=((0, 1), (1, 255)), size=(8, 6), palette=False):
+    """A mask of the four ``numbers`` in its quadrants."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width, height = size
+    array = np.kron(np.asarray(numbers), np.ones((height // 2, width // 2))).astype(np.uint8)
+    image = Image.fromarray(array)
+    if palette:
+        image.putpalette([(7 * index) % 256 for index in range(3 * 256)])
+    image.save(path)
+    return path
+
+
+def write_pair(images, masks, name, value=0, **keywords):
+    return write_image(images / f"{name}.png", value), write_mask(masks / f"{name}.png", **keywords)
+
+
+def plain(root, names=("a", "b", "c", "d", "e"), split=""):
+    for value, name in enumerate(names):
+        write_pair(root / "images" / split, root / "masks" / split, name, value)
+    return root
+
+
+def names(source):
+    return [path.stem for path, _ in source.paths]
+
+
+def build(root, **chosen):
+    return data.build_datasets(resolve({"data": str(root), **chosen}))
+
+
+def error_of(call, *arguments, **keywords):
+    """The text of the UserError, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **keywords)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def read_error(tmp_path, write, classes=3):
+    """What reading a sample of two classes says, whose mask ``write`` puts at a path."""
+    image, mask = write_image(tmp_path / "an image.png"), tmp_path / "a mask.png"
+    write(mask)
+    text = error_of(Pairs([(image, mask)], [str(label) for label in range(classes)]).pair, 0)
+    assert str(mask) in text
+    return text
+
+
+class TestPairs:
+    def test_image_and_mask(self, tmp_path):
+        image, mask = tmp_path / "i.png", write_mask(tmp_path / "m.png", ((0, 1), (2, 255)))
+        pixels = torch.arange(6 * 8 * 3, dtype=torch.uint8).reshape(6, 8, 3)
+        Image.fromarray(pixels.numpy()).save(image)
+        source = Pairs([(image, mask)], ["x", "y", "z"])
+        found, labels = source.pair(0)
+        assert isinstance(found, tv_tensors.Image)
+        assert isinstance(labels, tv_tensors.Mask)
+        assert found.dtype == labels.dtype == torch.uint8
+        assert torch.equal(found, pixels.permute(2, 0, 1))
+        assert labels.shape == (6, 8)
+        assert [int(labels[y, x]) for y in (0, 5) for x in (0, 7)] == [0, 1, 2, 255]
+        assert (len(source), source.name(0), source.classes) == (1, str(image), ["x", "y", "z"])
+
+    def test_files_are_read_only_when_asked_for(self, tmp_path):
+        source = Pairs([(tmp_path / "i.png", tmp_path / "m.png")], ["x", "y"])
+        assert "i.png: No such file" in error_of(source.pair, 0)
+
+    def test_a_palette_gives_indices(self, tmp_path):
+        image, mask = write_image(tmp_path / "i.png"), write_mask(tmp_path / "m.png", palette=True)
+        with Image.open(mask) as opened:
+            assert opened.mode == "P"
+        assert Pairs([(image, mask)], ["x", "y"]).pair(0)[1].unique().tolist() == [0, 1, 255]
+
+    @pytest.mark.parametrize("kind", ["1", "I;16", "I"])
+    def test_other_depths(self, tmp_path, kind):
+        array = np.array([[0, 1], [1, 1]], dtype=bool if kind == "1" else np.uint16)
+        mask = Image.fromarray(array)
+        mask.save(tmp_path / "m.png")
+        image = write_image(tmp_path / "i.png", size=(2, 2))
+        assert Pairs([(image, tmp_path / "m.png")], ["x", "y"]).pair(0)[1].tolist() == [[0, 1], [1, 1]]
+
+    def test_numbers_have_their_classes(self, tmp_path):
+        image, mask = write_image(tmp_path / "i.png"), write_mask(tmp_path / "m.png", ((0, 7), (33, 255)))
+        labels = Pairs([(image, mask)], ["x", "y"], {0: 255, 7: 0, 33: 1}).pair(0)[1]
+        assert [int(labels[y, x]) for y in (0, 5) for x in (0, 7)] == [255, 0, 1, 255]
+
+    def test_exif_orientation_is_ignored_in_both(self, tmp_path):
+        image, mask = tmp_path / "i.jpg", write_mask(tmp_path / "m.png")
+        exif = Image.Exif()
+        exif[274] = 6  # to be shown turned by 90 degrees
+        Image.new("RGB", (8, 6)).save(image, exif=exif)
+        found, labels = Pairs([(image, mask)], ["x", "y"]).pair(0)
+        assert found.shape[1:] == labels.shape == (6, 8)
+
+    def test_a_mask_of_another_size(self, tmp_path):
+        text = read_error(tmp_path, lambda path: write_mask(path, size=(6, 8)))
+        assert text == (
+            f"mask {tmp_path / 'a mask.png'} must be of the size of its image {tmp_path / 'an image.png'}, 8 x 6, got 6 x 8"
+        )
+
+    @pytest.mark.parametrize("value", [3, 200, 254])
+    def test_a_number_that_is_no_class(self, tmp_path, value):
+        text = read_error(tmp_path, lambda path: write_mask(path, ((0, 1), (255, value))))
+        assert text.endswith(f"must hold 0 to 2, or 255 where it is to be ignored, got {value}")
+
+    @pytest.mark.parametrize("value", [256, 258, 65535])
+    def test_a_number_beyond_eight_bits(self, tmp_path, value):
+        array = np.full((6, 8), value, dtype=np.uint16)
+        text = read_error(tmp_path, lambda path: Image.fromarray(array).save(path))
+        assert text.endswith(f"got {value}")
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+    def test_a_mask_of_colours(self, tmp_path, mode):
+        text = read_error(tmp_path, lambda path: Image.new(mode, (8, 6)).save(path))
+        assert text.endswith(f"must be a PNG of class numbers, grey or with a palette, got PNG of mode {mode}")
+
+    def test_a_jpeg_in_disguise(self, tmp_path):
+        text = read_error(tmp_path, lambda path: Image.new("L", (8, 6)).save(path, format="JPEG"))
+        assert text.endswith("got JPEG of mode L")
+
+    @pytest.mark.parametrize("content", [b"", b"no image", "cut", "flipped"])
+    def test_a_broken_mask(self, tmp_path, content):
+        def write(path):
+            whole = write_mask(path, size=(64, 64)).read_bytes()
+            middle = len(whole) // 2
+            damaged = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+            path.write_bytes({"cut": whole[:middle], "flipped": damaged}.get(content, content))
+
+        assert read_error(tmp_path, write).startswith("broken image ")
+
+    def test_a_broken_image(self, tmp_path):
+        mask = write_mask(tmp_path / "m.png")
+        image = tmp_path / "i.png"
+        whole = write_image(tmp_path / "whole.png").read_bytes()
+        image.write_bytes(whole[: whole.index(b"IDAT") + 6])
+        assert error_of(Pairs([(image, mask)], ["x", "y"]).pair, 0).startswith(f"broken image {image}: ")
+
+    def test_a_symlink_that_leads_nowhere(self, tmp_path):
+        def write(path):
+            path.symlink_to(tmp_path / "nowhere.png")
+
+        assert read_error(tmp_path, write).endswith("a mask.png: No such file or directory")
+
+
+class TestMatched:
+    def test_by_path_without_suffix(self, tmp_path):
+        for name in ("one.JPG", "two words.jpeg", "deep/er/3.1.png", "4.TIF"):
+            write_image(tmp_path / "i" / name)
+        for name in ("one.png", "two words.PNG", "deep/er/3.1.png", "4.png"):
+            write_mask(tmp_path / "m" / name)
+        (tmp_path / "i" / "notes.txt").write_text("to be left out")
+        (tmp_path / "m" / "one.json").write_text("{}")
+        write_image(tmp_path / "i" / ".ipynb_checkpoints" / "one.png")
+        (tmp_path / "i" / "._one.jpg").write_bytes(b"what macOS leaves")
+        pairs = [
+            (image.relative_to(tmp_path).as_posix(), mask.relative_to(tmp_path).as_posix())
+            for image, mask in matched(tmp_path / "i", tmp_path / "m")
+        ]
+        assert pairs == [
+            ("i/4.TIF", "m/4.png"),
+            ("i/deep/er/3.1.png", "m/deep/er/3.1.png"),
+            ("i/one.JPG", "m/one.png"),
+            ("i/two words.jpeg", "m/two words.PNG"),
+        ]
+
+    def test_through_symlinks(self, tmp_path):
+        image, mask = write_pair(tmp_path / "real" / "i", tmp_path / "real" / "m", "a")
+        (tmp_path / "i" / "linked").parent.mkdir()
+        (tmp_path / "i" / "linked").symlink_to(image.parent, target_is_directory=True)
+        (tmp_path / "m" / "linked").mkdir(parents=True)
+        (tmp_path / "m" / "linked" / "a.png").symlink_to(mask)
+        pairs = matched(tmp_path / "i", tmp_path / "m")
+        assert pairs == [(tmp_path / "i/linked/a.png", tmp_path / "m/linked/a.png")]
+        assert Pairs(pairs, ["x", "y"]).pair(0)[1].shape == (6, 8)
+
+    def test_an_image_without_a_mask(self, tmp_path):
+        write_pair(tmp_path / "i", tmp_path / "m", "a")
+        image = write_image(tmp_path / "i" / "b.png")
+        text = error_of(matched, tmp_path / "i", tmp_path / "m")
+        assert text == f"image {image} must have a mask {tmp_path / 'm' / 'b'}.png, got none"
+
+    def test_a_mask_without_an_image(self, tmp_path):
+        write_pair(tmp_path / "i", tmp_path / "m", "a")
+        mask = write_mask(tmp_path / "m" / "b.png")
+        text = error_of(matched, tmp_path / "i", tmp_path / "m")
+        assert text == f"mask {mask} must have an image of the same stem below {tmp_path / 'i'}, got none"
+
+    def test_two_images_of_one_stem(self, tmp_path):
+        write_pair(tmp_path / "i", tmp_path / "m", "a")
+        write_image(tmp_path / "i" / "a.jpg")
+        assert error_of(matched, tmp_path / "i", tmp_path / "m").startswith("two files of one stem: ")
+
+    def test_empty_folders(self, tmp_path):
+        (tmp_path / "i").mkdir()
+        assert f"no folder {tmp_path / 'm'}" in error_of(matched, tmp_path / "i", tmp_path / "m")
+        (tmp_path / "m").mkdir()
+        assert f"{tmp_path / 'i'} must hold images (.jpg, " in error_of(matched, tmp_path / "i", tmp_path / "m")
+
+    def test_a_folder_that_cannot_be_read_is_not_left_out(self, tmp_path, monkeypatch):
+        write_pair(tmp_path / "i", tmp_path / "m", "a")
+        write_pair(tmp_path / "i" / "b", tmp_path / "m" / "b", "a")
+        real = os.scandir
+
+        def scandir(path):
+            if str(path).endswith("b"):
+                raise PermissionError(13, "Permission denied", path)
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(PermissionError):
+            matched(tmp_path / "i", tmp_path / "m")
+
+
+class TestFolder:
+    @pytest.mark.parametrize("layout", ["images/{}", "{}/images"])
+    @pytest.mark.parametrize(("train", "val"), [("train", "val"), ("training", "validation")])
+    def test_train_and_val(self, tmp_path, layout, train, val):
+        for split, stems in ((train, ("a", "b")), (val, ("c",))):
+            images = layout.format(split)
+            for stem in stems:
+                write_pair(tmp_path / images, tmp_path / images.replace("images", "masks"), stem)
+        datasets = build(tmp_path)
+        assert (names(datasets.train), names(datasets.val)) == (["a", "b"], ["c"])
+        assert datasets.classes == ["0", "1"]
+        data.verify(datasets, show_progress=False)
+
+    @pytest.mark.parametrize("split", ["", "train"])
+    def test_some_are_held_out(self, tmp_path, split):
+        plain(tmp_path, "abcdefghij", split)
+        splits = [build(tmp_path, val_fraction=0.3, seed=seed) for seed in (0, 0, 1)]
+        found = [(names(each.train), names(each.val)) for each in splits]
+        assert found[0] == found[1] != found[2]
+        for train, val in found:
+            assert (len(train), len(val)) == (7, 3)
+            assert sorted(train + val) == list("abcdefghij")
+            assert train == sorted(train)
+
+    def test_one_is_held_out_and_one_is_left(self):
+        paths = [(name, name) for name in "abc"]
+        assert [len(each) for each in held_out(paths, 0.01, 0)] == [2, 1]
+        assert [len(each) for each in held_out(paths, 0.99, 0)] == [1, 2]
+
+    def test_one_pair_is_too_few(self, tmp_path):
+        plain(tmp_path, "a")
+        assert error_of(build, tmp_path) == (
+            f"{tmp_path / 'images'} must hold at least 2 images for one to be held out, got 1"
+        )
+
+    def test_names_of_classes(self, tmp_path):
+        plain(tmp_path)
+        (tmp_path / "classes.txt").write_text("\ufeffroad \n old wall\nsky\n\n", encoding="utf-8")
+        datasets = build(tmp_path)
+        assert datasets.classes == datasets.val.classes == ["road", "old wall", "sky"]
+
+    def test_numbers_of_classes_come_from_all_masks(self, tmp_path):
+        plain(tmp_path, split="train")
+        write_pair(tmp_path / "images" / "val", tmp_path / "masks" / "val", "v", numbers=((0, 4), (255, 2)))
+        assert build(tmp_path).classes == ["0", "1", "2", "3", "4"]
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"", "must name 2 to 255 classes (255 is ignored), got 0"),
+            (b"road\n", "got 1"),
+            (b"\n".join(b"class %d" % label for label in range(256)), "got 256"),
+            (b"road\n\nsky\n", "got none in line 2"),
+            (b"road\nsky\nroad\n", "must name each class once, got road twice"),
+            (b"r\xffoad\n", "cannot read"),
+        ],
+    )
+    def test_classes_that_are_not_as_they_must_be(self, tmp_path, content, words):
+        plain(tmp_path)
+        (tmp_path / "classes.txt").write_bytes(content)
+        text = error_of(build, tmp_path)
+        assert words in text
+        assert str(tmp_path / "classes.txt") in text
+
+    @pytest.mark.parametrize(("inside", "count"), [(0, 1), (255, 0)])
+    def test_masks_of_one_class_or_none(self, tmp_path, inside, count):
+        for name in "ab":
+            write_pair(tmp_path / "images", tmp_path / "masks", name, numbers=((inside, 255), (255, 255)))
+        assert error_of(build, tmp_path) == (
+            f"the masks of {tmp_path} must hold 2 to 255 classes (255 is ignored), got {count}"
+        )
+
+    def test_too_many_numbers(self, tmp_path):
+        plain(tmp_path)
+        Image.fromarray(np.full((6, 8), 1000, dtype=np.uint16)).save(tmp_path / "masks" / "b.png")
+        text = error_of(build, tmp_path)
+        assert text == f"mask {tmp_path / 'masks' / 'b.png'} must hold class numbers below 255, got 1000"
+
+    def test_wrong_folders(self, tmp_path):
+        assert error_of(build, tmp_path / "no where") == f"no folder of images and masks at {tmp_path / 'no where'}"
+        assert "must hold images/ and masks/, or train/images/ and train/masks/, got neither" in error_of(
+            build, tmp_path
+        )
+        write_pair(tmp_path / "images" / "val", tmp_path / "masks" / "val", "a")
+        assert "must have a training folder (train, training)" in error_of(build, tmp_path)
+
+    def test_verify_reads_every_pair(self, tmp_path):
+        plain(tmp_path)
+        (tmp_path / "classes.txt").write_text("x\ny")
+        datasets = build(tmp_path)
+        mask = datasets.val.paths[0][1]
+        write_mask(mask, ((0, 1), (1, 2)))
+        assert str(mask) in error_of(data.verify, datasets, show_progress=False)
+
+
+LISTS = {"train.txt": "a\nb\n", "val.txt": "v\n"}
+
+
+def make_voc(root, lists, masks="SegmentationClass", mask_names="abcv"):
+    for name, content in lists.items():
+        path = root / "ImageSets" / "Segmentation" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    for value, name in enumerate(mask_names):
+        write_image(root / "JPEGImages" / f"{name}.jpg", value)
+        write_mask(root / masks / f"{name}.png", ((0, 20), (1, 255)), palette=masks == "SegmentationClass")
+    return root
+
+
+class TestVoc:
+    @pytest.mark.parametrize("inner", ["VOCdevkit/VOC2012", "VOC2012", "."])
+    def test_layout(self, tmp_path, inner):
+        make_voc(tmp_path / inner, LISTS)
+        datasets = build("voc", data_dir=str(tmp_path))
+        assert (names(datasets.train), names(datasets.val)) == (["a", "b"], ["v"])
+        assert (len(datasets.classes), datasets.classes[0], datasets.classes[20]) == (21, "background", "tvmonitor")
+        image, mask = datasets.val.pair(0)
+        assert image.unique().tolist() == [3]
+        assert mask.unique().tolist() == [0, 1, 20, 255]
+
+    @pytest.mark.parametrize("name", ["train_aug.txt", "trainaug.txt"])
+    @pytest.mark.parametrize("line", ["{0}", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png"])
+    def test_augmented(self, tmp_path, name, line):
+        lists = LISTS | {name: "".join(line.format(each) + "\n" for each in "abc")}
+        root = make_voc(tmp_path / "VOCdevkit" / "VOC2012", lists)
+        make_voc(root, {}, "SegmentationClassAug", "abcv")
+        datasets = build("voc_aug", data_dir=str(tmp_path))
+        assert names(datasets.train) == ["a", "b", "c"]
+        assert {mask.parent.name for _, mask in datasets.train.paths} == {"SegmentationClassAug"}
+        assert datasets.val.paths == [(root / "JPEGImages" / "v.jpg", root / "SegmentationClass" / "v.png")]
+
+    def test_training_on_the_validation_set(self, tmp_path):
+        root = make_voc(tmp_path, LISTS | {"train_aug.txt": "a\nv\n"})
+        make_voc(root, {}, "SegmentationClassAug")
+        text = error_of(build, "voc_aug", data_dir=str(tmp_path))
+        assert text == f"train_aug.txt of {root} must hold no image of val.txt, got v"
+
+    def test_what_is_missing(self, tmp_path):
+        text = error_of(build, "voc", data_dir=str(tmp_path))
+        assert text == (
+            "--data voc needs a --data-dir with VOCdevkit/VOC2012 (or that folder itself): "
+            f"no folder {tmp_path / 'ImageSets/Segmentation'}"
+        )
+        make_voc(tmp_path, LISTS)
+        text = error_of(build, "voc_aug", data_dir=str(tmp_path))
+        assert text.endswith(f"no folder {tmp_path / 'SegmentationClassAug'}")
+        (tmp_path / "SegmentationClassAug").mkdir()
+        text = error_of(build, "voc_aug", data_dir=str(tmp_path))
+        assert text == f"cannot read {tmp_path / 'ImageSets/Segmentation/train_aug.txt'}: No such file or directory"
+
+    def test_lists_and_files_disagree(self, tmp_path):
+        make_voc(tmp_path, LISTS)
+        (tmp_path / "SegmentationClass" / "b.png").unlink()
+        assert error_of(build, "voc", data_dir=str(tmp_path)).endswith("SegmentationClass/b.png, got none")
+        (tmp_path / "JPEGImages" / "b.jpg").unlink()
+        assert error_of(build, "voc", data_dir=str(tmp_path)) == f"image {tmp_path / 'JPEGImages/b.jpg'} is missing"
+        (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
+        assert error_of(build, "voc", data_dir=str(tmp_path)).endswith("val.txt must name at least one image, got none")
+
+    def test_label_200_of_21_classes(self, tmp_path):
+        make_voc(tmp_path, LISTS)
+        mask = write_mask(tmp_path / "SegmentationClass" / "v.png", ((0, 0), (0, 200)))
+        text = error_of(build("voc", data_dir=str(tmp_path)).val.pair, 0)
+        assert text == f"mask {mask} must hold 0 to 20, or 255 where it is to be ignored, got 200"
+
+
+class TestCityscapes:
+    # The label ids that count, in the order of their train ids, from the data set's label table.
+    COUNTED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+    def make(self, root, kind="labelIds", numbers=((7, 33), (0, 11)), splits=("train", "val")):
+        for split in splits:
+            write_image(root / "leftImg8bit" / split / "ulm" / "ulm_0_leftImg8bit.png")
+            write_mask(root / "gtFine" / split / "ulm" / f"ulm_0_gtFine_{kind}.png", numbers)
+            write_image(root / "gtFine" / split / "ulm" / "ulm_0_gtFine_color.png")
+        return root
+
+    def test_every_label_id(self):
+        labels = data.CITYSCAPES_LABELS
+        assert sorted(labels) == list(range(34))
+        assert [labels[each] for each in self.COUNTED] == list(range(19))
+        assert {labels[each] for each in set(labels) - set(self.COUNTED)} == {255}
+
+    @pytest.mark.parametrize("inner", ["cityscapes", "."])
+    def test_layout(self, tmp_path, inner):
+        self.make(tmp_path / inner)
+        datasets = build("cityscapes", data_dir=str(tmp_path))
+        assert (len(datasets.train), len(datasets.val), len(datasets.classes)) == (1, 1, 19)
+        assert (datasets.classes[0], datasets.classes[18]) == ("road", "bicycle")
+        mask = datasets.train.pair(0)[1]
+        assert [int(mask[y, x]) for y in (0, 5) for x in (0, 7)] == [0, 18, 255, 2]
+
+    def test_prepared_train_ids_go_first(self, tmp_path):
+        self.make(self.make(tmp_path), "labelTrainIds", ((0, 18), (255, 2)))
+        mask = build("cityscapes", data_dir=str(tmp_path)).val.pair(0)[1]
+        assert mask.unique().tolist() == [0, 2, 18, 255]
+
+    def test_train_ids_of_some_images_alone(self, tmp_path):
+        self.make(self.make(tmp_path), "labelTrainIds", ((0, 18), (255, 2)))
+        write_image(tmp_path / "leftImg8bit" / "train" / "bonn" / "bonn_1_leftImg8bit.png")
+        text = error_of(build, "cityscapes", data_dir=str(tmp_path))
+        assert text.endswith("gtFine/train/bonn/bonn_1_gtFine_labelTrainIds.png, got none")
+
+    def test_label_ids_in_place_of_train_ids(self, tmp_path):
+        self.make(tmp_path, "labelTrainIds", ((7, 33), (0, 11)))
+        assert "must hold 0 to 18, or 255" in error_of(build("cityscapes", data_dir=str(tmp_path)).train.pair, 0)
+
+    def test_what_is_missing(self, tmp_path):
+        self.make(tmp_path, splits=("train",))
+        assert error_of(build, "cityscapes", data_dir=str(tmp_path)).endswith(
+            f"no folder {tmp_path / 'leftImg8bit/val'}"
+        )
+        for part in ("leftImg8bit", "gtFine"):
+            (tmp_path / part / "val").mkdir()
+        text = error_of(build, "cityscapes", data_dir=str(tmp_path))
+        assert text == f"{tmp_path / 'leftImg8bit/val'} must hold */*_leftImg8bit.png, got none"
+
+
+class TestAde20k:
+    def make(self, root, numbers=((0, 1), (150, 2))):
+        for split in ("training", "validation"):
+            write_image(root / "images" / split / "ADE 1.jpg")
+            write_mask(root / "annotations" / split / "ADE 1.png", numbers)
+        return root
+
+    @pytest.mark.parametrize("inner", ["ADEChallengeData2016", "."])
+    def test_zero_is_ignored_and_the_others_move_down(self, tmp_path, inner):
+        self.make(tmp_path / inner)
+        datasets = build("ade20k", data_dir=str(tmp_path))
+        assert datasets.classes == [str(label) for label in range(150)]
+        mask = datasets.train.pair(0)[1]
+        assert [int(mask[y, x]) for y in (0, 5) for x in (0, 7)] == [255, 0, 149, 1]
+
+    def test_a_label_beyond_the_last(self, tmp_path):
+        self.make(tmp_path, ((0, 1), (151, 2)))
+        assert error_of(build("ade20k", data_dir=str(tmp_path)).val.pair, 0).endswith(
+            "must hold 0 to 150, or 255 where it is to be ignored, got 151"
+        )
+
+    def test_names(self, tmp_path):
+        self.make(tmp_path)
+        rows = [f"{index}\t0.1\t1\t1\tname {index}, other; third" for index in range(1, 151)]
+        (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n")
+        assert build("ade20k", data_dir=str(tmp_path)).classes == [f"name {index}" for index in range(1, 151)]
+        (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tName", *rows[:-1]]))
+        assert error_of(build, "ade20k", data_dir=str(tmp_path)).endswith("got 149 lines")
+
+    def test_what_is_missing(self, tmp_path):
+        assert "--data ade20k needs a --data-dir with ADEChallengeData2016" in error_of(
+            build, "ade20k", data_dir=str(tmp_path / "nowhere")
+        )
+
+
+class TestSamples:
+    @pytest.fixture
+    def samples(self, tmp_path):
+        source = build(plain(tmp_path)).train
+
+        def noisy(image, mask):
+            return image + torch.rand(image.shape), mask.long()
+
+        return data.Samples(source, noisy, seed=3)
+
+    def test_follow_from_seed_epoch_and_index(self, samples):
+        def all_of(samples):
+            return torch.stack([samples[index][0] for index in range(len(samples))])
+
+        first = all_of(samples)
+        assert torch.equal(torch.stack([samples[index][0] for index in (3, 2, 1, 0)]).flip(0), first)
+        assert len({float(each.sum()) for each in first}) == len(first)
+        other = data.Samples(samples.source, samples.transform, seed=4)
+        samples.set_epoch(1)
+        for changed in (all_of(samples), all_of(other)):
+            assert all(not torch.equal(a, b) for a, b in zip(first, changed, strict=True))
+        samples.set_epoch(0)
+        assert torch.equal(all_of(samples), first)
+
+    def test_leave_the_generator_as_it_was(self, samples):
+        before = torch.get_rng_state()
+        samples[0]
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_change_nothing(tmp_path):
+    from ctxenc.training.segmentation.transforms import train_transform
+
+    settings = SegmentSettings(data=str(plain(tmp_path)), base_size=12, crop_size=10)
+    transform = train_transform(settings, (0.5,) * 3, (0.5,) * 3)
+    samples = data.Samples(data.build_datasets(settings).train, transform, seed=0)
+    samples.set_epoch(2)
+    alone = [samples[index] for index in range(len(samples))]
+    for workers in (0, 2):
+        images, masks = next(iter(DataLoader(samples, batch_size=len(samples), num_workers=workers)))
+        assert torch.equal(images, torch.stack([image for image, _ in alone]))
+        assert torch.equal(masks, torch.stack([mask for _, mask in alone]))
+        assert (images.shape, images.dtype, masks.dtype) == ((4, 3, 10, 10), torch.float32, torch.int64)
+
+
+def test_a_large_set_is_not_read_beforehand(monkeypatch):
+    class Counting(Pairs):
+        def pair(self, index):
+            read.append(index)
+
+    read = []
+    monkeypatch.setattr(data, "VERIFIED_UP_TO", 5)
+    for count, expected in ((2, [0, 1, 0, 1]), (3, [])):
+        read.clear()
+        sources = [Counting([("i", "m")] * count, ["x", "y"]) for _ in range(2)]
+        data.verify(SimpleNamespace(train=sources[0], val=sources[1]), show_progress=False)
+        assert read == expected
