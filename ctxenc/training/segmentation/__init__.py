@@ -1,0 +1,1 @@
+"""What the commands of ctxenc run for segmentation: measures, and pictures of masks."""
