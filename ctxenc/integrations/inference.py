@@ -1,0 +1,216 @@
+"""Segmentation of whole images: sliding crops, several scales and flips, averaged.
+
+The evaluation of EncNet (arXiv 1803.08904): crops that overlap by a third, images at scales from 0.5 to 1.75, each also mirrored.
+Everything is averaged as probabilities, never as logits, so that no crop, scale or view weighs more than its share, however large
+its logits are.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from math import prod
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctxenc.encoding import check_sizes
+
+Size = tuple[int, int]
+Window = tuple[int, int, int]  # number of the image, row and column of the upper left corner
+
+
+def predict(
+    model: nn.Module,
+    image: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    crop: int | Size | None = None,
+    stride: float = 2 / 3,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Tensor:
+    """Class probabilities of every pixel of an image, or of a batch of images of one size.
+
+    At each scale the image is resized, cut into crops that cover every pixel (the last of a row or column is aligned with the
+    border), and the softmax of each crop's logits is averaged where crops overlap, then over the mirrored view, then, resized to
+    the image's own size, over the scales. An image smaller than the crop is padded with 0, which is the mean of a normalised
+    image, to the right and below; what the model says there is cut off before it is added.
+
+    Both resizings are bilinear with align_corners=False and antialias. So pixels keep their place whatever the scale, a mirrored
+    image gives the mirrored result, no pixel is skipped when shrinking, and probabilities still sum to 1.
+
+    Args:
+        model: maps (n, C, h, w) to logits (n, classes, h, w), or to a dict that holds them as "out". It runs in eval mode and
+            without gradients; afterwards each of its modules is in the mode it was in. Autocast is the caller's affair.
+        image: normalised, (C, H, W) or (B, C, H, W), on any device.
+        scales: factors of the image's own size. EncNet's are 0.5, 0.75, 1, 1.25, 1.5 and 1.75.
+        flip: also predict each crop mirrored left to right.
+        crop: side or (height, width) of the crops; None: the whole image at once.
+        stride: from one crop to the next, as a share of the crop, in (0, 1].
+        batch_size: crops that go through the model at once.
+        progress: show a progress bar.
+
+    Returns:
+        (B, classes, H, W) fp32, on the model's device; B = 1 for (C, H, W).
+
+    Raises:
+        ValueError: image has another shape or no pixel, or scales, crop, stride or batch_size is out of its range; or the model's
+            logits are not of the size of its input.
+        TypeError: an argument, or what the model returns, is of no such type.
+        ImportError: progress=True without tqdm.
+    """
+    _check(model, image, scales, stride, batch_size)
+    size = _crop_size(crop)
+    images = image if image.dim() == 4 else image.unsqueeze(0)
+    images = images.to(_device_of(model, image))
+    height, width = images.shape[2:]
+    sides = [(max(1, round(height * scale)), max(1, round(width * scale))) for scale in scales]
+    counts = [len(images) * prod(map(len, _grid(side, size or side, stride))) for side in sides]
+    total: Tensor | None = None
+    with torch.no_grad(), _evaluation(model), _progress_bar(sum(counts), progress) as bar:
+        for side in sides:
+            probabilities = _slide(model, _resize(images, side), size or side, stride, flip, batch_size, bar)
+            probabilities = _resize(probabilities, (height, width))
+            total = probabilities if total is None else total.add_(probabilities)
+    assert total is not None  # there is a scale
+    return total.div_(len(sides))
+
+
+def _slide(
+    model: nn.Module, images: Tensor, crop: Size, stride: float, flip: bool, batch_size: int, bar: Any
+) -> Tensor:
+    """Probabilities (B, classes, H, W), averaged over the crops that cover a pixel."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
+    rows, columns = _grid((height, width), crop, stride)
+    windows: list[Window] = [(b, top, left) for b in range(len(images)) for top in rows for left in columns]
+    total: Tensor | None = None
+    for start in range(0, len(windows), batch_size):
+        chunk = windows[start : start + batch_size]
+        crops = torch.stack([padded[b, :, top : top + crop[0], left : left + crop[1]] for b, top, left in chunk])
+        probabilities = _probabilities(model, crops)
+        if flip:
+            probabilities = (probabilities + _probabilities(model, crops.flip(-1)).flip(-1)) / 2
+        if total is None:
+            total = probabilities.new_zeros(len(images), probabilities.shape[1], height, width)
+        for (b, top, left), own in zip(chunk, probabilities, strict=True):
+            place = total[b, :, top : top + crop[0], left : left + crop[1]]
+            place += own[:, : place.shape[1], : place.shape[2]]  # without the padding
+        if bar is not None:
+            bar.update(len(chunk))
+    assert total is not None  # there is a crop
+    covers = torch.outer(_covers(rows, crop[0], height), _covers(columns, crop[1], width))
+    return total.div_(covers.to(total.device))
+
+
+def _probabilities(model: nn.Module, crops: Tensor) -> Tensor:
+    output = model(crops)
+    if isinstance(output, Mapping):
+        if "out" not in output:
+            raise ValueError(
+                f'predict: model must return a dict with "out", got {", ".join(map(str, output)) or "none"}'
+            )
+        output = output["out"]
+    if not isinstance(output, Tensor):
+        raise TypeError(f"predict: model must return a tensor or a dict with one, got {type(output).__name__}")
+    if output.dim() != 4 or len(output) != len(crops) or output.shape[2:] != crops.shape[2:]:
+        raise ValueError(
+            f"predict: model must map {tuple(crops.shape)} to logits {(len(crops), 'classes', *crops.shape[2:])},"
+            f" got {tuple(output.shape)}"
+        )
+    return output.float().softmax(1)
+
+
+def _grid(side: Size, crop: Size, stride: float) -> tuple[list[int], list[int]]:
+    """Rows and columns at which crops begin."""
+    rows, columns = (_starts(*pair, stride) for pair in zip(side, crop, strict=True))
+    return rows, columns
+
+
+def _starts(side: int, crop: int, stride: float) -> list[int]:
+    """Where crops begin along a side: every stride, the last so that it ends with the side."""
+    last = max(0, side - crop)
+    return [*range(0, last, max(1, round(crop * stride))), last]
+
+
+def _covers(starts: list[int], crop: int, side: int) -> Tensor:
+    """How many crops cover each pixel along a side, (side,)."""
+    covers = torch.zeros(side)
+    for start in starts:
+        covers[start : start + crop] += 1
+    return covers
+
+
+def _resize(images: Tensor, side: Size) -> Tensor:
+    if tuple(images.shape[2:]) == side:
+        return images
+    # In fp32: antialias knows no bfloat16 on a CPU.
+    resized = F.interpolate(images.float(), size=side, mode="bilinear", align_corners=False, antialias=True)
+    return resized.to(images.dtype)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode; after it, also after an error, each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _progress_bar(crops: int, progress: bool) -> Any:
+    if not progress:
+        return nullcontext()
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(f"predict: progress=True needs tqdm: pip install tqdm ({error})") from error
+    return tqdm(total=crops, unit="crop", desc="predict")
+
+
+def _device_of(model: nn.Module, image: Tensor) -> torch.device:
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return image.device
+
+
+def _crop_size(crop: int | Size | None) -> Size | None:
+    rule = "predict: crop must be a positive integer, a pair of them or None"
+    if crop is None:
+        return None
+    sides = tuple(crop) if isinstance(crop, Sequence) and not isinstance(crop, str) else (crop, crop)
+    if not all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides):
+        raise TypeError(f"{rule}, got {crop!r}")
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"{rule}, got {crop!r}")
+    return sides[0], sides[1]
+
+
+def _check(model: nn.Module, image: Tensor, scales: Sequence[float], stride: float, batch_size: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"predict: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"predict: image must be a normalised floating-point tensor, got {got}")
+    if image.dim() not in (3, 4) or not image.numel():
+        raise ValueError(f"predict: image must have shape (C, H, W) or (B, C, H, W), none 0, got {tuple(image.shape)}")
+    if not isinstance(scales, Sequence) or not all(map(_is_number, scales)):
+        raise TypeError(f"predict: scales must be a sequence of positive numbers, got {scales!r}")
+    if not scales or not all(0 < scale < float("inf") for scale in scales):
+        raise ValueError(f"predict: scales must be at least one positive number, got {scales!r}")
+    if not _is_number(stride):
+        raise TypeError(f"predict: stride must be a share of the crop in (0, 1], got {stride!r}")
+    if not 0 < stride <= 1:
+        raise ValueError(f"predict: stride must be a share of the crop in (0, 1], got {stride}")
+    check_sizes("predict", batch_size=batch_size)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
