@@ -106,7 +106,7 @@ def test_convolutions_start_as_kaiming_would(build):
     for name, parameter in build(widen=4).named_parameters():
         if parameter.dim() == 4 and ".se." not in name:
             fan_out = parameter.shape[0] * parameter.shape[2] * parameter.shape[3]
-            assert parameter.std() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), name
+            assert parameter.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), name
 
 
 def test_arguments_reach_the_network():
