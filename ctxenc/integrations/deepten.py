@@ -1,0 +1,282 @@
+"""Deep TEN: a backbone whose map is encoded where others take its mean. Made for textures and materials, which have no layout.
+
+Deep TEN: Texture Encoding Network (arXiv 1612.02844), section 3; its ResNet-50 reduces to 128 channels and has 32 codewords.
+"""
+
+import json
+import re
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ctxenc.encoding import Encoding, check_sizes, check_smoothing
+from ctxenc.integrations.parameters import encoding_parameters
+
+POOLS = ("encoding", "")
+
+
+class DeepTEN(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="ctxenc",
+    license="apache-2.0",
+    tags=["image-classification", "texture"],
+    paper_url="https://arxiv.org/abs/1612.02844",
+):
+    """A timm backbone, a projection to a few channels, the encoding of the map, and a linear classifier on it.
+
+    x -> backbone -> conv1x1 BN ReLU -> Encoding -> flatten -> L2 norm -> linear. `save_pretrained(folder)` writes the weights and
+    the arguments, `DeepTEN.from_pretrained(folder)` builds the network from them alone.
+
+    Args:
+        backbone: name of a timm model that gives a map, with its tag if the weights of that one are meant.
+        num_classes: of the classifier; 0 for none. The default is MINC-2500's.
+        in_chans: channels of the image.
+        pretrained_backbone: let timm load (and at first download) the backbone's weights.
+        num_codes: K, number of codewords.
+        rd_channels: channels that the encoding is taken of.
+        smoothing: "learned", "sampled" or a positive number; see Encoding.
+        global_pool: "encoding"; "" for the projected map itself, which needs num_classes=0.
+        drop_rate: dropout before the classifier.
+        **backbone_args: for timm.create_model, drop_path_rate or output_stride for example.
+
+    Shape:
+        (B, in_chans, H, W) -> (B, num_classes)
+
+    Raises:
+        ValueError: timm has no such backbone, it cannot be built like this, or gives no map (B, C, H, W); or an argument has no
+            such value.
+        TypeError: an argument is of no such type.
+    """
+
+    channels_last: Final[bool]
+
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        num_classes: int = 23,
+        *,
+        in_chans: int = 3,
+        pretrained_backbone: bool = False,
+        num_codes: int = 32,
+        rd_channels: int = 128,
+        smoothing: str | float = "learned",
+        global_pool: str = "encoding",
+        drop_rate: float = 0.0,
+        **backbone_args: Any,
+    ) -> None:
+        super().__init__()
+        check_sizes("DeepTEN", in_chans=in_chans, num_codes=num_codes, rd_channels=rd_channels)
+        check_smoothing(smoothing, "DeepTEN")
+        _check_pool(global_pool, num_classes)
+        self.backbone_name = backbone
+        self.backbone_args = backbone_args
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.drop_rate = drop_rate
+        self.num_features = rd_channels
+        self.head_hidden_size = num_codes * rd_channels
+        self.backbone = _build(backbone, pretrained_backbone, in_chans, backbone_args)
+        self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+        self.conv = nn.Conv2d(
+            _channels_of(self.backbone, backbone, in_chans, backbone_args), rd_channels, 1, bias=False
+        )
+        self.norm = nn.BatchNorm2d(rd_channels)
+        self.act = nn.ReLU(inplace=True)
+        self.encoding = Encoding(rd_channels, num_codes, smoothing)
+        self.fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
+        self.feature_info = [
+            {**info, "module": f"backbone.{info['module']}"} for info in getattr(self.backbone, "feature_info", [])
+        ]
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["config"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that build this network again, before its weights are loaded; as save_pretrained stores them."""
+        return {
+            "backbone": self.backbone_name,
+            "num_classes": self.num_classes,
+            "in_chans": self.in_chans,
+            "pretrained_backbone": False,
+            "num_codes": self.encoding.num_codes,
+            "rd_channels": self.encoding.channels,
+            "smoothing": self.encoding.mode,
+            "global_pool": self.global_pool,
+            "drop_rate": self.drop_rate,
+            **self.backbone_args,
+        }
+
+    @torch.jit.ignore
+    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
+        """Write config.json, model.safetensors and a model card into a folder.
+
+        Args:
+            save_directory: the folder; made if there is none.
+            config: what to store in place of `self.config`.
+            **kwargs: any other argument of PyTorchModelHubMixin.save_pretrained.
+
+        Raises:
+            TypeError: an argument of the backbone cannot be stored as JSON.
+        """
+        if config is None:
+            config = self.config
+            for argument, value in config.items():
+                try:
+                    json.dumps(value)
+                except TypeError:
+                    raise TypeError(f"DeepTEN.save_pretrained: {argument} must be JSON, got {value!r}") from None
+        return super().save_pretrained(save_directory, config=config, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "DeepTEN":
+        """As the mixin's, but weights that are missing or left over are an error."""
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimizers should not decay."""
+        of_backbone: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return encoding_parameters(self) | {f"backbone.{name}" for name in of_backbone}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns by which timm groups parameters: the backbone's own."""
+        if not hasattr(self.backbone, "group_matcher"):
+            return {"backbone": r"^backbone\."}
+        groups = self.backbone.group_matcher(coarse=coarse)
+        return {
+            name: [(_inside_backbone(pattern), order) for pattern, order in spec]
+            if isinstance(spec, (list, tuple))
+            else spec and _inside_backbone(spec)
+            for name, spec in groups.items()
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the backbone's activations again in backward, for less memory."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier in place; num_classes 0 for none, global_pool None for the pooling that it has.
+
+        Raises:
+            ValueError: global_pool is neither "encoding" nor "", or "" with a classifier.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        _check_pool(pool, num_classes)
+        self.global_pool = pool
+        self.num_classes = num_classes
+        fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
+        self.fc = fc.to(self.conv.weight).train(self.training)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The backbone's maps, where timm has this for it, and the map that forward_features gives.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: which maps; a number for that many last ones, None for all.
+            norm: norm the maps, where the backbone has norms for them.
+            stop_early: compute nothing after the last of these maps; the first result is then the backbone's.
+            output_fmt: "NCHW", or what else the backbone takes.
+            intermediates_only: give the list of maps alone.
+        """
+        result = self.backbone.forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+        if intermediates_only or stop_early:
+            return result
+        x, maps = result
+        return self._project(self.backbone.forward_head(x)), maps
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the backbone's maps of these indices do not need; gives their numbers."""
+        chosen = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.reset_classifier(0, "")
+            del self.conv, self.norm, self.encoding
+        return chosen
+
+    def _project(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        return self.act(self.norm(self.conv(x)))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the projected map, (B, rd_channels, H', W')."""
+        return self._project(self.backbone(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """That map to the logits, or to its normalised encoding (B, num_codes * rd_channels), which the classifier takes."""
+        if self.global_pool == "encoding":
+            x = F.normalize(self.encoding(x).flatten(1), dim=1).to(x.dtype)
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _check_pool(global_pool: str, num_classes: int) -> None:
+    if global_pool not in POOLS:
+        raise ValueError(f'DeepTEN: global_pool must be "encoding" or "", got {global_pool!r}')
+    if not global_pool and num_classes > 0:
+        raise ValueError(f'DeepTEN: num_classes must be 0 where global_pool is "", got {num_classes}')
+
+
+def _inside_backbone(pattern: str) -> str:
+    """A pattern for the names of the backbone's parameters as one for theirs in the whole network."""
+    return r"^backbone\.(?:" + re.sub(r"(^|[(|])\^", r"\1", pattern) + ")"
+
+
+def _build(name: str, pretrained: bool, in_chans: int, arguments: dict[str, Any]) -> Any:
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"DeepTEN: backbone must be the name of a timm model, got {name!r}")
+    try:
+        return timm.create_model(
+            name, pretrained=pretrained, num_classes=0, global_pool="", in_chans=in_chans, **arguments
+        )
+    except (TypeError, AssertionError) as error:
+        raise ValueError(
+            f"DeepTEN: backbone must take these arguments, got {name!r} with {arguments}: {error}"
+        ) from error
+
+
+def _channels_of(network: nn.Module, name: str, in_chans: int, arguments: dict[str, Any]) -> int:
+    """Channels of the backbone's map. It is run on the meta device, which computes nothing."""
+    size = to_2tuple(arguments.get("img_size", resolve_model_data_config(network)["input_size"][1:]))
+    tensors = chain(network.named_parameters(), network.named_buffers())
+    state = {key: tensor.to("meta") for key, tensor in tensors}
+    training = network.training
+    with torch.no_grad():
+        out = functional_call(network.eval(), state, torch.empty(1, in_chans, *size, device="meta"))
+    network.train(training)
+    if not isinstance(out, Tensor) or out.dim() != 4:
+        got = f"{tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(f"DeepTEN: backbone must give a map (B, C, H, W), got {got} from {name!r}")
+    return out.shape[3 if getattr(network, "output_fmt", "NCHW") == "NHWC" else 1]
