@@ -123,13 +123,12 @@ def save_encnet_checkpoint(network: EncNet, path: str | os.PathLike[str]) -> Non
     """Write a network and what rebuilds it into one safetensors file, which load_encnet_checkpoint reads.
 
     Raises:
-        TypeError: network is no EncNet.
-        ValueError: an argument that it was made with is no JSON.
+        TypeError: network is no EncNet, or an argument that it was made with is no JSON.
         OSError: the file cannot be written.
     """
     if not isinstance(network, EncNet):
         raise TypeError(f"save_encnet_checkpoint: network must be an EncNet, got {type(network).__name__}")
-    metadata = {"format": "pt", METADATA: json.dumps(network.config)}
+    metadata = {"format": "pt", METADATA: json.dumps(network.checked_config())}
     save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path, metadata)
 
 

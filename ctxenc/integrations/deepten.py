@@ -3,22 +3,20 @@
 Deep TEN: Texture Encoding Network (arXiv 1612.02844), section 3; its ResNet-50 reduces to 128 channels and has 32 codewords.
 """
 
-import json
 import re
 from itertools import chain
-from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ctxenc.encoding import Encoding, check_sizes, check_smoothing
+from ctxenc.integrations.hub import Saved
 from ctxenc.integrations.parameters import encoding_parameters
 
 POOLS = ("encoding", "")
@@ -26,7 +24,7 @@ POOLS = ("encoding", "")
 
 class DeepTEN(
     nn.Module,
-    PyTorchModelHubMixin,
+    Saved,
     library_name="ctxenc",
     license="apache-2.0",
     tags=["image-classification", "texture"],
@@ -78,8 +76,17 @@ class DeepTEN(
         check_sizes("DeepTEN", in_chans=in_chans, num_codes=num_codes, rd_channels=rd_channels)
         check_smoothing(smoothing, "DeepTEN")
         _check_pool(global_pool, num_classes)
-        self.backbone_name = backbone
-        self.backbone_args = backbone_args
+        self.config = {
+            "backbone": backbone,
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+            "num_codes": num_codes,
+            "rd_channels": rd_channels,
+            "smoothing": smoothing,
+            "global_pool": global_pool,
+            "drop_rate": drop_rate,
+            **backbone_args,
+        }
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -98,50 +105,6 @@ class DeepTEN(
         self.feature_info = [
             {**info, "module": f"backbone.{info['module']}"} for info in getattr(self.backbone, "feature_info", [])
         ]
-
-    __jit_unused_properties__: ClassVar[list[str]] = ["config"]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The arguments that build this network again, before its weights are loaded; as save_pretrained stores them."""
-        return {
-            "backbone": self.backbone_name,
-            "num_classes": self.num_classes,
-            "in_chans": self.in_chans,
-            "pretrained_backbone": False,
-            "num_codes": self.encoding.num_codes,
-            "rd_channels": self.encoding.channels,
-            "smoothing": self.encoding.mode,
-            "global_pool": self.global_pool,
-            "drop_rate": self.drop_rate,
-            **self.backbone_args,
-        }
-
-    @torch.jit.ignore
-    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
-        """Write config.json, model.safetensors and a model card into a folder.
-
-        Args:
-            save_directory: the folder; made if there is none.
-            config: what to store in place of `self.config`.
-            **kwargs: any other argument of PyTorchModelHubMixin.save_pretrained.
-
-        Raises:
-            TypeError: an argument of the backbone cannot be stored as JSON.
-        """
-        if config is None:
-            config = self.config
-            for argument, value in config.items():
-                try:
-                    json.dumps(value)
-                except TypeError:
-                    raise TypeError(f"DeepTEN.save_pretrained: {argument} must be JSON, got {value!r}") from None
-        return super().save_pretrained(save_directory, config=config, **kwargs)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "DeepTEN":
-        """As the mixin's, but weights that are missing or left over are an error."""
-        return super()._from_pretrained(strict=strict, **kwargs)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -182,6 +145,7 @@ class DeepTEN(
         _check_pool(pool, num_classes)
         self.global_pool = pool
         self.num_classes = num_classes
+        self.config |= {"num_classes": num_classes, "global_pool": pool}
         fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
         self.fc = fc.to(self.conv.weight).train(self.training)
 

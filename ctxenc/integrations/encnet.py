@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from timm.layers import GroupNorm, LayerNorm2d
 from torch import Tensor, nn
 
-from ctxenc.encoding import Encoding, check_sizes, check_smoothing
+from ctxenc.encoding import check_sizes, check_smoothing
 from ctxenc.integrations.backbones import dilated_backbone
 from ctxenc.integrations.encoding_module import EncodingModule
 from ctxenc.integrations.hub import Saved
+from ctxenc.integrations.parameters import encoding_parameters
 
 Norm = Callable[..., nn.Module]
 
@@ -94,7 +95,20 @@ class EncNet(
         check_sizes("EncNet", num_classes=num_classes, num_codes=num_codes, channels=channels, in_chans=in_chans)
         check_smoothing(smoothing, "EncNet")
         norm = _norm(norm_layer)
-        self.stored(norm_layer=next((name for name, each in NORMS.items() if each is norm), None))
+        self.config = {
+            "backbone": backbone,
+            "num_classes": num_classes,
+            "num_codes": num_codes,
+            "aux": aux,
+            "se_loss": se_loss,
+            "lateral": lateral,
+            "smoothing": smoothing,
+            "norm_layer": next((name for name, each in NORMS.items() if each is norm), norm_layer),
+            "align_corners": align_corners,
+            "output_stride": output_stride,
+            "channels": channels,
+            "in_chans": in_chans,
+        }
         self.num_classes = num_classes
         self.align_corners = align_corners
         self.backbone = dilated_backbone(
@@ -143,9 +157,4 @@ class EncNet(
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that timm's optimizers should not decay: codewords and smoothing."""
-        return {
-            f"{name}.{each}"
-            for name, module in self.named_modules()
-            if isinstance(module, Encoding)
-            for each in ("codewords", "smoothing")
-        }
+        return encoding_parameters(self)

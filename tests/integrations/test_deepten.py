@@ -154,7 +154,7 @@ def test_weights_that_do_not_fit_are_an_error(tmp_path):
 def test_what_is_no_json_is_not_dropped(tmp_path):
     model = small(act_layer=torch.nn.SiLU)
     folder = tmp_path / "run"
-    with pytest.raises(TypeError, match=r"^DeepTEN\.save_pretrained: act_layer must be JSON, got <class .*SiLU'>$"):
+    with pytest.raises(TypeError, match=r"^DeepTEN: act_layer must be JSON to be saved, got <class .*SiLU'>$"):
         model.save_pretrained(folder)
     assert not folder.exists()
     model.save_pretrained(folder, config=model.config | {"act_layer": "silu"})

@@ -100,6 +100,7 @@ def test_smoothing_and_no_weight_decay():
     network = small(smoothing=0.5)
     assert network.encoding.context.smoothing == 0.5
     names = {"encoding.context.encoding.codewords", "encoding.context.encoding.smoothing"}
+    assert network.no_weight_decay() == {"encoding.context.encoding.codewords"}
     assert small().no_weight_decay() == names
     patched = ctxenc.patch_se_blocks(EncNet("seresnet18", 3, channels=16))
     blocks = {f"{block.name}.encoding.codewords" for block in ctxenc.find_context_blocks(patched)}
@@ -122,7 +123,7 @@ def test_save_and_load(tmp_path, arguments, capsys):
 
 def test_loading_is_strict_and_asks_timm_for_no_weights(tmp_path, capsys):
     network = small()
-    network.stored(pretrained_backbone=True)
+    network.config["pretrained_backbone"] = True
     network.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["pretrained_backbone"] is False
@@ -133,7 +134,7 @@ def test_loading_is_strict_and_asks_timm_for_no_weights(tmp_path, capsys):
 
 def test_what_cannot_be_saved_says_so(tmp_path):
     network = small(norm_layer=nn.InstanceNorm2d)
-    with pytest.raises(ValueError, match="EncNet: to be saved, norm_layer must be given as a name"):
+    with pytest.raises(TypeError, match="EncNet: norm_layer must be JSON to be saved, got "):
         network.save_pretrained(tmp_path)
     small(norm_layer=nn.BatchNorm2d).save_pretrained(tmp_path)
 
