@@ -31,11 +31,12 @@ COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1", "images_per_s
 class Progress:
     """The finished epochs of one arm: a row of metrics each, and the last one's predictions.
 
-    A prediction is (name, target, prediction).
+    A prediction is (name, target, prediction). ``score`` is the column by which the best epoch is chosen.
     """
 
     rows: list[Row] = field(default_factory=list)
     predictions: list[tuple[str, int, int]] = field(default_factory=list)
+    score: str = SCORE
 
     @property
     def epoch(self) -> int:
@@ -45,7 +46,7 @@ class Progress:
     @property
     def last_is_best(self) -> bool:
         """Whether no earlier epoch scored as high as the last."""
-        scores = [row[SCORE] for row in self.rows]
+        scores = [row[self.score] for row in self.rows]
         return bool(scores) and scores.index(max(scores)) == len(scores) - 1
 
 
@@ -90,8 +91,8 @@ def save_state(accelerator: Accelerator, arm: Path, progress: Progress, ema: nn.
     accelerator.wait_for_everyone()
 
 
-def load_state(accelerator: Accelerator, state: Path, ema: nn.Module | None) -> Progress:
-    """Puts model, optimiser, scaler and generators back as ``state`` has them.
+def load_state(accelerator: Accelerator, state: Path, ema: nn.Module | None, score: str = SCORE) -> Progress:
+    """Puts model, optimiser, scaler and generators back as ``state`` has them; see Progress for ``score``.
 
     Raises:
         UserError: The state is damaged or of another model.
@@ -106,7 +107,7 @@ def load_state(accelerator: Accelerator, state: Path, ema: nn.Module | None) -> 
         raise UserError(f"cannot resume from {state}: {one_line(error)}") from error
     if ema is not None:
         load_weights(ema, state / "ema.safetensors")
-    return Progress(rows, predictions)
+    return Progress(rows, predictions, score)
 
 
 def publish(arm: Path, progress: Progress, network: nn.Module) -> None:
@@ -116,8 +117,9 @@ def publish(arm: Path, progress: Progress, network: nn.Module) -> None:
     save_weights(arm / "last.safetensors", network)
     if progress.last_is_best:
         save_weights(arm / "best.safetensors", network)
-    write_predictions(arm / "predictions.csv", progress.predictions)
-    write_rows(arm / "metrics.csv", COLUMNS, progress.rows)
+    if progress.predictions:
+        write_predictions(arm / "predictions.csv", progress.predictions)
+    write_rows(arm / "metrics.csv", list(progress.rows[0]), progress.rows)
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:

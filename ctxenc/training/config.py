@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ctxenc.training.console import UserError, one_line
 
 FORMAT = 1
 SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")
+Config = TypeVar("Config")
 DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -54,6 +55,8 @@ class RunConfig:
             value = getattr(self, name)
             if not holds(value):
                 raise ValueError(f"config: {name} must be {rule}, got {_short(value)}")
+        for key in ("input_size", "mean", "std"):  # tuples, as timm gives them
+            self.data_config[key] = tuple(self.data_config[key])
 
 
 def _short(value: object, limit: int = 120) -> str:
@@ -148,8 +151,8 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_config(run: Path, config: RunConfig) -> None:
-    """Write config to run/config.json; the folder must exist.
+def write_config(run: Path, config: Any) -> None:
+    """Write config, a dataclass, to run/config.json; the folder must exist.
 
     Raises:
         UserError: The file cannot be written.
@@ -160,8 +163,8 @@ def write_config(run: Path, config: RunConfig) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def read_config(run: Path) -> RunConfig:
-    """Read and validate run/config.json.
+def read_config(run: Path, kind: Callable[..., Config] = RunConfig) -> Config:  # type: ignore[assignment]
+    """Read and validate run/config.json, which holds the fields of the dataclass ``kind``.
 
     Raises:
         UserError: There is none, it is no JSON, it is of another format, or a field holds a wrong value.
@@ -177,14 +180,11 @@ def read_config(run: Path) -> RunConfig:
         raise UserError(f"{path} must hold a table, got {_short(table)}")
     if table.get("format") != FORMAT:
         raise UserError(f"{path}: format must be {FORMAT}, got {_short(table.get('format'))}: made by another ctxenc")
-    names = {field.name for field in fields(RunConfig)}
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if wrong := sorted(names ^ table.keys()):
         state = "is missing" if wrong[0] in names else "is unknown"
         raise UserError(f"{path}: field {wrong[0]} {state}")
     try:
-        config = RunConfig(**table)
+        return kind(**table)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    for key in ("input_size", "mean", "std"):  # tuples, as timm gives them
-        config.data_config[key] = tuple(config.data_config[key])
-    return config

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,14 @@ def run(args: argparse.Namespace) -> None:
     with accelerator.local_main_process_first():
         datasets = build_datasets(settings)
     if stored is not None and stored.classes != datasets.classes:
-        raise UserError(f"--resume: {_difference(stored.classes, datasets.classes)}")
+        raise UserError(f"--resume: {difference(stored.classes, datasets.classes)}")
     verify(datasets, accelerator.is_local_main_process)
     with accelerator.local_main_process_first():
         configs = arm_configs(settings, datasets, settings.pretrained and stored is None)
     if folder is None:
         folder = agree(accelerator, lambda: new_folder(args.out))
     if accelerator.is_main_process:
-        write_configs(folder, configs, settings)
+        write_configs(folder, configs, settings.seed_list)
         print(f"{describe(settings, datasets)}; run folder {folder}", flush=True)
     accelerator.wait_for_everyone()
     try:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def folder_to_resume(resume: str | None, out: Path | None) -> Path | None:
+def folder_to_resume(resume: str | None, out: Path | None, runs: Path = RUNS) -> Path | None:
     """The folder of the run to go on with, or None for a new run.
 
     Raises:
@@ -91,7 +91,7 @@ def folder_to_resume(resume: str | None, out: Path | None) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        found = [out] if out else sorted(RUNS.glob("*"), key=_age)
+        found = [out] if out else sorted(runs.glob("*"), key=_age)
         return next((each for each in reversed(found) if (each / "config.json").is_file()), None)
     folder = Path(resume)
     if out is not None and out != folder:
@@ -114,15 +114,15 @@ def agree(accelerator: Accelerator, choose: Any) -> Path:
     return broadcast_object_list(chosen)[0]
 
 
-def new_folder(out: Path | None) -> Path:
+def new_folder(out: Path | None, runs: Path = RUNS) -> Path:
     """Makes the folder of a new run.
 
     Raises:
         UserError: It holds something already, or cannot be made.
     """
     if out is None:
-        numbers = [int(each.name) for each in RUNS.glob("*") if each.name.isdecimal()]
-        out = RUNS / f"{max(numbers, default=0) + 1:03d}"
+        numbers = [int(each.name) for each in runs.glob("*") if each.name.isdecimal()]
+        out = runs / f"{max(numbers, default=0) + 1:03d}"
     try:
         if (out / "config.json").exists():
             raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
@@ -184,14 +184,14 @@ def check_forward(network: nn.Module, config: RunConfig) -> None:
         raise UserError(f"{name} must give {len(config.classes)} logits an image, got {found} for {images}")
 
 
-def write_configs(folder: Path, configs: dict[str, RunConfig], settings: Settings) -> None:
+def write_configs(folder: Path, configs: Mapping[str, Any], seeds: Iterable[int]) -> None:
     """Writes the configuration of the run, and of each arm and seed into a folder of its own.
 
     That of the run comes first: whatever cuts this off later leaves a run that --resume takes, and that mends the rest.
     """
-    write_config(folder, configs[settings.arm_names[-1]])
+    write_config(folder, configs[list(configs)[-1]])
     for arm, config in configs.items():
-        for seed in settings.seed_list:
+        for seed in seeds:
             own = folder / f"{arm}-{seed}"
             try:
                 own.mkdir(exist_ok=True)
@@ -207,7 +207,8 @@ def describe(settings: Settings, datasets: Datasets) -> str:
     return f"{settings.data}: {len(datasets.classes)} classes, {train:,} training {kind[0]}, {val:,} {kind[1]}"
 
 
-def _difference(stored: Iterable[str], found: Iterable[str]) -> str:
+def difference(stored: Iterable[str], found: Iterable[str]) -> str:
+    """What the classes of the data differ in from those of the run, in words."""
     stored, found = list(stored), list(found)
     for text, names in (("lacks", set(stored) - set(found)), ("has in addition", set(found) - set(stored))):
         if names:

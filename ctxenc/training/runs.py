@@ -148,11 +148,11 @@ def _mismatch(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, .
     return f"the model has no {extra[0]}" if extra else ""
 
 
-def resolve(run: Path, checkpoint: str = "best") -> Path:
+def resolve(run: Path, checkpoint: str = "best", preferred: str = "context", score: str = SCORE) -> Path:
     """Find the folder of one arm in run.
 
-    run may be an arm's folder itself. Of several arms the context arm with the best score in its metrics.csv is
-    taken (an SE arm only where there is no other).
+    run may be an arm's folder itself. Of several arms the one with the best score in its metrics.csv is taken, of those
+    whose name begins with ``preferred`` (any other only where there is none).
 
     Raises:
         UserError: No such folder, not a run, or no such checkpoint.
@@ -167,8 +167,8 @@ def resolve(run: Path, checkpoint: str = "best") -> Path:
         arms = sorted(each for each in run.iterdir() if each.is_dir() and _is_arm(each))
         if not arms:
             raise UserError(f"{run} is no run folder: neither it nor a folder in it holds a configuration and weights")
-        arms = [each for each in arms if each.name.startswith("context")] or arms
-    arm = arms[0] if len(arms) == 1 else max(arms, key=lambda each: _score(each, checkpoint))
+        arms = [each for each in arms if each.name.startswith(preferred)] or arms
+    arm = arms[0] if len(arms) == 1 else max(arms, key=lambda each: _score(each, checkpoint, score))
     weights = arm / f"{checkpoint}.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights} does not exist")
@@ -180,15 +180,15 @@ def _is_arm(folder: Path) -> bool:
     return weights and (folder / "config.json").is_file()
 
 
-def _score(arm: Path, checkpoint: str) -> float:
+def _score(arm: Path, checkpoint: str, score: str) -> float:
     path = arm / "metrics.csv"
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            scores = [float(row[SCORE]) for row in csv.DictReader(file)]
+            scores = [float(row[score]) for row in csv.DictReader(file)]
         return max(scores) if checkpoint == "best" else scores[-1]
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
         raise UserError(
-            f"cannot choose the best arm: {path} has no readable column {SCORE}; name an arm's folder"
+            f"cannot choose the best arm: {path} has no readable column {score}; name an arm's folder"
         ) from error
 
 
@@ -231,7 +231,7 @@ def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str 
     """
     where = pick_device(device)
     arm = resolve(Path(run), checkpoint)
-    config = read_config(arm)
+    config: RunConfig = read_config(arm)
     model = build_model(config)
     load_weights(model, arm / f"{checkpoint}.safetensors")
     return LoadedRun(model.to(where).eval(), config, arm)
