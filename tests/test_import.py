@@ -71,10 +71,15 @@ def test_everything_but_training_works_with_the_extras_blocked():
         except ImportError as error:
             print(error)
         assert ctxenc.backend_info().backend == "torch"
+        try:
+            import ctxenc.integrations
+        except ImportError as error:
+            print(error)
     """)
-    nothing, extra = out.splitlines()
+    nothing, extra, integrations = out.splitlines()
     assert "no channel attention" in nothing
     assert "ctxenc[train]" in extra
+    assert "ctxenc[timm]" in integrations
 
 
 def test_a_plain_import_brings_in_none_of_the_extras():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,23 @@ from ctxenc.training.runs import SCORE, RunConfig, build_model, pick_device
 from ctxenc.training.settings import Settings
 
 
-def make_accelerator(settings: Settings, seed: int = 0) -> Accelerator:
+class Running(Protocol):
+    """The settings of where and how any training runs."""
+
+    @property
+    def device(self) -> str:
+        """A torch device, or "auto"."""
+
+    @property
+    def amp(self) -> str | None:
+        """Mixed precision."""
+
+    @property
+    def compile(self) -> bool:
+        """Whether the network is compiled."""
+
+
+def make_accelerator(settings: Running, seed: int = 0) -> Accelerator:
     """Accelerate set up for ``settings``; the order of training samples follows from ``seed`` and the epoch.
 
     Raises:

@@ -7,7 +7,7 @@ Cityscapes are left aside: they know neither the augmented VOC nor the 19 classe
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,7 +18,9 @@ from tqdm import tqdm
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, seeded
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
-from ctxenc.training.segmentation.settings import SegmentSettings
+from ctxenc.training.segmentation.scenes import TEST_SCENES, TRAIN_SCENES, Scenes
+from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
+from ctxenc.training.segmentation.transforms import eval_transform, train_transform
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -81,8 +83,8 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
 class Datasets:
     """What a training needs: both sources over the same classes."""
 
-    train: Source
-    val: Source
+    train: Source | Scenes
+    val: Source | Scenes
 
     @property
     def classes(self) -> list[str]:
@@ -102,9 +104,21 @@ def build_datasets(settings: SegmentSettings) -> Datasets:
         "cityscapes": cityscapes,
         "ade20k": ade20k,
     }
+    if settings.data == SCENES:
+        return Datasets(Scenes(True, TRAIN_SCENES, settings.seed), Scenes(False, TEST_SCENES))
     if settings.data in layouts:
         return layouts[settings.data](Path(settings.data_dir))
     return folder(Path(settings.data), settings.val_fraction, settings.seed)
+
+
+def samples_of(
+    datasets: Datasets, settings: SegmentSettings, mean: Sequence[float], std: Sequence[float], seed: int
+) -> tuple[Any, Any]:
+    """What is trained and what is validated on: normalised images with their masks, drawn with ``seed``."""
+    if isinstance(datasets.train, Scenes) or isinstance(datasets.val, Scenes):
+        return Scenes(True, len(datasets.train), seed), datasets.val
+    train = Samples(datasets.train, train_transform(settings, mean, std), seed)
+    return train, Samples(datasets.val, eval_transform(settings, mean, std), seed)
 
 
 def verify(datasets: Datasets, show_progress: bool = True) -> None:

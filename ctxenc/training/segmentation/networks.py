@@ -98,7 +98,7 @@ def arm_configs(settings: SegmentSettings, classes: list[str]) -> dict[str, Segm
         "output_stride": settings.output_stride,
         "channels": settings.channels,
     }
-    colours = IMAGENET
+    colours: dict[str, Any] = IMAGENET
     if settings.data == SCENES:
         from ctxenc.training.segmentation.scenes import MEAN, STD
 

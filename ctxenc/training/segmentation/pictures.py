@@ -128,6 +128,36 @@ def legend(
     return _draw_rows(rows, font_size)
 
 
+def sheet(rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_classes: int, ignore_index: int = 255) -> Image.Image:
+    """Photographs with their masks and what was predicted, a row each, all as high as the first.
+
+    Args:
+        rows: Photograph (3, H, W) uint8, mask (H, W) and prediction (H, W), both of integers.
+        num_classes: Number of classes, for the colours.
+        ignore_index: Label of the pixels without a class.
+
+    Raises:
+        ValueError: There is no row.
+    """
+    if not rows:
+        raise ValueError("sheet: rows must hold at least one, got none")
+    palette = voc_palette(num_classes)
+    height, gap = rows[0][1].shape[0], 4
+    pictures = []
+    for photograph, mask, prediction in rows:
+        row = [Image.fromarray(photograph.permute(1, 2, 0).numpy())]
+        row += [colour_mask(each, palette, ignore_index) for each in (mask, prediction)]
+        pictures.append([each.resize((round(each.width * height / each.height), height)) for each in row])
+    width = max(sum(each.width + gap for each in row) for row in pictures)
+    paper = Image.new("RGB", (width + gap, len(rows) * (height + gap) + gap), PAPER)
+    for number, row in enumerate(pictures):
+        left = gap
+        for picture in row:
+            paper.paste(picture, (left, gap + number * (height + gap)))
+            left += picture.width + gap
+    return paper
+
+
 def _draw_rows(rows: Sequence[tuple[Colour, str, str]], font_size: int) -> Image.Image:
     # matplotlib brings DejaVu Sans along; Pillow's own font lacks every letter beyond ASCII.
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), font_size)

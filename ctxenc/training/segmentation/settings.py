@@ -24,6 +24,8 @@ from ctxenc.training.settings import (
 from ctxenc.training.settings import given as given_of
 
 SCENES = "scenes"
+ARMS = ("encnet", "all")
+ALL_ARMS = ("fcn", "fcn_se", "encnet_no_se_loss", "encnet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,11 @@ class SegmentSettings:
     rotate: float = option(10.0, "largest random rotation, in degrees", type=float)
     flip: float = option(0.5, "probability of a horizontal flip", type=float)
 
-    seed: int = option(0, "seed of the weights and of all that is drawn", type=int)
+    arms: str = option(
+        "encnet", "what to train: EncNet alone, or beside it the networks without parts of it", choices=ARMS
+    )
+    seeds: int = option(1, "how many seeds to train each with", type=positive_int)
+    seed: int = option(0, "first seed of the weights and of all that is drawn", type=int)
     threads: int | None = option(None, "CPU threads of each process (default: PyTorch's)", type=positive_int)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", metavar="DEVICE")
     amp: str | None = option(
@@ -86,10 +92,24 @@ class SegmentSettings:
     def __post_init__(self) -> None:
         check_rules(self, _RULES)
         check_optimizer(self.opt)
+        if self.seed_list[-1] > MAX_SEED:
+            raise UserError(
+                f"--seed must be at most {MAX_SEED + 1 - self.seeds} with --seeds {self.seeds}, got {self.seed}"
+            )
         if self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
         if self.scale_min > self.scale_max:
             raise UserError(f"--scale-min must be at most --scale-max {self.scale_max}, got {self.scale_min}")
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        """The networks to train, the baseline first."""
+        return ALL_ARMS if self.arms == "all" else (self.arms,)
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds to train each network with."""
+        return list(range(self.seed, self.seed + self.seeds))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values by name."""
@@ -112,13 +132,15 @@ _RULES: Rules = {
     "scale_max": POSITIVE,
     "rotate": ("in [0, 180]", lambda value: 0 <= value <= 180),
     "flip": UP_TO_1,
-    "seed": (f"in [0, {MAX_SEED}]", lambda value: 0 <= value <= MAX_SEED),
+    "seed": AT_LEAST_0,
 }
 
 # Defaults of their own. The scenes: small enough for two CPU cores. ADE20K: section 4 of the paper. Cityscapes, which the paper
 # leaves out, as PyTorch-Encoding has it: at a longer side of 520, poles and riders would be a pixel wide.
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     SCENES: {
+        "arms": "all",
+        "seeds": 3,
         "backbone": "resnet10t",
         "channels": 64,
         "num_codes": 8,

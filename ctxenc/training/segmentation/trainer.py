@@ -79,12 +79,12 @@ class SegmentTrainer:
         state = newest_state(arm)
         set_seed(seed)
         with self.accelerator.local_main_process_first():
-            network: nn.Module = build_network(config, settings.pretrained_backbone and state is None)
+            network: Any = build_network(config, settings.pretrained_backbone and state is None)
         if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         if settings.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        self.network: Any = network.to(self.accelerator.device)
+        self.network = network.to(self.accelerator.device)
         self.criterion = EncNetLoss(settings.aux_weight, settings.se_weight).to(self.accelerator.device)
         optimizer = make_optimizer(self.network, settings)
         self.samples, self.val = samples_of(datasets, settings, config.mean, config.std, seed)

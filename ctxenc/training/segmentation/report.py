@@ -1,0 +1,131 @@
+"""What a finished segmentation run says of itself: the table, report.md, and curves.png."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from ctxenc.training.checkpoint import Row, read_rows, write_rows
+from ctxenc.training.config import atomic
+from ctxenc.training.console import text_table
+from ctxenc.training.report import machine
+from ctxenc.training.segmentation.networks import ARMS, SegmentConfig, build_network
+from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
+
+Results = dict[str, list[list[Row]]]  # of each arm, the rows of each seed, one an epoch
+
+
+def ambiguous_classes(data: str) -> list[str]:
+    """The classes of the scenes that only the rest of the scene tells apart."""
+    if data != SCENES:
+        return []
+    from ctxenc.training.segmentation.scenes import AMBIGUOUS
+
+    return [name for pair in AMBIGUOUS for name in pair]
+
+
+def mean_iou(row: Row, classes: Sequence[str]) -> float:
+    """Mean IoU of some classes after an epoch; those that did not occur do not count."""
+    values = [row[f"iou/{name}"] for name in classes if not math.isnan(row[f"iou/{name}"])]
+    return statistics.mean(values) if values else math.nan
+
+
+def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: SegmentSettings, seconds: float) -> str:
+    """Writes metrics.csv, curves.png and report.md into ``folder``, in which every arm has finished.
+
+    Returns:
+        The table and what goes with it, as printed.
+    """
+    results = {
+        arm: [read_rows(folder / f"{arm}-{seed}" / "metrics.csv") for seed in settings.seed_list] for arm in configs
+    }
+    rows = [
+        {"arm": arm, "seed": seed, **row}
+        for arm, seeds in results.items()
+        for seed, own in zip(settings.seed_list, seeds, strict=True)
+        for row in own
+    ]
+    write_rows(folder / "metrics.csv", list(rows[0]), rows)
+    with atomic(folder / "curves.png") as path:
+        draw_curves(results).savefig(path, dpi=120)
+    header, cells = table(results, configs, ambiguous_classes(settings.data))
+    notes = remarks(settings)
+    config = next(iter(configs.values()))
+    listing = [f"| `{name}` | `{value}` |" for name, value in settings.as_dict().items()]
+    versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+    parts = [
+        f"# EncNet on {settings.data}",
+        "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)),
+        *notes,
+        "![mean IoU and loss by epoch](curves.png)",
+        f"Machine: {machine()}. The command took {seconds:.0f} s. Versions: {versions}.",
+        "\n".join(["| setting | value |", "| --- | --- |", *listing]),
+    ]
+    with atomic(folder / "report.md") as path:
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n".join([text_table(header, cells, right=header[1:]), "", *notes])
+
+
+def table(
+    results: Results, configs: Mapping[str, SegmentConfig], ambiguous: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: of each arm its parameters and its measures after the last epoch, mean and deviation over seeds."""
+    header = ["network", "parameters", "mIoU", *(["mIoU, ambiguous", "mIoU, others"] if ambiguous else [])]
+    header += ["pixel accuracy", "images/s"]
+    cells = []
+    for arm, seeds in results.items():
+        config = configs[arm]
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in build_network(config).parameters())
+        last = [rows[-1] for rows in seeds]
+        measures = [[row["mean_iou"] for row in last]]
+        if ambiguous:
+            others = [name for name in config.classes if name not in ambiguous]
+            measures += [[mean_iou(row, names) for row in last] for names in (ambiguous, others)]
+        measures.append([row["pixel_accuracy"] for row in last])
+        speed = statistics.median(row["images_per_s"] for rows in seeds for row in rows)
+        cells.append([ARMS[arm][0], f"{parameters:,}", *map(spread, measures), f"{speed:,.0f}"])
+    return header, cells
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of more than one, standard deviation, in per cent."""
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation} %"
+
+
+def remarks(settings: SegmentSettings) -> list[str]:
+    """What must be said beside the table."""
+    seeds = f"mean ± standard deviation over {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
+    lines = [
+        f"After the last epoch (not the best one), {seeds}. images/s: in training, data included, the median epoch."
+    ]
+    if settings.data == SCENES:
+        lines.append(
+            "Ambiguous classes: pairs that are drawn from one pool of textures; only the rest of the scene tells which it is."
+        )
+    return lines
+
+
+def draw_curves(results: Results) -> Figure:
+    """Mean IoU and training loss by epoch: the mean over seeds, shaded from the lowest to the highest seed."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, column, label, scale in zip(
+        figure.subplots(1, 2), ("mean_iou", "train_loss"), ("mean IoU (%)", "training loss"), (100, 1), strict=True
+    ):
+        for number, (arm, seeds) in enumerate(results.items()):
+            values = torch.tensor([[scale * row[column] for row in rows] for rows in seeds], dtype=torch.float64)
+            epochs = [row["epoch"] for row in seeds[0]]
+            axes.plot(epochs, values.mean(dim=0), color=f"C{number}", label=ARMS[arm][0])
+            axes.fill_between(
+                epochs, values.amin(dim=0), values.amax(dim=0), color=f"C{number}", alpha=0.15, linewidth=0
+            )
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
