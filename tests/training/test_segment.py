@@ -1,0 +1,197 @@
+"""segment train and segment predict, through the command line, on made-up images and on the scenes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctxenc.__main__ import main
+from ctxenc.integrations import EncNet, save_encnet_checkpoint
+from ctxenc.training.checkpoint import read_rows
+from ctxenc.training.config import read_config
+from ctxenc.training.segmentation import networks, settings, trainer
+from ctxenc.training.segmentation.networks import ARMS, SegmentConfig, arm_configs, build_network
+from ctxenc.training.segmentation.settings import ALL_ARMS
+
+SMALL = [
+    *("--backbone", "test_resnet", "--channels", "16", "--num-codes", "4", "--epochs", "2", "--batch-size", "2"),
+    *("--base-size", "40", "--crop-size", "32", "--threads", "1", "--device", "cpu"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six images of two classes, the left and the right half, of several sizes, with names for the classes."""
+    generator = np.random.default_rng(0)
+    root = tmp_path / "data"
+    for split, count in (("train", 4), ("val", 2)):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            height, width = 30 + 4 * number, 44
+            pixels = generator.integers(0, 80, (height, width, 3), dtype=np.uint8)
+            pixels[:, width // 2 :] += 120
+            mask = np.zeros((height, width), np.uint8)
+            mask[:, width // 2 :] = 1
+            mask[0] = 255
+            Image.fromarray(pixels).save(root / "images" / split / f"{number}.png")
+            Image.fromarray(mask).save(root / "masks" / split / f"{number}.png")
+    (root / "classes.txt").write_text("dark\nlight\n")
+    return root
+
+
+def train(folder, out, *more):
+    return main(["segment", "train", "--data", str(folder), "--out", str(out), *SMALL, *more])
+
+
+def test_train_writes_a_run_that_predict_takes(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out, "--lr", "0.02") == 0
+    rows = read_rows(out / "encnet-0" / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[0]["lr"] > rows[1]["lr"] > 0
+    assert {"iou/dark", "iou/light", "mean_iou", "pixel_accuracy", "mean_dice", "train_loss"} < rows[0].keys()
+    written = {path.name for path in (out / "encnet-0").iterdir()}
+    assert {"best.safetensors", "last.safetensors", "config.json", "pictures", "state"} < written
+    with Image.open(out / "encnet-0" / "pictures" / "epoch-002.png") as picture:
+        assert picture.width > 3 * 44
+    assert "EncNet" in (out / "report.md").read_text()
+    assert "mIoU" in capsys.readouterr().out
+    image = folder / "images" / "val" / "1.png"
+    masks = tmp_path / "masks"
+    assert main(["segment", "predict", "--checkpoint", str(out), str(image), "--out", str(masks), "--flip"]) == 0
+    assert sorted(path.name for path in masks.iterdir()) == ["1.legend.png", "1.mask.png", "1.overlay.png"]
+    with Image.open(masks / "1.mask.png") as mask, Image.open(image) as photograph:
+        assert mask.size == photograph.size
+
+
+def test_resuming_gives_what_an_unbroken_run_gives(folder, tmp_path, monkeypatch):
+    assert train(folder, tmp_path / "whole") == 0
+    saved = trainer.save_state
+
+    def interrupted(*arguments):
+        saved(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_state", interrupted)
+    assert train(folder, tmp_path / "cut") == 130
+    monkeypatch.setattr(trainer, "save_state", saved)
+    assert main(["segment", "train", "--resume", str(tmp_path / "cut")]) == 0
+    weights = [(tmp_path / run / "encnet-0" / "last.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    metrics = [read_rows(tmp_path / run / "encnet-0" / "metrics.csv") for run in ("whole", "cut")]
+    for row in metrics[0] + metrics[1]:
+        del row["images_per_s"]
+    assert metrics[0] == metrics[1]
+
+
+def test_all_arms_and_seeds_have_a_row_in_the_report(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "--arms", "all", "--seeds", "2", "--epochs", "1") == 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert all(f"| {name} |" in report for name, _ in ARMS.values())
+    assert "±" in report
+    assert len(read_rows_of(tmp_path / "run" / "metrics.csv")) == 8
+
+
+def read_rows_of(path):
+    return path.read_text().splitlines()[1:]
+
+
+def test_arms_differ_in_their_context_alone():
+    chosen = settings.SegmentSettings(backbone="test_resnet", channels=16, num_codes=4, arms="all")
+    configs = arm_configs(chosen, ["a", "b"])
+    assert tuple(configs) == ALL_ARMS == tuple(ARMS)
+    built = {arm: build_network(config) for arm, config in configs.items()}
+    shared = set.intersection(*({*network.state_dict()} for network in built.values()))
+    assert {name.partition(".")[0] for name in shared} == {"backbone", "reduce", "classifier", "aux"}
+    x = torch.randn(2, 3, 32, 32)
+    assert {arm: sorted(network(x)) for arm, network in built.items()} == {
+        "fcn": ["aux", "out"],
+        "fcn_se": ["aux", "out"],
+        "encnet_no_se_loss": ["aux", "out"],
+        "encnet": ["aux", "out", "se"],
+    }
+    assert isinstance(built["fcn"].encoding, networks.NoContext)
+    assert isinstance(built["fcn_se"].encoding, networks.PooledContext)
+
+
+def test_the_head_learns_faster_and_codewords_do_not_decay():
+    chosen = settings.SegmentSettings(backbone="test_resnet", channels=16, num_codes=4, lr=0.01, weight_decay=0.1)
+    network = EncNet("test_resnet", 3, channels=16, num_codes=4)
+    optimizer = trainer.make_optimizer(network, chosen)
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(groups) == len(list(network.parameters()))
+    for name, parameter in network.named_parameters():
+        group = groups[id(parameter)]
+        assert group["lr"] == pytest.approx(0.01 if name.startswith("backbone.") else 0.1)
+        assert group["weight_decay"] == (0 if name.endswith((".codewords", ".smoothing")) else 0.1)
+        assert group["momentum"] == 0.9
+
+
+def test_configuration_goes_through_a_file_and_refuses_others(tmp_path, folder, capsys):
+    assert train(folder, tmp_path / "run", "--epochs", "1") == 0
+    path = tmp_path / "run" / "encnet-0" / "config.json"
+    config = read_config(path.parent, SegmentConfig)
+    assert config.classes == ["dark", "light"]
+    table = json.loads(path.read_text())
+    for change in (
+        {"context": "other"},
+        {"mean": [1]},
+        {"network": {"pretrained_backbone": True}},
+        {"kind": "finetune"},
+    ):
+        path.write_text(json.dumps(table | change))
+        arguments = ["segment", "predict", "--checkpoint", str(path.parent), str(folder / "images" / "val")]
+        assert main(arguments) == 2
+        assert (
+            f"{path}: config: {'mean and std' if 'mean' in change else next(iter(change))} must be"
+            in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize("form", ["save_pretrained", "safetensors"])
+def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys):
+    network = EncNet("test_resnet", 3, channels=16, num_codes=4).eval()
+    checkpoint = tmp_path / ("saved" if form == "save_pretrained" else "network.safetensors")
+    network.save_pretrained(checkpoint) if form == "save_pretrained" else save_encnet_checkpoint(network, checkpoint)
+    names = tmp_path / "names.txt"
+    names.write_text("sky\nsea\nsand\n")
+    arguments = ["segment", "predict", "--checkpoint", str(checkpoint), str(folder / "images" / "val")]
+    arguments += ["--out", str(tmp_path / "masks"), "--classes", str(names), "--crop", "24", "--scales", "0.5", "1"]
+    assert main(arguments) == 0
+    assert len(list((tmp_path / "masks").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["train", "--backbone", "vovnet39a"], "cannot build the network: EncNet: backbone must be one that timm can"),
+        (["train", "--opt", "nothing"], "unknown --opt 'nothing'"),
+        (["train", "--resume", "nowhere"], "--resume: no run at nowhere"),
+        (["train", "--data", "nowhere"], "no folder of images and masks at nowhere"),
+        (["predict", "--checkpoint", "nowhere.pth", "IMAGE"], "nowhere.pth: No such file or directory"),
+        (["predict", "--checkpoint", ".", "IMAGE"], "is no run folder"),
+        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--stride", "2"], "predict: stride must be a share"),
+        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--scales", "-1"], "predict: scales must be"),
+        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--classes", "CLASSES"], "must name 3 classes, one a line, got 2"),
+        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "IMAGE2"], "images must differ in their names"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_a_line(arguments, text, tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_encnet_checkpoint(EncNet("test_resnet", 3, channels=16, num_codes=4), tmp_path / "a.safetensors")
+    names = {
+        "IMAGE": folder / "images" / "val" / "0.png",
+        "IMAGE2": folder / "images" / "train" / "0.png",
+        "CHECKPOINT": tmp_path / "a.safetensors",
+        "CLASSES": folder / "classes.txt",
+    }
+    more = ["--data", str(folder), *SMALL] if arguments[0] == "train" and "--data" not in arguments else []
+    more = more if "--resume" not in arguments else []
+    assert main(["segment", *(str(names.get(each, each)) for each in [arguments[0], *more, *arguments[1:]])]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
