@@ -25,7 +25,14 @@ def check_backbone(owner: str, name: str) -> None:
 
 
 def dilated_backbone(
-    owner: str, name: str, *, maps: int, output_stride: int, pretrained: bool = False, **kwargs: Any
+    owner: str,
+    name: str,
+    *,
+    maps: int,
+    output_stride: int,
+    stages: int | None = None,
+    pretrained: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """A timm network that gives its deepest maps, the last of them at the given stride.
 
@@ -34,6 +41,7 @@ def dilated_backbone(
         name: a timm model.
         maps: how many maps, counted from the deepest.
         output_stride: 8, 16 or 32; strides beyond it become dilations.
+        stages: how many of its maps there are at all, counted from the image; all by default.
         pretrained: load timm's weights.
         **kwargs: further arguments of timm.create_model.
 
@@ -47,6 +55,10 @@ def dilated_backbone(
     check_backbone(owner, name)
     if output_stride not in OUTPUT_STRIDES:
         raise ValueError(f"{owner}: output_stride must be one of 8, 16, 32, got {output_stride!r}")
+    if stages is not None and (type(stages) is not int or stages < maps):
+        raise ValueError(
+            f"{owner}: stages must be an integer of at least {maps}, the maps that are used, got {stages!r}"
+        )
     wanted = f"one that timm can give output_stride={output_stride} and {maps} maps, as ResNets, RegNets and ConvNeXts"
     try:
         backbone: Any = timm.create_model(
@@ -54,7 +66,7 @@ def dilated_backbone(
             pretrained=pretrained,
             features_only=True,
             output_stride=output_stride,
-            out_indices=tuple(range(-maps, 0)),
+            out_indices=tuple(range(-maps, 0) if stages is None else range(stages - maps, stages)),
             **kwargs,
         )
     except (
@@ -67,6 +79,6 @@ def dilated_backbone(
         reason = f"{type(error).__name__} {error}".strip()
         raise ValueError(f"{owner}: backbone must be {wanted}, got {name!r} ({reason})") from error
     reduction = backbone.feature_info.reduction()
-    if reduction[-1] != output_stride:
+    if reduction[-1] > output_stride or (stages is None and reduction[-1] < output_stride):
         raise ValueError(f"{owner}: backbone must be {wanted}, got {name!r} with strides {reduction}")
     return backbone

@@ -62,6 +62,8 @@ class EncNet(
             not be saved by save_pretrained.
         align_corners: how logits are upsampled: True in PyTorch-Encoding, False in mmsegmentation.
         output_stride: 8, 16 or 32: of the map that is encoded.
+        stages: keep so many maps of the backbone only, counted from the image (a ResNet's are those of its stem and four stages):
+            a network that sees less of the image, at a smaller stride where it ends before the output stride; all by default.
         channels: of the head; 512 in the paper.
         in_chans: channels of the image.
 
@@ -88,6 +90,7 @@ class EncNet(
         norm_layer: str | Norm = "batchnorm2d",
         align_corners: bool = False,
         output_stride: int = 8,
+        stages: int | None = None,
         channels: int = 512,
         in_chans: int = 3,
     ) -> None:
@@ -106,6 +109,7 @@ class EncNet(
             "norm_layer": next((name for name, each in NORMS.items() if each is norm), norm_layer),
             "align_corners": align_corners,
             "output_stride": output_stride,
+            "stages": stages,
             "channels": channels,
             "in_chans": in_chans,
         }
@@ -116,6 +120,7 @@ class EncNet(
             backbone,
             maps=3 if lateral else 2 if aux else 1,
             output_stride=output_stride,
+            stages=stages,
             pretrained=pretrained_backbone,
             in_chans=in_chans,
         )

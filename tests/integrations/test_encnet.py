@@ -57,6 +57,14 @@ def test_output_stride(output_stride):
     assert network(torch.randn(2, 3, 64, 96))["out"].shape == (2, 3, 64, 96)
 
 
+def test_fewer_stages_end_at_a_smaller_stride():
+    network = small(stages=2)
+    assert network.backbone.feature_info.reduction() == [2, 4]
+    assert [name for name, _ in network.backbone.named_children() if "layer" in name] == ["layer1"]
+    assert network(torch.randn(2, 3, 64, 96))["out"].shape == (2, 3, 64, 96)
+    assert network.config["stages"] == 2
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 300), (64, 64), (65, 97)])
 def test_any_size(size):
     assert small().eval()(torch.randn(1, 3, *size))["out"].shape == (1, 3, *size)
@@ -161,6 +169,8 @@ def test_what_cannot_be_saved_says_so(tmp_path):
             )
         ),
         ({"output_stride": 4}, ValueError, "EncNet: output_stride must be one of 8, 16, 32, got 4"),
+        ({"stages": 6}, ValueError, "EncNet: backbone must be one that timm can .* got 'resnet18'"),
+        ({"stages": 1}, ValueError, "EncNet: stages must be an integer of at least 2, the maps that are used, got 1"),
         ({"num_classes": 0}, ValueError, "EncNet: num_classes"),
         ({"num_classes": 2.5}, TypeError, "EncNet: num_classes"),
         ({"num_codes": 0}, ValueError, "EncNet: num_codes"),

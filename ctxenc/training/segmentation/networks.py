@@ -14,7 +14,7 @@ from ctxenc.training.console import UserError, one_line
 from ctxenc.training.runs import installed_versions
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
 
-# EncNet and its ablations, as table 1 of the paper has them, with the names under which they are reported.
+# EncNet and what the ablation of the paper compares it with, with the names under which they are reported.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "fcn": ("FCN", {"context": "none", "se_loss": False}),
     "fcn_se": ("FCN + global pooling (SE)", {"context": "pool", "se_loss": False}),
@@ -96,6 +96,7 @@ def arm_configs(settings: SegmentSettings, classes: list[str]) -> dict[str, Segm
         "smoothing": settings.smoothing,
         "lateral": settings.lateral,
         "output_stride": settings.output_stride,
+        "stages": settings.stages,
         "channels": settings.channels,
     }
     colours: dict[str, Any] = IMAGENET

@@ -180,7 +180,7 @@ def contact_sheet(path: str | Path, train: bool = False, each: int = 4) -> None:
     for index in range(len(scenes)):
         image, mask = scenes[index]
         row, column = index % len(SCENES), 2 * (index // len(SCENES))
-        grey = image[0] * STD[0] + MEAN[0]
+        grey = (image[0] * STD[0] + MEAN[0]).numpy()
         axes[row, column].imshow(grey, cmap="gray", vmin=0, vmax=1)
         shown = np.ma.masked_equal(mask.numpy(), IGNORED)
         axes[row, column + 1].imshow(shown, colours, vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")

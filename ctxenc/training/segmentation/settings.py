@@ -51,6 +51,9 @@ class SegmentSettings:
     num_codes: int = option(32, "codewords", type=positive_int, metavar="K")
     smoothing: str | float = option("learned", "learned, sampled or a number", type=smoothing, metavar="S")
     output_stride: int = option(8, "of the map that is encoded", type=int, choices=(8, 16, 32))
+    stages: int | None = option(
+        None, "maps of the backbone to keep, from the image on (default: all)", type=positive_int
+    )
     aux: bool = option(True, "an FCN head on the stage before the last", action=BooleanOptionalAction)
     aux_weight: float = option(0.2, "weight of the loss of that head", type=float)
     se_loss: bool = option(True, "predict from the encoding which classes are present", action=BooleanOptionalAction)
@@ -140,16 +143,21 @@ _RULES: Rules = {
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     SCENES: {
         "arms": "all",
-        "seeds": 3,
-        "backbone": "resnet10t",
+        "backbone": "test_resnet",
+        "stages": 2,  # with more the FCN sees farther than the cue is away
         "channels": 64,
-        "num_codes": 8,
-        "base_size": 64,
-        "crop_size": 64,
-        "epochs": 12,
-        "lr": 0.01,
+        "num_codes": 16,
+        "aux": False,
+        "base_size": 96,
+        "crop_size": 96,
+        "epochs": 20,
+        "opt": "adamw",
+        "lr": 3e-3,
+        "head_lr_mult": 1.0,
+        "weight_decay": 0.01,
+        "sched": "cosine",
+        "warmup_epochs": 2,
         "channels_last": True,
-        "threads": 1,
     },
     "ade20k": {"epochs": 120, "lr": 0.01},
     "cityscapes": {"base_size": 2048, "crop_size": 720},
