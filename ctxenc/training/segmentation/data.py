@@ -192,9 +192,8 @@ def _cityscapes_pairs(root: Path, split: str) -> Pairs:
         raise UserError(f"{root / 'leftImg8bit' / split} must hold */*_leftImg8bit.png, got none")
 
     def masks(kind: str) -> list[Path]:
-        folder = root / "gtFine" / split
-        names = (each.name.removesuffix("leftImg8bit.png") + f"gtFine_{kind}.png" for each in images)
-        return [folder / each.parent.name / name for each, name in zip(images, names, strict=True)]
+        files = [each.name.removesuffix("leftImg8bit.png") + f"gtFine_{kind}.png" for each in images]
+        return [root / "gtFine" / split / each.parent.name / file for each, file in zip(images, files, strict=True)]
 
     names = [each.name for each in CITYSCAPES_CLASSES]
     prepared = masks("labelTrainIds")

@@ -54,9 +54,8 @@ class Pairs:
         if (width, height) != image.size:
             sizes = f"must be of the size of its image {image_path}, {image.width} x {image.height}"
             raise UserError(f"mask {mask_path} {sizes}, got {width} x {height}")
-        known = (numbers >= 0) & (numbers <= IGNORED)
-        classes = self.table[np.where(known, numbers, 0)]
-        if (wrong := numbers[~known | (classes == UNKNOWN)]).size:
+        classes = self.table[np.minimum(numbers, IGNORED)]
+        if (wrong := numbers[(classes == UNKNOWN) | (numbers > IGNORED)]).size:
             raise UserError(f"mask {mask_path} must hold {self.rule}, got {wrong[0]}")
         return tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(classes.astype(np.uint8)))
 
@@ -133,6 +132,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def present(paths: Paths) -> Paths:
+    """The ``paths`` as they are.
+
+    Raises:
+        UserError: One of them is no file.
+    """
     for image, mask in paths:
         if not image.is_file():
             raise UserError(f"image {image} is missing")

@@ -166,9 +166,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds an option for each setting. None stands for one that was not given, so that resolve can tell."""
-    usual = SegmentSettings()
-    add_options(parser, usual, OWN_DEFAULTS)
-    parser.set_defaults(**dict.fromkeys(usual.as_dict()))
+    add_options(parser, SegmentSettings(), OWN_DEFAULTS)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
