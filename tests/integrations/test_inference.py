@@ -159,9 +159,9 @@ def test_a_mirrored_image_gives_the_mirrored_result(crop):
 @pytest.mark.parametrize("size", [(3, 5), (3, 12), (12, 5)])
 def test_padding_is_zero_at_the_right_and_below_and_never_leaks(size):
     model, images = PerPixel(), noise(1, 3, *size) + 10
-    got = predict(model, images, crop=8)
+    got = predict(model, images, crop=(8, 10))
     for crops in model.seen:
-        assert crops.shape[2:] == (8, 8)
+        assert crops.shape[2:] == (8, 10)
         assert (crops[:, :, : size[0], : size[1]] > 0).all()
         assert not crops[:, :, size[0] :].any()
         assert not crops[:, :, :, size[1] :].any()

@@ -127,8 +127,9 @@ def test_cross_entropy_is_torchs(weight, smoothing, ignore_index):
 
 def test_class_weight_moves_with_the_loss_and_is_a_copy():
     weight = torch.ones(4)
-    loss = EncNetLoss(class_weight=weight).to(torch.float64)
+    loss = EncNetLoss(class_weight=weight)
     weight.zero_()
+    loss.to(torch.float64)
     assert loss.class_weight.tolist() == [1, 1, 1, 1]
     assert loss.class_weight.dtype == torch.float64
     assert "class_weight" in loss.state_dict()
