@@ -91,11 +91,12 @@ def test_one_state_of_integers():
     metrics = SegmentationMetrics(4)
     assert set(metrics.metric_state) == {"matrix"}
     large = 2**24  # fp32 counts no further
-    metrics.matrix += torch.diag(torch.tensor([large, large + 1, 0, 0]))
+    metrics.matrix += torch.diag(torch.tensor([large + 1, large, 0, 0]))
     metrics.update(PREDICTED, TARGET)
-    # Rows and columns: class 0 gains 4 right, 1 taken for 1 and 1 for 2; class 1 gains 3 right, 1 taken for 2.
-    np.testing.assert_allclose(metrics.compute()["iou"][:2], [(large + 4) / (large + 6), (large + 4) / (large + 6)])
-    assert metrics.matrix.tolist() == [[large + 4, 1, 1, 0], [0, large + 4, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    # Class 0 gains 4 right, 1 taken for 1 and 1 for 2; class 1 gains 3 right, 1 taken for 2.
+    assert metrics.matrix.tolist() == [[large + 5, 1, 1, 0], [0, large + 3, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    wanted = [(large + 5) / (large + 7), (large + 3) / (large + 5)]
+    np.testing.assert_allclose(metrics.compute()["iou"][:2], wanted, rtol=1e-12)
 
 
 def test_forward_gives_the_batch_and_counts_it_once():
