@@ -91,11 +91,11 @@ def test_one_state_of_integers():
     metrics = SegmentationMetrics(4)
     assert set(metrics.metric_state) == {"matrix"}
     large = 2**24  # fp32 counts no further
-    metrics.matrix += torch.diag(torch.tensor([large + 1, large, 0, 0]))
+    metrics.matrix[0, :2] += torch.tensor([large + 1, large])
     metrics.update(PREDICTED, TARGET)
     # Class 0 gains 4 right, 1 taken for 1 and 1 for 2; class 1 gains 3 right, 1 taken for 2.
-    assert metrics.matrix.tolist() == [[large + 5, 1, 1, 0], [0, large + 3, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    wanted = [(large + 5) / (large + 7), (large + 3) / (large + 5)]
+    assert metrics.matrix.tolist() == [[large + 5, large + 1, 1, 0], [0, 3, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    wanted = [(large + 5) / (2 * large + 7), 3 / (large + 5)]
     np.testing.assert_allclose(metrics.compute()["iou"][:2], wanted, rtol=1e-12)
 
 
