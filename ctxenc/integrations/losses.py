@@ -213,11 +213,10 @@ class DiceLoss(nn.Module):
 def _slots(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Where a label is scattered to among num_classes + 1 places: its class, or the last place where it is ignored.
 
-    Any other label is sent one place too far, which scatter_ refuses as cross entropy does: it must not pass for an ignored one.
+    Any other is no place, which scatter_ refuses as cross entropy does; num_classes itself moves on, or it would be an ignored one.
     """
     labels = target.long()  # a uint8 label 156 equals -100 in uint8
-    strange = (labels < 0) | (labels >= num_classes)
-    return labels.masked_fill(strange, num_classes + 1).masked_fill(labels == ignore_index, num_classes)
+    return labels.masked_fill(labels >= num_classes, num_classes + 1).masked_fill(labels == ignore_index, num_classes)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
