@@ -76,13 +76,14 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
     palette = voc_palette(len(loaded.classes))
+    background = loaded.classes.index("background") if "background" in loaded.classes else None
     for path in tqdm(paths, "segmenting", unit="image", delay=1.0, leave=False, disable=None):
         photograph = open_image(path)
         image = F.normalize(F.to_dtype(F.pil_to_tensor(photograph), torch.float32, scale=True), loaded.mean, loaded.std)
         mask = segmented(loaded.network, image, args, device)
         pictures = {
             "mask": colour_mask(mask, palette),
-            "overlay": overlay(photograph, mask, palette),
+            "overlay": overlay(photograph, mask, palette, background=background),
             "legend": legend(mask, loaded.classes, palette),
         }
         for name in PICTURES:
