@@ -84,7 +84,7 @@ def test_the_cue_lies_further_than_the_gap():
 def test_what_a_small_network_sees(monkeypatch, stage, blind):
     torch.manual_seed(0)
     # The last norm of a block starts at zero in timm, which would hide what its convolutions see.
-    kwargs = dict(features_only=True, out_indices=(stage,), output_stride=8, zero_init_last=False)
+    kwargs = {"features_only": True, "out_indices": (stage,), "output_stride": 8, "zero_init_last": False}
     backbone = timm.create_model("test_resnet", **kwargs).eval()
     head = nn.Conv2d(backbone.feature_info.channels()[-1], 4, 3, padding=1)
     for (image, mask), (other, _) in twins(monkeypatch, 8):
