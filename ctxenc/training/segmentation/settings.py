@@ -156,7 +156,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "head_lr_mult": 1.0,
         "weight_decay": 0.01,
         "sched": "cosine",
-        "warmup_epochs": 2,
+        "warmup_epochs": 1,
         "channels_last": True,
     },
     "ade20k": {"epochs": 120, "lr": 0.01},
