@@ -215,7 +215,7 @@ def _check_pool(global_pool: str, num_classes: int) -> None:
 
 def _inside_backbone(pattern: str) -> str:
     """A pattern for the names of the backbone's parameters as one for theirs in the whole network."""
-    return r"^backbone\.(?:" + re.sub(r"(^|[(|])\^", r"\1", pattern) + ")"
+    return r"^backbone\.(?:" + re.sub(r"(^|\||\((?:\?:)?)\^", r"\1", pattern) + ")"
 
 
 def _build(name: str, pretrained: bool, in_chans: int, arguments: dict[str, Any]) -> Any:

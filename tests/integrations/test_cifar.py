@@ -128,6 +128,25 @@ def test_norm_of_the_last_map():
     assert torch.equal(maps[-1].relu(), features)
     assert torch.equal(network.norm(plain[-1]), maps[-1])
     assert torch.equal(maps[2], plain[2])
+    early = network.forward_intermediates(x, indices=[1], norm=True, stop_early=True, intermediates_only=True)
+    assert torch.equal(early[0], maps[1])
+
+
+def test_pruning_removes_the_head_and_its_norm():
+    network = cifar_resnet(widen=1)
+    network.prune_intermediate_layers([0, 2])
+    assert [len(stage) for stage in (network.layer1, network.layer2, network.layer3)] == [2, 2, 0]
+    assert network.num_features == network.head_hidden_size == 32
+    assert isinstance(network.norm, torch.nn.Identity)
+    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 32, 4, 4)
+
+    whole = cifar_resnet(widen=1)
+    whole.prune_intermediate_layers(2, prune_head=False)
+    assert whole(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    assert isinstance(whole.norm, torch.nn.BatchNorm2d)
+    whole.prune_intermediate_layers(2, prune_norm=True)
+    assert isinstance(whole.norm, torch.nn.Identity)
+    assert whole(torch.randn(2, 3, 8, 8)).shape == (2, 64, 2, 2)
 
 
 def test_copies():

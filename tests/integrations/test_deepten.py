@@ -1,13 +1,14 @@
 """Deep TEN: what it computes, the backbones that it takes, and saving."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctxenc.integrations.deepten import DeepTEN
+from ctxenc.integrations.deepten import DeepTEN, _inside_backbone
 from ctxenc.kernels import reference
 
 # One of each kind: plain, without norms, NHWC, with attention, and one whose head widens the map
@@ -31,7 +32,7 @@ def test_it_is_the_network_of_the_paper(backbone):
     model = small(backbone).double()
     model.norm.weight.data.uniform_(0.5, 1.5)
     model.norm.running_mean.normal_(std=0.1)
-    x = X.double()
+    x = X[..., :64].double()  # not square
     with torch.no_grad():
         z = model.backbone(x)
         assert z.shape[3 if backbone == "test_mambaout" else 1] == BACKBONES[backbone]
@@ -41,6 +42,7 @@ def test_it_is_the_network_of_the_paper(backbone):
         norm = model.norm
         z = (z - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
         z = (z * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+        torch.testing.assert_close(model.forward_features(x), z, rtol=1e-9, atol=1e-9)
         e = reference.encode(z.flatten(2), model.encoding.codewords, model.encoding.smoothing).reshape(2, 4 * 8)
         e = e / e.square().sum(1, keepdim=True).sqrt()
         torch.testing.assert_close(model(x), e @ model.fc.weight.T + model.fc.bias, rtol=1e-9, atol=1e-9)
@@ -87,6 +89,12 @@ def test_arguments_reach_the_backbone():
     assert model.backbone.layer4[-1].drop_path.drop_prob == pytest.approx(0.2)
     fixed = small("swin_tiny_patch4_window7_224", img_size=112, embed_dim=8, depths=(1, 1), num_heads=(1, 1))
     assert fixed(torch.randn(1, 3, 112, 112)).shape == (1, 5)
+
+
+def test_a_backbone_whose_norms_want_more_than_one_value_is_looked_at():
+    """ResNeSt norms pooled vectors, which one image in training is too few for."""
+    with torch.device("meta"):
+        assert DeepTEN("resnest14d").conv.in_channels == 2048
 
 
 # Saving
@@ -182,6 +190,24 @@ def test_layers_are_grouped_as_the_backbones_are(backbone, coarse):
     head = {ours[key] for key in ours if not key.startswith("backbone.")}
     assert len(head) == 1
     assert head.pop() >= max(theirs.values())
+
+
+def test_anchors_stay_anchors():
+    pattern = re.compile(_inside_backbone(r"^stem|^bn(\d)|(?:^a|b[^.]*)\.c"))
+    found = {name: bool(pattern.match(name)) for name in ("stem", "bn1", "a.c", "bb.c", "xbn1", "b..c")}
+    assert not any(found.values())
+    inside = {name: bool(pattern.match(f"backbone.{name}")) for name in found}
+    assert inside == {"stem": True, "bn1": True, "a.c": True, "bb.c": True, "xbn1": False, "b..c": False}
+
+
+def test_maps_of_a_backbone_whose_head_widens_them():
+    model = small("mobilenetv3_small_050")
+    with torch.no_grad():
+        features, maps = model.forward_intermediates(X, [1, 3])
+        assert torch.equal(features, model.forward_features(X))
+        assert [map_.shape[1] for map_ in maps] == [model.feature_info[index]["num_chs"] for index in (1, 3)]
+    model.prune_intermediate_layers([1])
+    assert all(name.startswith("backbone.") for name, _ in model.named_parameters())
 
 
 # What is refused

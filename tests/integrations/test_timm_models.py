@@ -169,6 +169,16 @@ def test_dropout_before_the_classifier(name):
     torch.testing.assert_close(dropped[~zeros], kept[~zeros] * 10)
 
 
+@each_small
+def test_arguments_of_timms_training_script(name):
+    """It names every one of these; those that are None timm leaves to the network."""
+    unset = ("global_pool", "num_classes", "drop_path_rate", "drop_block_rate", "bn_momentum", "bn_eps")
+    model = timm.create_model(
+        name, pretrained=False, in_chans=3, drop_rate=0.0, scriptable=False, checkpoint_path="", **dict.fromkeys(unset)
+    )
+    assert model.num_classes == model.default_cfg["num_classes"]
+
+
 # Backward
 
 
