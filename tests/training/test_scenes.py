@@ -148,6 +148,7 @@ def test_a_scene_depends_on_its_key_alone():
     again.set_epoch(1)
     others = [images[4], again[0][0], Scenes(True, 9, seed=2)[0][0], Scenes(False, 9, seed=1)[0][0]]
     assert not any(torch.equal(images[0], other) for other in others)
+    assert not torch.equal(dataset[0][1], Scenes(False, 9, seed=1)[0][1])  # the layout too, not the textures alone
 
 
 def test_workers_change_nothing():

@@ -152,9 +152,11 @@ def draw_crop(texture: np.ndarray, generator: np.random.Generator) -> np.ndarray
 def grown(region: np.ndarray, radius: int) -> np.ndarray:
     """The pixels within ``radius`` of a region along both axes, (H, W) bool."""
     window = 2 * radius + 1
-    values = torch.from_numpy(region)[None].float()
-    columns = F.max_pool2d(values, (window, 1), stride=1, padding=(radius, 0))
-    return F.max_pool2d(columns, (1, window), stride=1, padding=(0, radius))[0].numpy() > 0
+    for axis in (0, 1):
+        margins = [(radius + 1, radius) if axis == each else (0, 0) for each in (0, 1)]
+        counts = np.moveaxis(np.pad(region, margins).cumsum(axis), axis, 0)
+        region = np.moveaxis(counts[window:] > counts[:-window], 0, axis)
+    return region
 
 
 def without_borders(mask: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "aux": False,
         "base_size": 96,
         "crop_size": 96,
-        "epochs": 20,
+        "epochs": 16,
         "opt": "adamw",
         "lr": 3e-3,
         "head_lr_mult": 1.0,
