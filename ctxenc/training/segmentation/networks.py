@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import SqueezeExcite
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -69,14 +68,18 @@ class SegmentConfig:
 
 
 class PooledContext(nn.Module):
-    """What EncNet's module becomes where SE takes the place of the encoding: relu(x + x * gate(mean of x))."""
+    """What EncNet's module becomes where the mean of the map takes the place of its encoding, as in SE; no more differs."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.gate = SqueezeExcite(channels)
+        self.project = nn.Sequential(
+            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        )
+        self.fc = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return torch.relu(x + self.gate(x)), None
+        gate = self.fc(self.project(x).mean((2, 3))).sigmoid()[:, :, None, None]
+        return torch.relu(x + x * gate), None
 
 
 class NoContext(nn.Module):
