@@ -56,7 +56,6 @@ def test_defaults_are_the_papers():
         "backbone": "resnet50",
         "num_classes": 23,
         "in_chans": 3,
-        "pretrained_backbone": False,
         "num_codes": 32,
         "rd_channels": 128,
         "smoothing": "learned",
