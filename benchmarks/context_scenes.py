@@ -24,6 +24,7 @@ from matplotlib.patches import Patch
 
 from benchmarks.environment import describe
 from ctxenc.training.checkpoint import read_rows
+from ctxenc.training.config import write_config
 from ctxenc.training.console import text_table
 from ctxenc.training.runs import load_weights
 from ctxenc.training.segmentation.data import build_datasets
@@ -52,6 +53,7 @@ def train(name: str, arm: str, settings: SegmentSettings, seed: int, runs: Path)
     folder = runs / f"{name.replace(' ', '').replace(',', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     config = arm_configs(settings, list(CLASSES))[arm]
+    write_config(folder, config)
     SegmentTrainer(config, settings, build_datasets(settings), folder, seed).fit(f"{name}, seed {seed}")
     last = read_rows(folder / "metrics.csv")[-1]
     others = [each for each in CLASSES if each not in PAIRED]

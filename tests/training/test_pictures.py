@@ -149,3 +149,17 @@ def test_letters_beyond_ascii_are_not_boxes():
 def test_arguments_are_checked(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_sheet_shows_photograph_mask_and_prediction_beside_each_other():
+    photograph = torch.full((3, 48, 96), 70, dtype=torch.uint8)
+    mask, prediction = torch.zeros(48, 96, dtype=torch.int64), torch.ones(48, 96, dtype=torch.int64)
+    picture = np.asarray(pictures.sheet([(photograph, mask, prediction)] * 2, 2))
+    assert picture.shape == (2 * 192 + 3 * 4, 3 * 384 + 4 * 4, 3)
+    palette = pictures.voc_palette(2)
+    for top in (4, 200):
+        for number, colour in enumerate([(70, 70, 70), *palette]):
+            left = 4 + number * 388
+            assert (picture[top : top + 192, left : left + 384] == colour).all()
+    with pytest.raises(ValueError, match="sheet: rows must hold at least one"):
+        pictures.sheet([], 2)

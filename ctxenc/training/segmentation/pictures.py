@@ -129,7 +129,7 @@ def legend(
 
 
 def sheet(rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_classes: int, ignore_index: int = 255) -> Image.Image:
-    """Photographs with their masks and what was predicted, a row each, all as high as the first.
+    """Photographs with their masks and what was predicted, a row each, all as high as the first, or 192 pixels where that is less.
 
     Args:
         rows: Photograph (3, H, W) uint8, mask (H, W) and prediction (H, W), both of integers.
@@ -142,12 +142,13 @@ def sheet(rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_classes: int, ignor
     if not rows:
         raise ValueError("sheet: rows must hold at least one, got none")
     palette = voc_palette(num_classes)
-    height, gap = rows[0][1].shape[0], 4
+    height, gap = max(192, rows[0][1].shape[0]), 4
     pictures = []
     for photograph, mask, prediction in rows:
-        row = [Image.fromarray(photograph.permute(1, 2, 0).numpy())]
-        row += [colour_mask(each, palette, ignore_index) for each in (mask, prediction)]
-        pictures.append([each.resize((round(each.width * height / each.height), height)) for each in row])
+        size = (max(1, round(mask.shape[1] * height / mask.shape[0])), height)
+        row = [Image.fromarray(photograph.permute(1, 2, 0).numpy()).resize(size)]
+        masks = (colour_mask(each, palette, ignore_index) for each in (mask, prediction))
+        pictures.append(row + [each.resize(size, Image.Resampling.NEAREST) for each in masks])
     width = max(sum(each.width + gap for each in row) for row in pictures)
     paper = Image.new("RGB", (width + gap, len(rows) * (height + gap) + gap), PAPER)
     for number, row in enumerate(pictures):

@@ -212,7 +212,7 @@ class SegmentTrainer:
         rows = []
         count = min(SHOWN, len(self.val))
         for index in range(count):
-            image, mask = self.val[index * len(self.val) // count]
+            image, mask = self.val[index * (len(self.val) - 1) // max(1, count - 1)]
             prediction = self._logits(image[None], mask.shape)[0].argmax(0).cpu()
             rows.append((self._photograph(image, mask.shape), mask, prediction))
         try:
