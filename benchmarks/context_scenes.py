@@ -24,12 +24,12 @@ from matplotlib.patches import Patch
 
 from benchmarks.environment import describe
 from ctxenc.training.checkpoint import read_rows
-from ctxenc.training.config import write_config
-from ctxenc.training.console import text_table
+from ctxenc.training.config import read_config, write_config
+from ctxenc.training.console import UserError, text_table
 from ctxenc.training.runs import load_weights
 from ctxenc.training.segmentation.data import build_datasets
 from ctxenc.training.segmentation.local_patches import local_patch_accuracy
-from ctxenc.training.segmentation.networks import ARMS, arm_configs, build_network
+from ctxenc.training.segmentation.networks import ARMS, SegmentConfig, arm_configs, build_network
 from ctxenc.training.segmentation.report import mean_iou, spread
 from ctxenc.training.segmentation.scenes import AMBIGUOUS, CLASSES, IGNORED, MEAN, SCENES, STD, Scenes
 from ctxenc.training.segmentation.settings import SegmentSettings, resolve
@@ -53,6 +53,8 @@ def train(name: str, arm: str, settings: SegmentSettings, seed: int, runs: Path)
     folder = runs / f"{name.replace(' ', '').replace(',', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     config = arm_configs(settings, list(CLASSES))[arm]
+    if (folder / "config.json").is_file() and read_config(folder, SegmentConfig) != config:
+        raise UserError(f"{folder} holds a run of other settings or versions: remove it, or name another --runs")
     write_config(folder, config)
     SegmentTrainer(config, settings, build_datasets(settings), folder, seed).fit(f"{name}, seed {seed}")
     last = read_rows(folder / "metrics.csv")[-1]

@@ -4,6 +4,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -17,7 +18,9 @@ def check_backbone(owner: str, name: str) -> None:
     """
     if not isinstance(name, str):
         raise TypeError(f"{owner}: backbone must be the name of a timm model, got {name!r}")
-    architecture = name.split(".")[0]
+    architecture, tag = split_model_name_tag(name)
+    if tag and timm.is_model(architecture) and name not in get_arch_pretrained_cfgs(architecture):
+        raise ValueError(f"{owner}: backbone must have one of timm's tags for {architecture} or none, got {name!r}")
     if not timm.is_model(architecture):
         near = get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
@@ -53,7 +56,7 @@ def dilated_backbone(
         ValueError: there is no such network, or timm cannot give it that stride or so many maps.
     """
     check_backbone(owner, name)
-    if output_stride not in OUTPUT_STRIDES:
+    if type(output_stride) is not int or output_stride not in OUTPUT_STRIDES:
         raise ValueError(f"{owner}: output_stride must be one of 8, 16, 32, got {output_stride!r}")
     if stages is not None and (type(stages) is not int or stages < maps):
         raise ValueError(

@@ -6,7 +6,6 @@ Both store scale = -smoothing.
 
 import json
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctxenc.integrations.encnet import EncNet
+from ctxenc.integrations.hub import with_usual_mode
 
 NAME = "load_encnet_checkpoint"
 METADATA = "ctxenc.EncNet"  # key of the configuration in the metadata of a safetensors file
@@ -108,14 +108,15 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
         state, config = _read(Path(source))
     state = _unwrapped(state)
     names = {name: name for name in state}
-    if config is not None:
-        network = _built(config)
-    else:
+    if config is None:
         code_base = _recognised(state)
         names = _renamed(state, code_base)
         state = {ours: _converted(theirs, state[theirs]) for ours, theirs in names.items()}
-        network = EncNet(**_configuration(state), align_corners=code_base.align_corners)
-    _fill(network, state, names)
+        config = _configuration(state) | {"align_corners": code_base.align_corners}
+    with torch.device("meta"):  # nothing is allocated before all shapes are known to fit
+        _check(_built(config).state_dict(), state, names)
+    network = _built(config)
+    network.load_state_dict(state, strict=False)  # the counts of batches, which old checkpoints lack
     return network.eval()
 
 
@@ -124,12 +125,14 @@ def save_encnet_checkpoint(network: EncNet, path: str | os.PathLike[str]) -> Non
 
     Raises:
         TypeError: network is no EncNet, or an argument that it was made with is no JSON.
+        ValueError: its arguments build another network, as after patch_se_blocks.
         OSError: the file cannot be written.
     """
     if not isinstance(network, EncNet):
         raise TypeError(f"save_encnet_checkpoint: network must be an EncNet, got {type(network).__name__}")
     metadata = {"format": "pt", METADATA: json.dumps(network.checked_config())}
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path, metadata)
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    with_usual_mode(Path(path), lambda: save_file(state, path, metadata))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -141,13 +144,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             with safe_open(path, "pt") as file:
                 config = (file.metadata() or {}).get(METADATA)
                 return {name: file.get_tensor(name) for name in file.keys()}, config and json.loads(config)  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{NAME}: {path} is no valid safetensors file: {error}") from error
     try:
         with torch.serialization.safe_globals(_numpy_numbers()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on old protocols of pickle
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # its unpickler raises a dozen kinds
         refused = re.search(r"GLOBAL:? (\S+)", str(error))
         found = f"{refused[1]}, which could run code" if refused else "something else"
         raise ValueError(
@@ -170,7 +173,9 @@ def _unwrapped(state: dict[str, Any]) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), Mapping):
             state = dict(state[key])
-    if state and all(isinstance(name, str) and name.startswith("module.") for name in state):
+    if strange := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"{NAME}: a state dict must have names for keys, got {strange[0]!r}")
+    if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if wrong := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
         raise ValueError(
@@ -185,8 +190,8 @@ def _built(config: Any) -> EncNet:
         raise ValueError(f"{NAME}: the arguments of EncNet must be a table, got {config!r}")
     try:
         return EncNet(**(config | {"pretrained_backbone": False}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{NAME}: the file names a network that cannot be built: {error}") from error
+    except Exception as error:  # of any kind, down to what cannot be allocated
+        raise ValueError(f"{NAME}: the checkpoint names a network that cannot be built: {error}") from error
 
 
 def _recognised(state: dict[str, Tensor]) -> Source:
@@ -229,10 +234,14 @@ def _configuration(state: dict[str, Tensor]) -> dict[str, Any]:
         raise ValueError(f"{NAME}: the backbone must be a ResNet-50, 101 or 152, got stages of {depths} blocks")
     stem = {"backbone.conv1.weight": "", "backbone.conv1.0.weight": "c"}
     kind = next((kind for name, kind in stem.items() if name in state), "")
-    if kind and state["backbone.conv1.0.weight"].shape[0] == 64:
+    if kind and state["backbone.conv1.0.weight"].shape[:1] == (64,):
         kind = "s"  # PyTorch-Encoding's: 64, 64, 128 channels; mmsegmentation's: 32, 32, 64
-    if missing := {"encoding.context.encoding.codewords", "classifier.1.weight"} - state.keys():
+    dimensions = {"encoding.context.encoding.codewords": 2, "classifier.1.weight": 4}
+    if missing := dimensions.keys() - state.keys():
         raise ValueError(f"{NAME}: missing: {', '.join(sorted(missing))}")
+    for name, dim in dimensions.items():
+        if state[name].dim() != dim:
+            raise ValueError(f"{NAME}: {name} must have {dim} dimensions, got shape {tuple(state[name].shape)}")
     num_codes, channels = state["encoding.context.encoding.codewords"].shape
     return {
         "backbone": f"resnet{layers}{kind}",
@@ -245,9 +254,8 @@ def _configuration(state: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _fill(network: EncNet, state: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Strictly; old checkpoints do not count batches. names: those of the checkpoint for ours."""
-    wanted = network.state_dict()
+def _check(wanted: dict[str, Tensor], state: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Strictly; only old checkpoints do not count batches. names: those of the checkpoint for ours."""
     counts = {name for name in wanted if name.endswith("num_batches_tracked")}
     wrong = {
         "missing": sorted(wanted.keys() - state.keys() - counts),
@@ -261,4 +269,3 @@ def _fill(network: EncNet, state: dict[str, Tensor], names: dict[str, str]) -> N
     if any(wrong.values()):
         found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"{NAME}: the checkpoint does not fit the network that it names: {found}")
-    network.load_state_dict({name: state.get(name, tensor) for name, tensor in wanted.items()})

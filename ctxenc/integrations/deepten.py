@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ctxenc.encoding import Encoding, check_sizes, check_smoothing
+from ctxenc.integrations.backbones import check_backbone
 from ctxenc.integrations.hub import Saved
 from ctxenc.integrations.parameters import encoding_parameters
 
 POOLS = ("encoding", "")
+LOADING = ("checkpoint_path", "cache_dir")  # a configuration from somewhere else must not choose a file to be read
 
 
 class DeepTEN(
@@ -76,6 +78,8 @@ class DeepTEN(
         check_sizes("DeepTEN", in_chans=in_chans, num_codes=num_codes, rd_channels=rd_channels)
         check_smoothing(smoothing, "DeepTEN")
         _check_pool(global_pool, num_classes)
+        if not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate <= 1:
+            raise ValueError(f"DeepTEN: drop_rate must be a number from 0 to 1, got {drop_rate!r}")
         self.config = {
             "backbone": backbone,
             "num_classes": num_classes,
@@ -207,6 +211,8 @@ class DeepTEN(
 
 
 def _check_pool(global_pool: str, num_classes: int) -> None:
+    if num_classes != 0:
+        check_sizes("DeepTEN", num_classes=num_classes)
     if global_pool not in POOLS:
         raise ValueError(f'DeepTEN: global_pool must be "encoding" or "", got {global_pool!r}')
     if not global_pool and num_classes > 0:
@@ -219,8 +225,9 @@ def _inside_backbone(pattern: str) -> str:
 
 
 def _build(name: str, pretrained: bool, in_chans: int, arguments: dict[str, Any]) -> Any:
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise ValueError(f"DeepTEN: backbone must be the name of a timm model, got {name!r}")
+    check_backbone("DeepTEN", name)
+    if loading := sorted(each for each in arguments if each in LOADING or each.startswith("pretrained")):
+        raise ValueError(f"DeepTEN: backbone_args must not name what is loaded or from where, got {loading[0]}")
     try:
         return timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", in_chans=in_chans, **arguments

@@ -1,10 +1,12 @@
 """EncNet: Context Encoding for Semantic Segmentation (arXiv 1803.08904)."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GroupNorm, LayerNorm2d
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ctxenc.encoding import check_sizes, check_smoothing
@@ -15,7 +17,13 @@ from ctxenc.integrations.parameters import encoding_parameters
 
 Norm = Callable[..., nn.Module]
 
-NORMS: dict[str, Norm] = {"batchnorm2d": nn.BatchNorm2d, "groupnorm": GroupNorm, "layernorm2d": LayerNorm2d}
+
+def group_norm(channels: int, **kwargs: Any) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, or of as many as divide both 32 and the channels."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, **kwargs)
+
+
+NORMS: dict[str, Norm] = {"batchnorm2d": nn.BatchNorm2d, "groupnorm": group_norm, "layernorm2d": LayerNorm2d}
 
 
 def _norm(norm_layer: str | Norm) -> Norm:
@@ -97,6 +105,14 @@ class EncNet(
         super().__init__()
         check_sizes("EncNet", num_classes=num_classes, num_codes=num_codes, channels=channels, in_chans=in_chans)
         check_smoothing(smoothing, "EncNet")
+        for argument, value in (
+            ("aux", aux),
+            ("se_loss", se_loss),
+            ("lateral", lateral),
+            ("align_corners", align_corners),
+        ):
+            if not isinstance(value, bool):
+                raise TypeError(f"EncNet: {argument} must be True or False, got {value!r}")
         norm = _norm(norm_layer)
         self.config = {
             "backbone": backbone,

@@ -1,11 +1,23 @@
 """save_pretrained and from_pretrained, by huggingface_hub."""
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, constants
+
+
+def with_usual_mode(path: Path, write: Callable[[], Any]) -> None:
+    """Write a file that others may read as any new file: safetensors makes its files for the owner alone."""
+    path.touch()
+    mode = S_IMODE(path.stat().st_mode)
+    write()
+    with suppress(PermissionError):  # a file system without modes
+        path.chmod(mode)
 
 
 class Saved(PyTorchModelHubMixin):
@@ -22,13 +34,24 @@ class Saved(PyTorchModelHubMixin):
 
         Raises:
             TypeError: one of them is no JSON.
+            ValueError: they build another network, as after patch_se_blocks.
         """
+        name = type(self).__name__
         for argument, value in self.config.items():
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError):
-                raise TypeError(f"{type(self).__name__}: {argument} must be JSON to be saved, got {value!r}") from None
-        return self.config | {"pretrained_backbone": False}
+                raise TypeError(f"{name}: {argument} must be JSON to be saved, got {value!r}") from None
+        config = self.config | {"pretrained_backbone": False}
+        with torch.device("meta"):
+            fresh: Any = type(self)(**config)
+        own: Any = self
+        if changed := sorted(fresh.state_dict().keys() ^ own.state_dict().keys()):
+            raise ValueError(
+                f"{name}: to be saved, a network must be as its arguments build it, got one that was changed (patched?) at"
+                f" {changed[0]}; restore_se_blocks takes a swap back"
+            )
+        return config
 
     @torch.jit.ignore
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
@@ -41,8 +64,14 @@ class Saved(PyTorchModelHubMixin):
 
         Raises:
             TypeError: an argument of this network is no JSON.
+            ValueError: its arguments build another network, as after patch_se_blocks.
         """
         return super().save_pretrained(save_directory, config=config or self.checked_config(), **kwargs)
+
+    @torch.jit.ignore
+    def _save_pretrained(self, save_directory: Path) -> None:
+        path = save_directory / constants.SAFETENSORS_SINGLE_FILE
+        with_usual_mode(path, lambda: super(Saved, self)._save_pretrained(save_directory))
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:

@@ -58,7 +58,7 @@ def make_accelerator(settings: Running, seed: int = 0) -> Accelerator:
     # The sampler seeds epoch e with data_seed + e: seeds lie far enough apart not to share an order.
     loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=100_000 * seed)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=settings.device == "cpu",
             mixed_precision=settings.amp,  # None: what accelerate launch was told, else none
             dynamo_backend="inductor" if settings.compile else None,
@@ -66,6 +66,9 @@ def make_accelerator(settings: Running, seed: int = 0) -> Accelerator:
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"--device {settings.device}, --amp {settings.amp}: {one_line(error)}") from error
+    if settings.amp == "fp16" and accelerator.device.type == "cpu":  # which Accelerate would leave out without a word
+        raise UserError("--amp fp16 needs a GPU; a CPU has bf16")
+    return accelerator
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> Optimizer:

@@ -149,6 +149,12 @@ def without(state, part):
         (lambda s: without(s, "decode_head.enc_module"), "neither PyTorch-Encoding's nor mmsegmentation's"),
         (lambda s: s | {"decode_head.bottleneck.bn.bias": torch.ones(3)}, r"decode_head.bottleneck.bn.bias \(3,\) for \(512,\)"),
         (lambda s: s | {"decode_head.conv_seg.bias": "text"}, "must hold tensors, got str at 'decode_head.conv_seg.bias'"),
+        (lambda s: s | {"decode_head.conv_seg.weight": torch.ones(())}, r"classifier.1.weight must have 4 dimensions, got"),
+        (lambda s: s | {7: torch.ones(1)}, "a state dict must have names for keys, got 7"),
+        (
+            lambda s: s | {"decode_head.enc_module.encoding.0.codewords": torch.ones(1).expand(10**6, 10**6)},
+            r"does not fit the network that it names: of another shape|cannot be built",
+        ),
         (lambda s: {}, "neither PyTorch-Encoding's nor mmsegmentation's EncNet: no codewords among 0 names"),
     ],
 )  # fmt: skip
@@ -157,7 +163,7 @@ def test_what_does_not_fit_is_named(small_state, changed, text):
         load_encnet_checkpoint(changed(small_state))
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"hello world\n", b"PK\x03\x04 cut off"])
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
 def test_files_that_are_none(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -170,17 +176,28 @@ def test_files_that_are_none(tmp_path, name, content):
 def test_ours_goes_through_a_file(tmp_path):
     network = EncNet("resnet10t", 3, channels=16, num_codes=4, smoothing=0.5, lateral=True, align_corners=True).eval()
     save_encnet_checkpoint(network, tmp_path / "a.safetensors")
+    (tmp_path / "b.txt").touch()
     loaded = load_encnet_checkpoint(tmp_path / "a.safetensors")
     x = torch.randn(1, 3, 40, 48)
     assert loaded.config == network.config
     assert all(torch.equal(output, loaded(x)[name]) for name, output in network(x).items())
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
     with pytest.raises(TypeError, match="save_encnet_checkpoint: network must be an EncNet, got Linear"):
         save_encnet_checkpoint(torch.nn.Linear(1, 1), tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize(
     "config",
-    ['{"backbone": "hf_hub:somebody/network"}', '{"weights": 1}', "[1]", "no JSON", '{"backbone": "resnet10t"}'],
+    [
+        '{"backbone": "hf_hub:somebody/network"}',
+        '{"weights": 1}',
+        "[1]",
+        "no JSON",
+        '{"backbone": "resnet10t"}',
+        "[" * 10**5,
+        '{"backbone": "resnet18.nonsense"}',
+        '{"backbone": "resnet10t", "num_classes": 1000000000000}',
+    ],
 )
 def test_a_configuration_in_a_file_cannot_do_harm(tmp_path, config):
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", {checkpoints.METADATA: config})

@@ -133,7 +133,7 @@ def test_nothing_is_downloaded_to_load(tmp_path, monkeypatch):
     small(pretrained_backbone=True).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["pretrained_backbone"] is False
     DeepTEN.from_pretrained(tmp_path)
-    assert asked == [True, False]
+    assert asked == [True, False, False]  # as asked; to be compared with on saving; on loading
 
 
 def test_a_new_classifier_is_saved_as_it_is(tmp_path):
@@ -216,7 +216,7 @@ def test_maps_of_a_backbone_whose_head_widens_them():
     ("arguments", "error", "text"),
     [
         ({"backbone": "resnet5"}, ValueError, "DeepTEN: backbone must be the name of a timm model, got 'resnet5'"),
-        ({"backbone": 50}, ValueError, "DeepTEN: backbone must be the name of a timm model, got 50"),
+        ({"backbone": 50}, TypeError, "DeepTEN: backbone must be the name of a timm model, got 50"),
         ({"backbone": "hf-hub:timm/a"}, ValueError, "DeepTEN: backbone must be the name of a timm model, got 'hf-hub:"),
         ({"backbone": "test_vit"}, ValueError, r"must give a map (B, C, H, W), got (1, 101, 64) from 'test_vit'"),
         ({"backbone": "inception_next_atto"}, ValueError, "got 'inception_next_atto' with {}: Cannot disable pooling"),
@@ -250,3 +250,16 @@ def test_a_refused_reset_changes_nothing():
         model.reset_classifier(3, "")
     assert (model.num_classes, model.global_pool) == (5, "encoding")
     assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"])
+def test_a_configuration_cannot_name_a_file_to_load(tmp_path, argument):
+    with pytest.raises(
+        ValueError, match=f"DeepTEN: backbone_args must not name what is loaded or from where, got {argument}"
+    ):
+        small(**{argument: str(tmp_path / "x.pth")})
+    small().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {argument: str(tmp_path / "x.pth")}))
+    with pytest.raises(ValueError, match="DeepTEN: backbone_args must not name"):
+        DeepTEN.from_pretrained(tmp_path)

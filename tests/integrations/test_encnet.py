@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -101,6 +102,8 @@ def test_norm_layer_is_that_of_the_head():
     assert isinstance(network.reduce[1], nn.GroupNorm)
     assert isinstance(network.encoding.context.norm, nn.GroupNorm)
     assert isinstance(network.backbone.bn1, nn.BatchNorm2d)
+    assert [module.num_groups for module in small(norm_layer="groupnorm").modules() if isinstance(module, nn.GroupNorm)]
+    EncNet("regnety_002", 3, channels=48, num_codes=4, norm_layer="groupnorm")(torch.randn(1, 3, 40, 40))
     assert isinstance(small(norm_layer=nn.InstanceNorm2d).reduce[1], nn.InstanceNorm2d)
 
 
@@ -140,6 +143,32 @@ def test_loading_is_strict_and_asks_timm_for_no_weights(tmp_path, capsys):
         EncNet.from_pretrained(tmp_path)
 
 
+def test_saved_files_may_be_read_as_any_other(tmp_path):
+    small().save_pretrained(tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1
+
+
+def test_a_patched_network_is_not_saved_as_what_it_was(tmp_path):
+    network = EncNet("seresnet18", 3, channels=16, num_codes=4)
+    ctxenc.patch_se_blocks(network)
+    with pytest.raises(ValueError, match=r"EncNet: to be saved, .* changed \(patched\?\) at backbone.layer1.0.se"):
+        network.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    ctxenc.restore_se_blocks(network)
+    network.save_pretrained(tmp_path / "folder")
+
+
+def test_syncbn_as_timm_converts_it_keeps_the_network():
+    for name in ("regnety_002", "test_efficientnet"):
+        network = EncNet(name, 3, channels=16, num_codes=4).eval()
+        x = torch.randn(1, 3, 40, 40)
+        wanted = network(x)["out"]
+        converted = timm.layers.convert_sync_batchnorm(network)
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+        torch.testing.assert_close(converted(x)["out"], wanted)
+
+
 def test_what_cannot_be_saved_says_so(tmp_path):
     network = small(norm_layer=nn.InstanceNorm2d)
     with pytest.raises(TypeError, match="EncNet: norm_layer must be JSON to be saved, got "):
@@ -176,6 +205,10 @@ def test_what_cannot_be_saved_says_so(tmp_path):
         ({"num_codes": 0}, ValueError, "EncNet: num_codes"),
         ({"smoothing": 0.0}, ValueError, "EncNet: smoothing"),
         ({"norm_layer": "batchnorm"}, ValueError, "EncNet: norm_layer must be one of batchnorm2d, "),
+        ({"aux": "no"}, TypeError, "EncNet: aux must be True or False, got 'no'"),
+        ({"align_corners": 1}, TypeError, "EncNet: align_corners must be True or False, got 1"),
+        ({"backbone": "resnet18.nonsense"}, ValueError, "EncNet: backbone must have one of timm's tags for resnet18"),
+        ({"output_stride": 8.0}, ValueError, "EncNet: output_stride must be one of 8, 16, 32, got 8.0"),
         ({"norm_layer": 3}, TypeError, "EncNet: norm_layer must be a name or a class, got 3"),
     ],
 )

@@ -32,7 +32,7 @@ def test_other_data_means_the_recipe_of_the_paper():
     settings = options.resolve(parse("--data", "voc"))
     assert settings == SegmentSettings(data="voc")
     recipe = {
-        **{"opt": "sgd", "momentum": 0.9, "lr": 0.001, "head_lr_mult": 10, "weight_decay": 1e-4, "sched": "poly"},
+        **{"opt": "momentum", "momentum": 0.9, "lr": 0.001, "head_lr_mult": 10, "weight_decay": 1e-4, "sched": "poly"},
         **{"poly_power": 0.9, "batch_size": 16, "epochs": 50, "warmup_epochs": 0, "clip_grad": None},
         **{"base_size": 520, "crop_size": 480, "scale_min": 0.5, "scale_max": 2, "rotate": 10, "flip": 0.5},
         **{"backbone": "resnet50", "num_codes": 32, "output_stride": 8, "channels": 512, "smoothing": "learned"},
@@ -96,8 +96,9 @@ def test_settings_are_json():
         ("warmup_epochs", -1, "at least 0"),
         ("warmup_epochs", 51, "at most --epochs 50"),
         ("clip_grad", 0.0, "a positive number"),
-        ("scale_min", 0.0, "a positive number"),
-        ("scale_max", float("nan"), "a positive number"),
+        ("scale_min", 0.0, "above 0 and at most 16"),
+        ("scale_max", float("nan"), "above 0 and at most 16"),
+        ("scale_max", 17.0, "above 0 and at most 16"),
         ("scale_min", 2.5, "at most --scale-max 2.0"),
         ("rotate", -1.0, "in [0, 180]"),
         ("rotate", 181.0, "in [0, 180]"),

@@ -1,5 +1,6 @@
 """What is trained: EncNet, and the networks that it is compared with, each described by a configuration that rebuilds it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ctxenc.integrations.encnet import EncNet
 from ctxenc.training.config import FORMAT
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.runs import installed_versions
+from ctxenc.training.runs import check_model_name, installed_versions
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
 
 # EncNet and what the ablation of the paper compares it with, with the names under which they are reported.
@@ -54,12 +55,20 @@ class SegmentConfig:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
+        network = self.network if isinstance(self.network, dict) else {}
+        classes = self.classes if isinstance(self.classes, list) else []
         colours = [each for each in (self.mean, self.std) if isinstance(each, list) and len(each) == 3]
+        numbers = [each for part in colours for each in part]
         rules = {
-            "network": isinstance(self.network, dict) and "pretrained_backbone" not in self.network,
+            "network": {"channels", "num_classes"} <= network.keys() and "pretrained_backbone" not in network,
             "context": self.context in CONTEXTS,
-            "classes": isinstance(self.classes, list) and all(isinstance(each, str) for each in self.classes),
-            "mean and std": len(colours) == 2 and all(isinstance(each, float) for part in colours for each in part),
+            "classes": all(isinstance(each, str) for each in classes)
+            and 0 < len(classes) == network.get("num_classes"),
+            "mean and std": len(colours) == 2
+            and all(isinstance(each, float) and math.isfinite(each) for each in numbers)
+            and all(each > 0 for each in colours[1]),
+            "settings": isinstance(self.settings, dict),
+            "versions": isinstance(self.versions, dict),
             "kind": self.kind == "segment",
         }
         for name, holds in rules.items():
@@ -90,7 +99,12 @@ class NoContext(nn.Module):
 
 
 def arm_configs(settings: SegmentSettings, classes: list[str]) -> dict[str, SegmentConfig]:
-    """The configuration of each arm that ``settings`` ask for."""
+    """The configuration of each arm that ``settings`` ask for.
+
+    Raises:
+        UserError: There is no such backbone.
+    """
+    check_model_name(settings.backbone)
     shared: dict[str, Any] = {
         "backbone": settings.backbone,
         "num_classes": len(classes),

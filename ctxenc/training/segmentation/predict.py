@@ -23,6 +23,7 @@ from ctxenc.training.segmentation.pictures import colour_mask, legend, overlay, 
 from ctxenc.training.segmentation.trainer import SCORE
 
 PICTURES = ("mask", "overlay", "legend")
+LARGEST_SCALE = 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes STEM.mask.png, STEM.overlay.png and STEM.legend.png for each image."""
+    if not all(0 < scale <= LARGEST_SCALE for scale in args.scales):
+        raise UserError(f"--scales must be above 0 and at most {LARGEST_SCALE}, got {args.scales}")
+    if not 0 < args.stride <= 1:
+        raise UserError(f"--stride must be above 0 and at most 1, got {args.stride}")
     device = pick_device(args.device)
     paths = find_images(args.images)
     if len({path.stem for path in paths}) < len(paths):
@@ -112,10 +117,10 @@ def load(checkpoint: Path, names: Path | None = None) -> Loaded:
     Raises:
         UserError: It is no checkpoint, or the file of names does not have one for each class.
     """
-    if (checkpoint / "model.safetensors").is_file():
+    if (checkpoint / "model.safetensors").is_file() and (checkpoint / "config.json").is_file():
         network, config = from_pretrained(checkpoint), None
     elif checkpoint.is_dir():
-        arm = resolve(checkpoint, preferred="encnet", score=SCORE)
+        arm = resolve(checkpoint, preferred="encnet-", score=SCORE)
         config = read_config(arm, SegmentConfig)
         network = build_network(config)
         load_weights(network, arm / "best.safetensors")

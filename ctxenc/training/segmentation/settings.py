@@ -19,12 +19,14 @@ from ctxenc.training.settings import (
     check_rules,
     flag,
     option,
+    option_name,
     resumed_as,
 )
 from ctxenc.training.settings import given as given_of
 
 SCENES = "scenes"
 ARMS = ("encnet", "all")
+IMAGE_SETTINGS = ("base_size", "crop_size", "scale_min", "scale_max", "rotate", "flip", "val_fraction")
 ALL_ARMS = ("fcn", "fcn_se", "encnet_no_se_loss", "encnet")
 
 
@@ -62,7 +64,7 @@ class SegmentSettings:
 
     epochs: int = option(50, "passes over the training set", type=positive_int)
     batch_size: int = option(16, "images a step and process", type=positive_int)
-    opt: str = option("sgd", "a timm optimiser", metavar="NAME")
+    opt: str = option("momentum", "a timm optimiser; its sgd is Nesterov's", metavar="NAME")
     momentum: float = option(0.9, "momentum of the optimiser", type=float)
     lr: float = option(1e-3, "peak learning rate of the backbone", type=float)
     head_lr_mult: float = option(10.0, "learning rate of all but the backbone, as a multiple of --lr", type=float)
@@ -131,8 +133,11 @@ _RULES: Rules = {
     "poly_power": POSITIVE,
     "warmup_epochs": AT_LEAST_0,
     "clip_grad": POSITIVE,
-    "scale_min": POSITIVE,
-    "scale_max": POSITIVE,
+    "scale_min": ("above 0 and at most 16", lambda value: 0 < value <= 16),
+    "scale_max": ("above 0 and at most 16", lambda value: 0 < value <= 16),
+    "batch_size": ("at least 1", lambda value: value >= 1),
+    "arms": (" or ".join(ARMS), lambda value: value in ARMS),
+    "sched": (", ".join(SCHEDULES), lambda value: value in SCHEDULES),
     "rotate": ("in [0, 180]", lambda value: 0 <= value <= 180),
     "flip": UP_TO_1,
     "seed": AT_LEAST_0,
@@ -180,7 +185,10 @@ def resolve(chosen: dict[str, Any]) -> SegmentSettings:
     Raises:
         UserError: A value breaks its rule.
     """
-    return SegmentSettings(**(OWN_DEFAULTS.get(chosen.get("data", SCENES), {}) | chosen))
+    data = chosen.get("data", SCENES)
+    if data == SCENES and (idle := [name for name in IMAGE_SETTINGS if name in chosen]):
+        raise UserError(f"{option_name(idle[0])} has no part in --data {SCENES}, whose images are drawn in one size")
+    return SegmentSettings(**(OWN_DEFAULTS.get(data, {}) | chosen))
 
 
 def resumed(stored: dict[str, Any], chosen: dict[str, Any]) -> SegmentSettings:

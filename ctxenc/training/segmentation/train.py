@@ -89,9 +89,9 @@ def try_out(configs: dict[str, SegmentConfig], settings: SegmentSettings, pretra
     for config in configs.values():
         network = build_network(config, pretrained)
         make_optimizer(network, settings)
-        crop = torch.zeros(1, 3, settings.crop_size, settings.crop_size)
         try:
             with torch.no_grad():
+                crop = torch.zeros(1, 3, settings.crop_size, settings.crop_size)
                 network.train(settings.batch_size == 1)(crop)
         except Exception as error:  # any layer may refuse, each in its way
             raise UserError(

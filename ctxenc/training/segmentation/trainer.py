@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
@@ -81,7 +83,7 @@ class SegmentTrainer:
         with self.accelerator.local_main_process_first():
             network: Any = build_network(config, settings.pretrained_backbone and state is None)
         if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            network = convert_sync_batchnorm(network)  # timm's, which keeps the activation of its fused norms
         if settings.channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(self.accelerator.device)
@@ -161,7 +163,7 @@ class SegmentTrainer:
         losses = torch.zeros((), device=self.accelerator.device)
         images_seen, lr, started = 0, 0.0, time.perf_counter()
         for step, (images, masks) in enumerate(self.train_loader):
-            lr = min(group["lr"] for group in self.optimizer.param_groups)
+            lr = self.optimizer.param_groups[0]["lr"]  # the backbone's
             self.optimizer.zero_grad()
             loss = self.criterion(self.model(in_format(images, self.settings.channels_last)), masks)
             self.accelerator.backward(loss)
@@ -177,6 +179,8 @@ class SegmentTrainer:
         speed = images_seen * self.accelerator.num_processes / (time.perf_counter() - started)
         if not math.isfinite(mean):
             raise UserError(f"the training loss of epoch {epoch + 1} is {mean}; a lower --lr may help")
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.network, self.accelerator.num_processes, reduce=True)
         return lr, mean, speed
 
     @torch.no_grad()
