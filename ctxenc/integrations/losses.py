@@ -256,6 +256,8 @@ def _check_number(name: str, argument: str, value: float, most: float = math.inf
 
 
 def _check_masks(name: str, target: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name}: target must be a tensor of integers, got {type(target).__name__}")
     if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
         raise TypeError(f"{name}: target must hold integers, got {target.dtype}")
     if target.dim() != 3:
@@ -264,6 +266,9 @@ def _check_masks(name: str, target: Tensor) -> None:
 
 def _check_logits(name: str, argument: str, logits: Tensor, target: Tensor) -> None:
     _check_masks(name, target)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"{name}: {argument} must be a floating-point tensor, got {got}")
     if logits.dim() != 4:
         raise ValueError(f"{name}: {argument} must have shape (B, classes, H, W), got {tuple(logits.shape)}")
     if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[1:]:

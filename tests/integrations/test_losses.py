@@ -391,3 +391,18 @@ def test_arguments_of_presence_are_checked(arguments, error, text):
 def test_print():
     assert repr(EncNetLoss()) == "EncNetLoss(aux_weight=0.2, se_weight=0.2, ignore_index=255)"
     assert repr(DiceLoss()) == "DiceLoss(ignore_index=255, smooth=1.0)"
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "text"),
+    [
+        ([1.0], torch.zeros(1, 2, 2, dtype=torch.long), "must be a floating-point tensor, got list"),
+        (torch.zeros(1, 3, 2, 2, dtype=torch.long), torch.zeros(1, 2, 2, dtype=torch.long), "got torch.int64"),
+        (torch.zeros(1, 3, 2, 2), [[0]], "target must be a tensor of integers, got list"),
+    ],
+)
+def test_what_is_no_tensor_is_refused(logits, target, text):
+    with pytest.raises(TypeError, match=text):
+        DiceLoss()(logits, target)
+    with pytest.raises(TypeError, match=text):
+        EncNetLoss()({"out": logits}, target)

@@ -179,7 +179,7 @@ def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys):
         (["predict", "--checkpoint", "nowhere.pth", "IMAGE"], "nowhere.pth: No such file or directory"),
         (["predict", "--checkpoint", ".", "IMAGE"], "is no run folder"),
         (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--stride", "2"], "--stride must be above 0 and at most 1, got 2.0"),
-        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--scales", "-1"], "--scales must be above 0 and at most 16, got [-1.0]"),
+        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--scales", "-1"], "--scales must be above 0 and at most 16"),
         (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--classes", "CLASSES"], "must name 3 classes, one a line, got 2"),
         (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "IMAGE2"], "images must differ in their names"),
     ],
