@@ -63,7 +63,7 @@ def train(name: str, arm: str, settings: SegmentSettings, seed: int, runs: Path)
         "name": name,
         "arm": arm,
         "seed": seed,
-        "folder": str(folder),
+        "folder": folder.name,
         "num_codes": settings.num_codes,
         "se_weight": settings.se_weight,
         "ambiguous": mean_iou(last, PAIRED),
@@ -79,7 +79,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         measures = [[row[key] for row in own] for key in ("mean_iou", "ambiguous", "others", "pixel_accuracy")]
-        cells.append((ARMS[name][0] if name in ARMS else name, *map(spread, measures), str(len(own))))
+        title = ARMS[name][0] if name in ARMS else name.replace("encnet", "EncNet")
+        cells.append((title, *map(spread, measures), str(len(own))))
     return text_table(header, cells, right=header[1:])
 
 
@@ -90,13 +91,13 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
 
 
-def picture(settings: SegmentSettings, rows: list[dict[str, Any]], scenes: int = 2) -> Figure:
+def picture(settings: SegmentSettings, rows: list[dict[str, Any]], runs: Path, scenes: int = 1) -> Figure:
     """Test scenes of every type, a row each: image, truth, and what each arm's first seed predicts."""
     arms = {row["arm"]: row for row in reversed(rows) if row["name"] == row["arm"]}
     networks = {}
     for arm in [each for each in ARMS if each in arms]:
         networks[arm] = build_network(arm_configs(settings, list(CLASSES))[arm]).eval()
-        load_weights(networks[arm], Path(arms[arm]["folder"]) / "last.safetensors")
+        load_weights(networks[arm], runs / arms[arm]["folder"] / "last.safetensors")
     test = Scenes(False, scenes * len(SCENES))
     figure = Figure(figsize=(1.5 * (2 + len(networks)) + 1.6, 1.45 * len(test)), layout="constrained")
     axes = figure.subplots(len(test), 2 + len(networks), squeeze=False)
@@ -159,7 +160,7 @@ def main() -> None:
     result = {"environment": describe(), "settings": settings.as_dict(), "local_patches": local, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    picture(settings, rows).savefig(args.out.with_suffix(".png"), dpi=100)
+    picture(settings, rows, args.runs).savefig(args.out.with_suffix(".png"), dpi=100)
     print(f"written: {args.out} and {args.out.with_suffix('.png').name}")
 
 

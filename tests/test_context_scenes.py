@@ -30,7 +30,7 @@ def test_the_table_has_means_and_deviations_over_seeds():
     assert lines[2].split("  ")[0] == "FCN"
     assert "60.0 ± 14.1 %" in lines[2]
     assert "30.0 ± 7.1 %" in lines[2]
-    assert lines[3].startswith("encnet, K = 8")
+    assert lines[3].startswith("EncNet, K = 8")
     assert "80.0 %" in lines[3]
     cells = [line.count("|") for line in markdown({"rows": rows}).splitlines()]
     assert cells == [7] * 4

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.encode_cpu import markdown
+from benchmarks import context_scenes, encode_cpu
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,11 +23,19 @@ def test_python_snippet_runs(snippet, tmp_path, monkeypatch):
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_table_of_the_operator_is_the_committed_result():
-    result = json.loads((ROOT / "benchmarks/results/encode_cpu.json").read_text())
-    shown = re.search(r"<!-- encode_cpu -->\n(.*?)\n<!-- /encode_cpu -->", README, flags=re.S)
+@pytest.mark.parametrize("benchmark", [encode_cpu, context_scenes])
+def test_tables_are_the_committed_results(benchmark):
+    name = benchmark.__name__.removeprefix("benchmarks.")
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, flags=re.S)
     assert shown is not None
-    assert shown[1] == markdown(result)
+    assert shown[1] == benchmark.markdown(result)
+
+
+def test_pictures_are_there():
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert shown
+    assert all((ROOT / path).is_file() for path in shown)
 
 
 def test_commands_of_the_readme_exist():
