@@ -12,6 +12,7 @@ COMMANDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the sub-commands with their arguments."""
+    parser.epilog = "examples: ctxenc segment train --help | ctxenc segment predict --checkpoint RUN IMAGE..."
     commands = parser.add_subparsers(dest="segment_command", metavar="COMMAND", required=True)
     for name, (summary, module) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."))

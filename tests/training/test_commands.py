@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,7 @@ def start(*arguments, **keywords):
     """A process that runs the command line, with the output as text."""
     return subprocess.Popen(
         [sys.executable, "-m", "ctxenc", *map(str, arguments)],
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it runs with &
         **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | keywords),
     )
 
