@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
