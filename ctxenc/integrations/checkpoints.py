@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctxenc.integrations.encnet import EncNet
-from ctxenc.integrations.hub import with_usual_mode
+from ctxenc.integrations.hub import with_usual_mode, without_memory
 
 NAME = "load_encnet_checkpoint"
 METADATA = "ctxenc.EncNet"  # key of the configuration in the metadata of a safetensors file
@@ -113,8 +113,8 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
         names = _renamed(state, code_base)
         state = {ours: _converted(theirs, state[theirs]) for ours, theirs in names.items()}
         config = _configuration(state) | {"align_corners": code_base.align_corners}
-    with torch.device("meta"):  # nothing is allocated before all shapes are known to fit
-        _check(_built(config).state_dict(), state, names)
+    # Nothing is allocated before all shapes are known to fit.
+    _check(without_memory(lambda: _built(config)).state_dict(), state, names)
     network = _built(config)
     network.load_state_dict(state, strict=False)  # the counts of batches, which old checkpoints lack
     return network.eval()
@@ -190,6 +190,8 @@ def _built(config: Any) -> EncNet:
         raise ValueError(f"{NAME}: the arguments of EncNet must be a table, got {config!r}")
     try:
         return EncNet(**(config | {"pretrained_backbone": False}))
+    except NotImplementedError:  # for without_memory
+        raise
     except Exception as error:  # of any kind, down to what cannot be allocated
         raise ValueError(f"{NAME}: the checkpoint names a network that cannot be built: {error}") from error
 
