@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 import ctxenc
-from benchmarks.encode_cpu import (
+from benchmarks.environment import describe
+from benchmarks.forms import (
     LAYOUTS,
+    TOLERANCE,
     Encode,
     Shape,
     error,
@@ -36,7 +38,6 @@ from benchmarks.encode_cpu import (
     inputs,
     shifted_matmul,
 )
-from benchmarks.environment import describe
 from benchmarks.timing import (
     Timer,
     copies_beyond_cache,
@@ -68,8 +69,6 @@ GROUPS: dict[str, list[Shape]] = {
 }
 QUICK: dict[str, list[Shape]] = {"sweep": [(2, 49, 16, 4), (3, 30, 8, 5)]}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # in order of importance
-# Relative to the largest value; half precision rounds the products too. A form that is wrong is off by far more.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 EXPANDED_PART = 0.1  # of what is free, for one tensor of B x N x K x D: autograd takes five or six of them
 PASSES = {"forward": 1, "forward_backward": 3}  # times that the bytes of x must move
 

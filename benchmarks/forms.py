@@ -1,0 +1,99 @@
+"""The forms of the operator that are compared, their inputs, and how far each is from fp64."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import ctxenc
+from ctxenc.kernels import reference
+
+LAYOUTS = ("channels_first", "channels_last")
+# Relative to the largest value; half precision rounds the products too. A form that is wrong is off by far more.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+CHECKED: list["Shape"] = [(2, 49, 16, 8), (3, 196, 24, 16), (1, 900, 128, 32)]
+
+Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
+Shape = tuple[int, int, int, int]
+
+
+def expanded(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """Residuals of every pixel to every codeword, held in memory twice."""
+    return reference.encode(x, codewords, smoothing)
+
+
+def shifted_matmul(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """The matmul form that is safe under offsets, left to autograd."""
+    center = codewords.mean(0)
+    x, codewords = x - center[:, None], codewords - center
+    distance = x.square().sum(1, keepdim=True) - 2 * (codewords @ x) + codewords.square().sum(1)[:, None]
+    weights = torch.softmax(-smoothing[:, None] * distance, dim=1)
+    return weights @ x.transpose(1, 2) - weights.sum(2, keepdim=True) * codewords
+
+
+def inputs(
+    shape: Shape, layout: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random x (B, D, N) in a dtype, codewords (K, D) and learned smoothing (K,) in fp32, all with gradients."""
+    B, N, D, K = shape
+    if layout == "channels_last":
+        x = torch.randn(B, N, D, dtype=dtype, device=device).transpose(1, 2)
+    else:
+        x = torch.randn(B, D, N, dtype=dtype, device=device)
+    tensors = x, torch.randn(K, D, device=device) / 4, torch.rand(K, device=device) / D
+    return tuple(tensor.requires_grad_() for tensor in tensors)  # type: ignore[return-value]
+
+
+def forward(encode: Encode, tensors: tuple[Tensor, ...]) -> Tensor:
+    """Without a graph for backward."""
+    with torch.no_grad():
+        return encode(*tensors)
+
+
+def gradients(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    return torch.autograd.grad(encode(*tensors), tensors, grad)
+
+
+def results(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The encoding and its three gradients."""
+    return encode(*tensors).detach(), *gradients(encode, tensors, grad)
+
+
+def exact(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The results of a form in fp64."""
+    return results(encode, tuple(tensor.detach().double().requires_grad_() for tensor in tensors), grad.double())
+
+
+def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor, wanted: tuple[Tensor, ...]) -> float:
+    """Largest error of the results, each relative to its own largest value; NaN stays NaN."""
+    errors = [
+        (g.double() - w).abs().max() / w.abs().max()
+        for g, w in zip(results(encode, tensors, grad), wanted, strict=True)
+    ]
+    return float(torch.stack(errors).max())
+
+
+def check_operator(device: str) -> float:
+    """Refuse to go on where ctxenc's operator is wrong in this process; a result is not to be had without it.
+
+    Returns:
+        The largest error in fp32 of the encoding and the gradients over some shapes, both layouts, with and without an offset,
+        relative to the largest value of each.
+
+    Raises:
+        SystemExit: it is over TOLERANCE.
+    """
+    errors = {}
+    for shape in CHECKED:
+        for layout in LAYOUTS:
+            for offset in (0.0, 100.0):
+                torch.manual_seed(0)
+                x, codewords, smoothing = (tensor.detach() for tensor in inputs(shape, layout, device=device))
+                tensors = tuple(tensor.requires_grad_() for tensor in (x + offset, codewords + offset, smoothing))
+                grad = torch.randn(shape[0], shape[3], shape[2], device=device)
+                wanted = exact(expanded, tensors, grad)
+                errors[shape, layout, offset] = error(ctxenc.encode, tensors, grad, wanted)
+    if wrong := {case: value for case, value in errors.items() if not value <= TOLERANCE[torch.float32]}:
+        raise SystemExit(f"no speed is reported for a wrong result: {wrong}")
+    return max(errors.values())
