@@ -1,0 +1,78 @@
+"""Everything that is measured on one device, in one command: is it right, the layer, whole networks, pictures.
+
+    python -m benchmarks.all [--device cuda] [--out FOLDER] [--seconds 520]
+
+Runs the tests of the kernels (on a GPU tests/gpu, else tests/test_operator.py), then benchmarks.encode, benchmarks.swap and
+benchmarks.plot, each in a process of its own, and leaves their JSON and PNGs in one folder. What is wrong is not timed: where
+the tests fail nothing else runs. On a GPU the whole ends in under nine minutes; on a CPU it takes as long as it takes, about an hour
+on two cores.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import RESULTS
+
+ROOT = Path(__file__).parent.parent
+SHARES = {"tests": 0.35, "encode": 0.3, "swap": 0.3}  # of the seconds; the rest is for starting and the pictures
+TESTS = {"cuda": ["tests/gpu", "-m", "gpu", "-n", "8"], "cpu": ["tests/test_operator.py"]}
+
+
+def run(name: str, command: Sequence[str], seconds: float | None) -> int:
+    """One step; what it prints is seen as it comes. A step that does not end in time is ended, and counts as failed."""
+    print(f"\n== {name}: {' '.join(command)}", flush=True)
+    began = time.monotonic()
+    try:
+        status = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        status = 124
+    print(
+        f"== {name}: {'done' if status == 0 else f'failed, status {status}'}, {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    return status
+
+
+def name_of(device: str) -> str:
+    """Of the files: the GPU's, or "cpu"."""
+    name = torch.cuda.get_device_name().lower() if device == "cuda" else "cpu"
+    return "_".join("".join(letter if letter.isalnum() else " " for letter in name).split())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.all")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, help="for the whole (default: 520 on a GPU, no limit on a CPU)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes, to see that it runs")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch.cuda.is_available() is False")
+    seconds = args.seconds or (520.0 if args.device == "cuda" else None)
+    parts = {name: seconds * share if seconds else None for name, share in SHARES.items()}
+    out = args.out.resolve()
+    if run("tests", ["pytest", "-q", *TESTS[args.device]], parts["tests"]):
+        raise SystemExit("no speed is reported for a wrong result: the tests failed")
+    failed, results = [], []
+    for name in ("encode", "swap"):
+        results.append(str(out / f"{name}_{name_of(args.device)}.json"))
+        command = [f"benchmarks.{name}", "--device", args.device, "--out", results[-1]]
+        if limit := parts[name]:  # a table that has begun is ended: the benchmark's own limit is lower
+            command += ["--seconds", f"{0.8 * limit:.0f}"]
+        if run(name, command + (["--quick"] if args.quick else []), parts[name]):
+            failed.append(name)
+    made = [path for path in results if Path(path).exists()]
+    if made and run("plot", ["benchmarks.plot", *made, "--out", str(out)], None):
+        failed.append("plot")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Pictures of results: speed against peers, the roofline, growth with each size, and the cost of the swap.
+
+    python -m benchmarks.plot [RESULT.json ...] [--out FOLDER]
+
+By default every result of benchmarks.encode and benchmarks.swap in benchmarks/results becomes PNGs beside it.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.encode_rows import WORK
+from benchmarks.record import RESULTS, read
+
+Row = dict[str, Any]
+
+# The forms that a reader would choose between, each in one colour (Okabe and Ito's, told apart by everyone) and with one mark.
+FORMS = {
+    "ctxenc, triton": ("ctxenc, Triton", "#D55E00", "o"),
+    "ctxenc, torch": ("ctxenc", "#0072B2", "o"),
+    "torch.compile(shifted matmul)": ("torch.compile of the matmul form", "#009E73", "s"),
+    "shifted matmul": ("matmul form, autograd", "#56B4E9", "^"),
+    "expanded": ("expanded form", "#999999", "D"),
+    "mmsegmentation": ("mmsegmentation's Encoding", "#CC79A7", "v"),
+}
+TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
+DTYPE_ORDER = ("bfloat16", "float32", "float16")
+
+
+def _machine(result: dict[str, Any]) -> str:
+    environment = result["environment"]
+    machine = environment["gpu"] or f"{environment['processor']}, {environment['threads']} threads"
+    return f"{machine}, torch {environment['versions']['torch']}, commit {environment['commit']}"
+
+
+def _figure(result: dict[str, Any], panels: int, width: float, height: float, title: str) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(1, panels, figsize=(width, height), squeeze=False, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    figure.text(0.995, -0.01, _machine(result), ha="right", va="top", fontsize=7, color="#555555")
+    for ax in axes[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    return figure, list(axes[0])
+
+
+def _first_dtype(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one dtype alone: the one that matters most of those measured."""
+    dtype = min((row["dtype"] for row in rows), key=DTYPE_ORDER.index)
+    return [row for row in rows if row["dtype"] == dtype]
+
+
+def _measured(result: dict[str, Any], sweep: bool) -> list[Row]:
+    """Rows of a result of benchmarks.encode that have both times, in the first layout."""
+    rows = [row for row in result["rows"] if "forward_backward_ms" in row and (row["group"] == "sweep") is sweep]
+    return _first_dtype([row for row in rows if row["layout"] == "channels_first"]) if rows else []
+
+
+def speed(result: dict[str, Any]) -> Figure | None:
+    """How many times as long as ctxenc each other form takes, at the shapes that networks feed."""
+    rows = _measured(result, sweep=False)
+    if not rows:
+        return None
+    sources = list(dict.fromkeys(f"{row['source']}\n{row['shape']}" for row in rows))
+    figure, axes = _figure(result, 2, 11, 1 + 0.42 * len(sources), "Time of other forms, in times of ctxenc's")
+    for ax, (direction, title) in zip(axes, TITLES.items(), strict=True):
+        for form, (name, colour, mark) in FORMS.items():
+            points = [row for row in rows if row["form"] == form]
+            ratios = [row[f"{direction}_ratio"] for row in points]
+            places = [sources.index(f"{row['source']}\n{row['shape']}") for row in points]
+            if points and not form.startswith("ctxenc, torch"):
+                ax.scatter(ratios, places, color=colour, marker=mark, s=28, label=name, zorder=3)
+        ax.axvline(1, color="#0072B2", linewidth=1.5, label="ctxenc")
+        ax.set(xscale="log", title=title, yticks=range(len(sources)), ylim=(len(sources) - 0.5, -0.5))
+        ax.set_yticklabels(sources if ax is axes[0] else [], fontsize=7)
+        ax.grid(axis="both", color="#EEEEEE", zorder=0)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[0].legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def roofline(result: dict[str, Any]) -> Figure | None:
+    """The rate of products that each form reaches against the products there are for each byte of x that must move."""
+    rows = _measured(result, sweep=False)
+    if not rows:
+        return None
+    bandwidth = result["copy_bytes_per_second"]
+    rate = result["matmul_flops_per_second"][rows[0]["dtype"]]
+    figure, axes = _figure(result, 2, 11, 4.5, "Roofline: copy bandwidth and matmul rate of the same run")
+    itemsize = 4 if rows[0]["dtype"] == "float32" else 2
+    for ax, (direction, title) in zip(axes, TITLES.items(), strict=True):
+        passes, products = WORK[direction]
+        intensities = []
+        for form, (name, colour, mark) in FORMS.items():
+            points = [row for row in rows if row["form"] == form]
+            flops = [products * 2 * math.prod(row["shape"]) for row in points]
+            moved = [passes * itemsize * math.prod(row["shape"][:3]) for row in points]
+            x = [flop / byte for flop, byte in zip(flops, moved, strict=True)]
+            y = [flop / row[f"{direction}_ms"]["median"] / 1e6 for flop, row in zip(flops, points, strict=True)]
+            intensities += x
+            ax.scatter(x, y, color=colour, marker=mark, s=24, label=name if points else None, zorder=3, alpha=0.85)
+        span = [min(intensities) / 2, rate / bandwidth, max([*intensities, rate / bandwidth]) * 2]
+        ax.plot(span, [min(rate, each * bandwidth) / 1e9 for each in span], color="black", linewidth=1.2, label="roof")
+        ax.set(xscale="log", yscale="log", title=title, xlabel="flop of the products a byte of x", ylabel="GFLOP/s")
+        ax.grid(color="#EEEEEE", zorder=0)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def growth(result: dict[str, Any]) -> Figure | None:
+    """Time against N, K and D, one at a time."""
+    rows = _measured(result, sweep=True)
+    if not rows:
+        return None
+    middle = [statistics.mode(sizes) for sizes in zip(*(row["shape"] for row in rows), strict=True)]
+    figure, axes = _figure(result, 3, 12, 4, f"Growth of forward + backward about B, N, D, K = {middle}")
+    for ax, (place, name) in zip(axes, {1: "N, pixels", 3: "K, codewords", 2: "D, channels"}.items(), strict=True):
+        others = [other for other in range(4) if other != place]
+        line = [row for row in rows if all(row["shape"][other] == middle[other] for other in others)]
+        for form, (label, colour, mark) in FORMS.items():
+            points = sorted((row["shape"][place], row["forward_backward_ms"]) for row in line if row["form"] == form)
+            if points:
+                sizes, times = zip(*points, strict=True)
+                medians = [each["median"] for each in times]
+                ax.plot(sizes, medians, color=colour, marker=mark, markersize=4, label=label)
+                ax.fill_between(sizes, [t["p20"] for t in times], [t["p80"] for t in times], color=colour, alpha=0.2)
+        ticks = sorted({row["shape"][place] for row in line})
+        ax.set(xscale="log", yscale="log", xlabel=name, xticks=ticks)
+        ax.set_xticklabels(list(map(str, ticks)))
+        ax.minorticks_off()
+        ax.grid(color="#EEEEEE")
+    axes[0].set_ylabel("milliseconds")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def cost(result: dict[str, Any]) -> Figure | None:
+    """What each variant of each network costs in times of the network as it is shipped: eager, fp32, channels last."""
+    rows = [
+        row
+        for row in result["rows"]
+        if (row["mode"], row["precision"], row["channels_last"]) == ("eager", "fp32", True) and "memory_ratio" in row
+    ]
+    if not rows:
+        return None
+    groups = list(dict.fromkeys(row["network"] for row in rows))
+    places = {}
+    for network in groups:  # a free line above each network holds its name
+        places[network] = len(places) + 0.0
+        for row in rows:
+            if row["network"] == network and not row["fused"]:
+                places[network, row["variant"]] = float(len(places))
+    figure, axes = _figure(
+        result, 3, 12, 1.2 + 0.19 * len(places), "Cost in times of the first variant of each network"
+    )
+    panels = {"training": "training_ratio", "inference": "inference_ratio", "memory of training": "memory_ratio"}
+    for ax, (title, measure) in zip(axes, panels.items(), strict=True):
+        ax.axvline(1, color="black", linewidth=1)
+        for row in rows:
+            if measure not in row or (row["fused"] and measure != "inference_ratio"):
+                continue
+            colour = "#D55E00" if row["fused"] else "#0072B2" if "," in row["variant"] else "#999999"
+            place = places[row["network"], row["variant"]]
+            ax.scatter(row[measure], place, color=colour, s=22, marker="|" if row["fused"] else "o", zorder=3)
+        ax.set(title=title, ylim=(len(places) - 0.3, -0.7), yticks=list(places.values()))
+        labels = [f"{key[1]}" if isinstance(key, tuple) else f"{key}  " for key in places]
+        ax.set_yticklabels(labels if ax is axes[0] else [], fontsize=7)
+        for key, label in zip(places, ax.get_yticklabels(), strict=True):
+            label.set_fontweight("normal" if isinstance(key, tuple) else "bold")
+        ax.grid(color="#EEEEEE", zorder=0)
+    axes[1].scatter([], [], color="#D55E00", marker="|", label="fused for inference")
+    axes[1].legend(fontsize=7)
+    return figure
+
+
+PICTURES: dict[str, dict[str, Callable[[dict[str, Any]], Figure | None]]] = {
+    "encode": {"speed": speed, "roofline": roofline, "growth": growth},
+    "swap": {"cost": cost},
+}
+
+
+def draw(path: Path, folder: Path) -> list[Path]:
+    """Every picture that a result has the rows for.
+
+    Raises:
+        SystemExit: the file is no result, or of a benchmark that has no pictures here.
+    """
+    result = read(path)
+    if (benchmark := result.get("benchmark")) not in PICTURES:
+        raise SystemExit(f"{path}: there are pictures of {', '.join(PICTURES)}, got a result of {benchmark!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, make in PICTURES[benchmark].items():
+        if figure := make(result):
+            written.append(folder / f"{path.stem}_{name}.png")
+            figure.savefig(written[-1], dpi=110, bbox_inches="tight")
+            plt.close(figure)
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.plot")
+    parser.add_argument("results", type=Path, nargs="*", metavar="RESULT.json")
+    parser.add_argument("--out", type=Path, help="folder of the pictures (default: beside each result)")
+    args = parser.parse_args(arguments)
+    results = args.results or sorted(path for name in PICTURES for path in RESULTS.glob(f"{name}_*.json"))
+    for path in results:
+        for picture in draw(path, args.out or path.parent):
+            print(picture)
+
+
+if __name__ == "__main__":
+    main()
