@@ -1,286 +1,202 @@
-"""The encode operator against what one would write instead, on a GPU (or a CPU), in one run that stops when its time is over.
+"""The encode operator against what one would write instead, on a CPU or a GPU, in one run.
 
-    python -m benchmarks.encode [--device cuda] [--dtype bf16] [--seconds 300] [--out benchmarks/results/encode_<device>.json]
+    python -m benchmarks.encode [--device cuda] [--dtype bf16] [--groups facts] [--seconds 300]
 
-Rows: ctxenc's two paths; the matmul form shifted by the mean codeword, which is as safe under offsets as ours, with autograd;
-torch.compile of it, for half precision under autocast too; and the expanded form (B x N x K x D, as mmsegmentation computes it)
-where it fits. Each is checked against fp64 first, and no time is reported of a ctxenc row that is wrong.
+Rows: ctxenc's paths that can run; the matmul form shifted by the mean codeword, which is as safe under offsets as ours, with
+autograd; torch.compile of it, for half precision under autocast too; the expanded form (B x N x K x D, as mmsegmentation and
+PyTorch-Encoding's CPU path compute it), and torch.compile of it for a few shapes; mmsegmentation's own Encoding where its wheel is
+installed. Shapes: benchmarks/shapes.py. Nothing is measured where the operator is wrong in this process; then each row is checked
+against fp64 at its own shape, and no time is reported of one of ours, or of any in fp32, that is wrong.
 
-On a GPU a time is that of CUDA graph replays over copies of x that together exceed the L2 cache four times, the rows in random
-order in every round. "Floor" is the part of the time that its least bytes take at the copy bandwidth measured in the same run:
-x once in forward; x twice and one write of its gradient in forward + backward. The most important tables come first.
+Every call takes another copy of x, and the copies together exceed the last-level cache four times. The rows of a table are timed
+in random order in every round: single calls on a CPU, replays of a CUDA graph on a GPU. Columns, in both directions: milliseconds;
+"_ratio", how many times ctxenc's own time that is; "_floor", the part of it that the roofline takes, which is the greater of the
+bytes of x (once in forward; twice, and its gradient, in forward + backward) at the copy bandwidth and the products (2, 6) at the
+rate of a large square product, both measured in the same run; "_products", the part of it that the row "products alone" takes,
+which is torch.bmm of the same sizes; "_peak_bytes" above the inputs. "error" is relative to the largest value. Rows are written
+after every table, the most important first.
 """
 
 import argparse
-import json
+import math
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-import ctxenc
+from benchmarks.encode_rows import COMPILED, WORK, Row, Run, Table, measure
 from benchmarks.environment import describe
-from benchmarks.forms import (
-    LAYOUTS,
-    TOLERANCE,
-    Encode,
-    Shape,
-    error,
-    exact,
-    expanded,
-    forward,
-    gradients,
-    inputs,
-    shifted_matmul,
-)
-from benchmarks.timing import (
-    Timer,
-    copies_beyond_cache,
-    copy_bandwidth,
-    cpu_timer,
-    cuda_timer,
-    first_line,
-    interleaved,
-    spread,
-)
+from benchmarks.forms import LAYOUTS, check_operator
+from benchmarks.record import RESULTS, Record
+from benchmarks.shapes import Problem, problems
+from benchmarks.timing import cache_bytes, copy_bandwidth, matmul_rate
 
-# (B, N, D, K)
-GROUPS: dict[str, list[Shape]] = {
-    "EncNet": [(16, 3600, 512, 32), (4, 9409, 512, 32)],
-    "block": [
-        (256, 3136, 16, 16),  # in place of SE in a ResNet, C' = C / 16
-        (256, 784, 32, 16),
-        (256, 196, 64, 16),
-        (256, 49, 128, 16),
-        (64, 784, 128, 16),  # C' = C / 4
-        (64, 196, 256, 16),
-        (128, 64, 64, 32),  # CIFAR
-    ],
-    "sweep": [  # one size at a time about the middle; without torch.compile, which takes most of the time of the others
-        *((16, N, 512, 32) for N in (196, 784, 3136, 12544)),
-        *((16, 3136, 512, K) for K in (16, 64)),
-        *((16, 3136, D, 32) for D in (64, 128, 256, 1024)),
-    ],
-}
-QUICK: dict[str, list[Shape]] = {"sweep": [(2, 49, 16, 4), (3, 30, 8, 5)]}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # in order of importance
-EXPANDED_PART = 0.1  # of what is free, for one tensor of B x N x K x D: autograd takes five or six of them
-PASSES = {"forward": 1, "forward_backward": 3}  # times that the bytes of x must move
-
-Row = dict[str, Any]
-
-
-class Table(NamedTuple):
-    """What one table of rows is about."""
-
-    group: str
-    shape: Shape
-    layout: str
-    dtype: torch.dtype
+GROUPS = ["facts", "networks", "sweep"]  # of benchmarks.shapes
+ROUNDS = {"cpu": 100, "cuda": 25}
+PEERS = {  # in the README
+    COMPILED: "torch.compile of the shifted matmul form",
+    "expanded": "expanded form",
+    "mmsegmentation": "mmsegmentation's Encoding",
+}
 
 
-def tables(groups: dict[str, list[Shape]], dtypes: Sequence[torch.dtype]) -> list[Table]:
-    """All tables, the most important first."""
-    importance = {"EncNet": 0, "sweep": 1.2, "block": 1.5}  # a sweep takes little time
+def tables(todo: Sequence[Problem], dtypes: Sequence[torch.dtype], device: str) -> list[Table]:
+    """All tables, the most important first; a sweep on a CPU in one layout."""
     order = list(DTYPES.values())
+
+    def importance(table: Table) -> float:
+        first = 0.0 if table.source.startswith("EncNet") else {"facts": 0.1, "sweep": 1.2, "networks": 1.5}[table.group]
+        return first + order.index(table.dtype)  # a sweep takes little time on a GPU
+
     every = [
-        Table(group, shape, layout, dtype)
-        for group, shapes in groups.items()
+        Table(*problem, layout, dtype)
         for dtype in dtypes
-        for shape in shapes
-        for layout in LAYOUTS
+        for problem in todo
+        for layout in (LAYOUTS[:1] if device == "cpu" and problem.group == "sweep" else LAYOUTS)
     ]
-    return sorted(every, key=lambda table: importance[table.group] + order.index(table.dtype))
-
-
-def under_autocast(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """The shifted matmul form as a network in mixed precision runs it; without the cache of casts, which no CUDA graph can hold."""
-    with torch.autocast(x.device.type, x.dtype, cache_enabled=False):
-        return shifted_matmul(x, codewords, smoothing)
-
-
-def forms_of(table: Table, device: str) -> dict[str, Encode]:
-    """The rows of a table."""
-    B, N, D, K = table.shape
-    forms: dict[str, Encode] = {"ctxenc, torch": partial(ctxenc.encode, backend="torch")}
-    if device == "cuda":  # Triton's interpreter has no speed
-        forms["ctxenc, triton"] = partial(ctxenc.encode, backend="triton")
-    forms["shifted matmul"] = shifted_matmul
-    if table.group != "sweep":
-        forms["torch.compile(shifted matmul)"] = torch.compile(shifted_matmul)
-        if table.dtype != torch.float32:
-            forms["torch.compile(shifted matmul), autocast"] = torch.compile(under_autocast)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**34
-    nbytes = 4 * B * N * K * D
-    if nbytes < EXPANDED_PART * free:
-        forms["expanded"] = expanded
-    return forms
-
-
-def check(table: Table, forms: dict[str, Encode], tensors: tuple[Tensor, ...], grad: Tensor) -> list[Row]:
-    """A row for each form: its error, or why there is none."""
-    wanted = exact(shifted_matmul, tensors, grad)  # in fp64, where the expanded form would not fit
-    rows = []
-    for name, form in forms.items():
-        row: Row = table._asdict() | {"dtype": str(table.dtype).removeprefix("torch."), "form": name}
-        ours = name.startswith("ctxenc")
-        try:
-            row["error"] = error(form, tensors, grad, wanted)
-        except Exception as failure:  # a compiler's own error is of any type, and the other rows are worth having
-            if "CUDA error" in str(failure):  # after which this process can use the GPU no more
-                raise RuntimeError(f"{name} at {table}") from failure
-            row["failed"] = first_line(failure)
-            if ours and "cannot run" not in row["failed"]:
-                row["refused"] = row["failed"]
-        else:
-            if ours and not row["error"] <= TOLERANCE[table.dtype]:
-                row["refused"] = f"error {row['error']:.1e} is over {TOLERANCE[table.dtype]:.0e}"
-        rows.append(row)
-    return rows
-
-
-def peak_above(call: Callable[[], Any]) -> int:
-    """Bytes that a call takes on the GPU at its peak, its results included, above what is there before."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def timer_of(row: Row, direction: str, form: Encode, sets: list[tuple[Tensor, ...]], grad: Tensor) -> Timer | None:
-    """The timer of a row in one direction; None where it fails, which the row then tells."""
-    if direction == "forward":
-        calls = [partial(forward, form, tensors) for tensors in sets]
-    else:
-        calls = [partial(gradients, form, tensors, grad) for tensors in sets]
-    if not grad.is_cuda:
-        return cpu_timer(calls[0], 1 if form is expanded else 5)
-    try:
-        calls[0]()  # compiles, which takes memory of its own
-        row[f"{direction}_peak_bytes"] = peak_above(calls[0])
-        timer, row[f"{direction}_timed_by"] = cuda_timer(calls)
-    except Exception as failure:  # out of memory most of all
-        row["failed"] = first_line(failure)
-        return None
-    return timer
-
-
-def add_times(
-    rows: list[Row],
-    forms: dict[str, Encode],
-    sets: list[tuple[Tensor, ...]],
-    grad: Tensor,
-    rounds: int,
-    bandwidth: float | None,
-) -> None:
-    """Times of all rows that are right, in both directions, and how they compare."""
-    for direction, passes in PASSES.items():
-        timers = {}
-        for row in rows:
-            if "failed" in row or "refused" in row:
-                continue
-            if timer := timer_of(row, direction, forms[row["form"]], sets, grad):
-                timers[row["form"]] = timer
-        times = {name: spread(values) for name, values in interleaved(timers, rounds, slow="expanded", every=5).items()}
-        base = times.get("ctxenc, triton") or times.get("ctxenc, torch")
-        for row in rows:
-            if row["form"] not in times:
-                continue
-            row[f"{direction}_ms"] = times[row["form"]]
-            median = times[row["form"]]["median"]
-            if base:
-                row[f"{direction}_ratio"] = median / base["median"]
-            if bandwidth:
-                row[f"{direction}_floor"] = passes * sets[0][0].nbytes / bandwidth * 1e3 / median
-
-
-def measure(table: Table, seed: int, device: str, rounds: int, bandwidth: float | None) -> list[Row]:
-    """One table: every row at one shape, layout and dtype."""
-    torch._dynamo.reset()
-    torch.manual_seed(seed)
-    B, _, D, K = table.shape
-    tensors = inputs(table.shape, table.layout, table.dtype, device)
-    grad = torch.randn(B, K, D, device=device)
-    forms = forms_of(table, device)
-    rows = check(table, forms, tensors, grad)
-    x, *parameters = tensors
-    copies = [x.detach().clone().requires_grad_() for _ in range(copies_beyond_cache(x) - 1)]
-    add_times(rows, forms, [(each, *parameters) for each in (x, *copies)], grad, rounds, bandwidth)
-    return rows
+    return sorted(every, key=importance)
 
 
 def line(row: Row) -> str:
     """A row for reading."""
     head = f"{', '.join(map(str, row['shape'])):<20} {row['layout'][9:]:<6} {row['dtype']:<9} {row['form']:<40}"
     parts = [f"{row['error']:>8.0e}" if "error" in row else f"{'':>8}"]
-    for direction in PASSES:
+    for direction in WORK:
         if f"{direction}_ms" in row:
             times, ratio = row[f"{direction}_ms"], row.get(f"{direction}_ratio", float("nan"))
-            floor = f"{100 * row[f'{direction}_floor']:>4.0f}%" if f"{direction}_floor" in row else ""
-            parts.append(f"{times['median']:>9.4f} [{times['p20']:.4f}, {times['p80']:.4f}] {ratio:>6.2f} {floor}")
-            if f"{direction}_peak_bytes" in row:
-                parts.append(f"{row[f'{direction}_peak_bytes'] / 2**20:>8.1f} MB")
+            shares = [row.get(f"{direction}_{share}", float("nan")) for share in ("floor", "products")]
+            parts.append(f"{times['median']:>9.4f} [{times['p20']:.4f}, {times['p80']:.4f}] {ratio:>6.2f}")
+            parts += [f"{100 * share:>4.0f}%" for share in shares]
+            parts.append(f"{row[f'{direction}_peak_bytes'] / 2**20:>8.1f} MB")
     parts += [f"{key}: {row[key]}" for key in ("refused", "failed") if key in row][:1]
-    parts += [row[f"{d}_timed_by"] for d in PASSES if row.get(f"{d}_timed_by", "graph") != "graph"]
+    parts += [row[f"{d}_timed_by"] for d in WORK if row.get(f"{d}_timed_by", "graph") != "graph"]
     return head + " ".join(parts)
 
 
-def default_path(environment: dict[str, Any]) -> Path:
-    """Named after the device; not encode_cpu.json, which is another program's."""
-    name = re.sub(r"[^a-z0-9]+", "_", (environment["gpu"] or environment["processor"]).lower()).strip("_")
-    return Path(__file__).parent / "results" / f"encode_{name}.json"
+def _pair(row: Row | None, entry: str, text: Callable[[Any], str]) -> str:
+    return " / ".join(text(row[f"{direction}_{entry}"]) for direction in WORK) if row else ""
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}" if number < 9.995 else f"{number:.0f}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result on a CPU, as the README shows it: ratios, since times on a shared machine mean little."""
+    rows = [row for row in result["rows"] if row["group"] != "sweep" and "forward_backward_ratio" in row]
+    at = {(*row["shape"], row["layout"], row["form"]): row for row in rows}
+    peers = {form: title for form, title in PEERS.items() if any(row["form"] == form for row in rows)}
+    header = ["map of", "B, D, H x W, K", "ctxenc, ms", "of the roofline, %", *peers.values(), "memory, MB"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        if row["form"] != "ctxenc, torch" or row["layout"] != LAYOUTS[0]:
+            continue
+        B, _, D, K = row["shape"]
+        others = {form: at.get((*row["shape"], row["layout"], form)) for form in PEERS}
+        peaks = [each["forward_backward_peak_bytes"] / 1e6 for each in (row, others["expanded"]) if each]
+        lines.append(
+            [
+                row["source"],
+                f"{B}, {D}, {row['spatial'][0]} x {row['spatial'][1]}, {K}",
+                _pair(row, "ms", lambda times: _short(times["median"])),
+                _pair(row, "floor", lambda part: f"{100 * part:.0f}"),
+                *(_pair(others[form], "ratio", _short) for form in peers),
+                " / ".join(map(_short, peaks)),
+            ]
+        )
+    text = [f"| {' | '.join(cells)} |" for cells in lines]
+    last = [row for row in rows if (row["layout"], row["form"]) == (LAYOUTS[1], COMPILED)]
+    if last:
+        ratios = [sorted(row[f"{direction}_ratio"] for row in last) for direction in WORK]
+        shown = " / ".join(
+            f"{values[0]:.2f} to {values[-1]:.2f}, median {statistics.median(values):.2f}" for values in ratios
+        )
+        text += ["", f"Channels last, at the same shapes, {PEERS[COMPILED]}: {shown}."]
+    environment = result["environment"]
+    threads, torch_version = environment["threads"], environment["versions"]["torch"]
+    text += [
+        "",
+        f"{environment['processor']}, {threads} threads, torch {torch_version}, fp32; commit {environment['commit']}.",
+    ]
+    return "\n".join(text)
+
+
+def default_path(environment: dict[str, Any], benchmark: str = "encode") -> Path:
+    """Named after the GPU; "cpu" where none was measured."""
+    name = re.sub(r"[^a-z0-9]+", "_", (environment["gpu"] or "cpu").lower()).strip("_")
+    return RESULTS / f"{benchmark}_{name}.json"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES), help="of x")
-    parser.add_argument("--seconds", type=float, default=300, help="no table is begun that may end later")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", help="of x (default: all on a GPU, fp32 on a CPU)")
+    parser.add_argument("--groups", choices=GROUPS, nargs="+", default=GROUPS, help="of shapes")
+    parser.add_argument("--seconds", type=float, help="no table is begun that may end later (default: 300 on a GPU)")
+    parser.add_argument("--rounds", type=int, help="calls of a row that are timed (default: 25 on a GPU, 100 on a CPU)")
+    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two small shapes and three rounds, to see that it runs")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="small shapes and three rounds, to see that it runs")
+    parser.add_argument("--out", type=Path, help="a JSON file (default: benchmarks/results/encode_<device>.json)")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch.cuda.is_available() is False")
+    if args.seconds is None:
+        args.seconds = 300 if args.device == "cuda" else math.inf
+    args.dtype = args.dtype or (list(DTYPES) if args.device == "cuda" else ["fp32"])
+    args.rounds = args.rounds or (3 if args.quick else ROUNDS[args.device])
     return args
+
+
+def prepare(args: argparse.Namespace) -> tuple[Run, Record]:
+    """What the machine can do, and where the rows go.
+
+    Raises:
+        SystemExit: the operator is wrong in this process.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    correctness = check_operator(args.device)
+    rates = {DTYPES[name]: matmul_rate(args.device, DTYPES[name]) for name in args.dtype}
+    run = Run(args.device, args.seed, args.rounds, copy_bandwidth(args.device), rates)
+    environment = describe()
+    if args.device == "cpu":
+        environment["gpu"] = None
+    facts = {"copy_bytes_per_second": run.bandwidth, "cache_bytes": cache_bytes(args.device)}
+    facts["matmul_flops_per_second"] = {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()}
+    out = args.out or (Path("runs/encode_quick.json") if args.quick else default_path(environment))
+    print(f"{environment['gpu'] or environment['processor']}, torch {environment['versions']['torch']}", end="")
+    print(f", copies at {run.bandwidth / 1e9:.1f} GB/s, products at", end=" ")
+    print(", ".join(f"{rate / 1e12:.3g} TFLOP/s ({name})" for name, rate in facts["matmul_flops_per_second"].items()))
+    print("B, N, D, K; layout; dtype of x; form; error; then forward and forward + backward: median ms [20 %, 80 %],")
+    print("times ctxenc's own, part that the roofline and the products alone take, memory above the inputs", flush=True)
+    return run, Record("encode", out, correctness, args.seed, args.device, **facts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     args = parse(arguments)
-    environment = describe()
-    if args.device == "cpu":
-        environment["gpu"] = None  # not what was measured
-    bandwidth = copy_bandwidth(args.device) if args.device == "cuda" else None
-    out = args.out or default_path(environment)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"environment": environment, "seed": args.seed, "copy_bytes_per_second": bandwidth, "rows": []}
-    todo = tables(QUICK if args.quick else GROUPS, [DTYPES[name] for name in args.dtype])
-    print(f"{environment['gpu'] or environment['processor']}, torch {environment['versions']['torch']}", end="")
-    print(f", copies at {bandwidth / 1e12:.2f} TB/s" if bandwidth else "")
-    print("B, N, D, K; layout; dtype of x; form; error; then forward and forward + backward: median ms [20 %, 80 %],")
-    print("times ctxenc's own, part of the floor, memory above the inputs", flush=True)
+    run, record = prepare(args)
+    chosen = [problem for problem in problems(args.device, args.quick) if problem.group in args.groups]
+    todo = tables(chosen, [DTYPES[name] for name in args.dtype], args.device)
     done, longest = 0, 0.0
     for table in todo:
         began = time.monotonic()
         if done and began + longest > start + args.seconds:
             break
-        rows = measure(table, args.seed, args.device, 3 if args.quick else args.rounds, bandwidth)
+        rows = measure(table, run)
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        result["rows"] += rows
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        record.add(*rows)
         print("\n".join(map(line, rows)), flush=True)
         done, longest = done + 1, max(longest, time.monotonic() - began)
-    print(f"{done} of {len(todo)} tables in {time.monotonic() - start:.0f} s; written: {out}")
-    if refused := [line(row) for row in result["rows"] if "refused" in row]:
+    print(f"{done} of {len(todo)} tables in {time.monotonic() - start:.0f} s; written: {record.path}")
+    if refused := [line(row) for row in record.rows if "refused" in row]:
         raise SystemExit("no speed is reported for a wrong result:\n" + "\n".join(refused))
 
 

@@ -1,20 +1,25 @@
 """The forms of the operator that are compared, their inputs, and how far each is from fp64."""
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ctxenc
+from benchmarks.shapes import Shape
 from ctxenc.kernels import reference
 
 LAYOUTS = ("channels_first", "channels_last")
 # Relative to the largest value; half precision rounds the products too. A form that is wrong is off by far more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-CHECKED: list["Shape"] = [(2, 49, 16, 8), (3, 196, 24, 16), (1, 900, 128, 32)]
+CHECKED: list[Shape] = [(2, 49, 16, 8), (3, 196, 24, 16), (1, 900, 128, 32)]
 
 Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
-Shape = tuple[int, int, int, int]
 
 
 def expanded(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
@@ -29,6 +34,78 @@ def shifted_matmul(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     distance = x.square().sum(1, keepdim=True) - 2 * (codewords @ x) + codewords.square().sum(1)[:, None]
     weights = torch.softmax(-smoothing[:, None] * distance, dim=1)
     return weights @ x.transpose(1, 2) - weights.sum(2, keepdim=True) * codewords
+
+
+def shifted_under_autocast(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """The shifted matmul form as a network in mixed precision runs it; without the cache of casts, which no CUDA graph can hold."""
+    with torch.autocast(x.device.type, x.dtype, cache_enabled=False):
+        return shifted_matmul(x, codewords, smoothing)
+
+
+class _NoOps(ModuleType):
+    """Stands in for the compiled operators of mmcv, which mmcv-lite lacks, mmsegmentation imports, and Encoding does not call."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@cache
+def _mmseg_encoding(channels: int, num_codes: int) -> nn.Module:
+    if "mmcv._ext" not in sys.modules and importlib.util.find_spec("mmcv._ext") is None:
+        sys.modules["mmcv._ext"] = _NoOps("mmcv._ext")
+    module: nn.Module = importlib.import_module("mmseg.models.utils.encoding").Encoding(channels, num_codes)
+    return module
+
+
+def has_mmsegmentation() -> bool:
+    """Whether its wheel is installed; whether that imports is seen at the first call."""
+    return importlib.util.find_spec("mmseg") is not None
+
+
+def mmsegmentation(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """The expanded form by mmsegmentation's own class, which holds scale = -smoothing."""
+    K, D = codewords.shape
+    parameters = {"codewords": codewords, "scale": -smoothing}
+    return torch.func.functional_call(_mmseg_encoding(D, K), parameters, (x.unsqueeze(2),))
+
+
+class Products:
+    """The matrix products of the operator alone, into memory that is there: what torch.bmm takes for them, not a bound.
+
+    No softmax, norm, sum, shift nor new memory. Forward takes two; backward three, of which the last, dx, sums over 2 K.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], grad: Tensor) -> None:
+        x, codewords, _ = (tensor.detach() for tensor in tensors)
+        B, _, N = x.shape
+        K = len(codewords)
+        self.codewords = codewords.to(x.dtype).expand(B, -1, -1).contiguous()
+        self.grad = grad.to(x.dtype)
+        self.rows = torch.cat([self.grad, self.codewords], 1)  # (B, 2 K, D)
+        self.columns = torch.randn(B, 2 * K, N, device=x.device).to(x.dtype)
+        self.maps = torch.empty(B, K, N, dtype=x.dtype, device=x.device)
+        self.sums = torch.empty_like(self.codewords)  # (B, K, D)
+        self.dx = torch.empty_like(x)  # in the layout of x
+
+    def _pass(self, rows: Tensor, x: Tensor) -> None:
+        torch.bmm(rows, x, out=self.maps)
+        torch.bmm(self.maps, x.transpose(1, 2), out=self.sums)
+
+    @torch.no_grad()
+    def forward(self, tensors: tuple[Tensor, ...]) -> None:
+        """Those of forward."""
+        self._pass(self.codewords, tensors[0])
+
+    @torch.no_grad()
+    def forward_backward(self, tensors: tuple[Tensor, ...]) -> None:
+        """Those of forward and backward."""
+        self._pass(self.codewords, tensors[0])
+        self._pass(self.grad, tensors[0])
+        if self.dx.stride(1) == 1:
+            torch.bmm(self.columns.transpose(1, 2), self.rows, out=self.dx.transpose(1, 2))
+        else:
+            torch.bmm(self.rows.transpose(1, 2), self.columns, out=self.dx)
 
 
 def inputs(

@@ -17,11 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.encode import GROUPS
+from benchmarks.shapes import Shape, problems
 from ctxenc.kernels.triton_bytes import Bytes, encode_bytes
 from ctxenc.kernels.triton_tiles import Target
-
-Shape = tuple[int, int, int, int]  # B, N, D, K
 
 
 class Gpu(NamedTuple):
@@ -66,8 +64,8 @@ def floor(gpu: Gpu, shape: Shape, dtype: str, direction: str, channels_last: boo
 
 
 def shapes() -> list[Shape]:
-    """Those of benchmarks.encode, each once, so that its times can be laid beside these."""
-    return list(dict.fromkeys(shape for group in GROUPS.values() for shape in group))
+    """Those of benchmarks.encode on a GPU, each once, so that its times can be laid beside these."""
+    return list(dict.fromkeys(problem.shape for problem in problems("cuda")))
 
 
 def line(name: str, shape: Shape, dtype: str, direction: str, row: Floor) -> str:

@@ -5,8 +5,9 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,21 @@ Call = Callable[[], Any]
 Timer = Callable[[], float]  # runs once, gives milliseconds
 
 REPLAYED_MS = 2.0  # between two events: launching the first graph takes some 10 us, half a percent of it
+CPU_CACHE_BYTES = 2**25  # where the system does not tell
+COPIES_AT_MOST = (
+    2000  # enough for all but tiny shapes, which need no more: a CUDA graph of as many calls takes long to capture
+)
 
 
-def interleaved(timers: dict[str, Timer], rounds: int, slow: str = "", every: int = 40) -> dict[str, list[float]]:
-    """Milliseconds of each timer, all of them in random order in every round; the slow one in every fortieth round only."""
+def interleaved(
+    timers: dict[str, Timer], rounds: int, slow: Collection[str] = (), every: int = 40
+) -> dict[str, list[float]]:
+    """Milliseconds of each timer, all of them in random order in every round; the slow ones in some rounds only."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = random.Random(0)
     for round_ in range(rounds):
         for name in order.sample(list(timers), len(timers)):
-            if name != slow or round_ % every == 0:
+            if name not in slow or round_ % every == 0:
                 times[name].append(timers[name]())
     return times
 
@@ -94,18 +101,42 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "p20": low, "p80": high}
 
 
+def cache_bytes(device: str) -> int:
+    """Size of the last-level cache: a GPU's L2, or the largest that the system names for the first core."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * 2**10 for size in sizes if size.endswith("K")), default=CPU_CACHE_BYTES)
+
+
 def copies_beyond_cache(tensor: Tensor, times: float = 4.0) -> int:
-    """Copies of a tensor that together exceed the L2 cache several times; 1 on a CPU."""
-    if not tensor.is_cuda:
-        return 1
-    cache = torch.cuda.get_device_properties(tensor.device).L2_cache_size
-    return max(2, math.ceil(times * cache / tensor.nbytes))
+    """Copies of a tensor that together exceed the last-level cache several times."""
+    wanted = math.ceil(times * cache_bytes(tensor.device.type) / tensor.nbytes)
+    return min(max(2, wanted), COPIES_AT_MOST)
 
 
-def copy_bandwidth(device: str, nbytes: int = 2**31) -> float:
-    """Bytes read and written in a second where a large tensor is copied; the median of 20 copies."""
-    nbytes = min(nbytes, torch.cuda.mem_get_info()[0] // 4)
-    source = torch.randn(nbytes // 4, device=device)
-    target = torch.empty_like(source)
-    timer, _ = cuda_timer([lambda: target.copy_(source)])
-    return 2 * source.nbytes / (statistics.median(timer() for _ in range(20)) * 1e-3)
+def _median_seconds(call: Call, device: str) -> float:
+    timer = cuda_timer([call])[0] if device == "cuda" else cpu_timer(call, warm_up=2)
+    return 1e-3 * statistics.median(timer() for _ in range(20 if device == "cuda" else 7))
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written in a second where a large tensor is copied."""
+    nbytes = min(2**31, torch.cuda.mem_get_info()[0] // 4) if device == "cuda" else 8 * cache_bytes(device)
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Flops in a second of a large square product; fp32 on a GPU with tf32 allowed, as the Triton kernels take it."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    c = torch.empty_like(a)
+    before = torch.get_float32_matmul_precision()
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        return 2 * size**3 / _median_seconds(lambda: torch.matmul(a, b, out=c), device)
+    finally:
+        torch.set_float32_matmul_precision(before)
