@@ -4,7 +4,7 @@
 
 Runs the tests of the kernels (on a GPU tests/gpu, else tests/test_operator.py), then benchmarks.encode, benchmarks.swap and
 benchmarks.plot, each in a process of its own, and leaves their JSON and PNGs in one folder. What is wrong is not timed: where
-the tests fail nothing else runs. On a GPU the whole ends in under nine minutes; on a CPU it takes as long as it takes, about an hour
+the tests fail nothing else runs. On a GPU the whole ends in under nine minutes, on a CPU in about an hour
 on two cores.
 """
 
