@@ -6,7 +6,7 @@ Rows: ctxenc's paths that can run; the matmul form shifted by the mean codeword,
 autograd; torch.compile of it, for half precision under autocast too; the expanded form (B x N x K x D, as mmsegmentation and
 PyTorch-Encoding's CPU path compute it), and torch.compile of it for a few shapes; mmsegmentation's own Encoding where its wheel is
 installed. Shapes: benchmarks/shapes.py. Nothing is measured where the operator is wrong in this process; then each row is checked
-against fp64 at its own shape, and no time is reported of one of ours, or of any in fp32, that is wrong.
+against fp64 at its own shape, and no time is reported of one of ours that is wrong, nor of a peer in fp32 that is far off.
 
 Every call takes another copy of x, and the copies together exceed the last-level cache four times. The rows of a table are timed
 in random order in every round: single calls on a CPU, replays of a CUDA graph on a GPU. Columns, in both directions: milliseconds;
@@ -118,11 +118,9 @@ def markdown(result: dict[str, Any]) -> str:
         )
         text += ["", f"Channels last, at the same shapes, {PEERS[COMPILED]}: {shown}."]
     environment = result["environment"]
-    threads, torch_version = environment["threads"], environment["versions"]["torch"]
-    text += [
-        "",
-        f"{environment['processor']}, {threads} threads, torch {torch_version}, fp32; commit {environment['commit']}.",
-    ]
+    threads = f"{environment['threads']} thread{'s' if environment['threads'] > 1 else ''}"
+    versions = f"torch {environment['versions']['torch']}, fp32; commit {environment['commit']}"
+    text += ["", f"{environment['processor']}, {threads}, {versions}."]
     return "\n".join(text)
 
 

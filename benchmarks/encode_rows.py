@@ -33,6 +33,7 @@ from benchmarks.shapes import Shape
 from benchmarks.timing import Timer, copies_beyond_cache, cpu_timer, cuda_timer, first_line, interleaved, spread
 
 COMPILED = "torch.compile(shifted matmul)"
+PEER_TOLERANCE = 1e-2  # in fp32, for a peer that is wrong; one that is only less precise is timed, and its error shown
 EXPANDING = {"expanded", "mmsegmentation", "torch.compile(expanded)"}
 SLOW_ROUNDS = {"cpu": 3, "cuda": 5}  # in which these are timed: seconds a call on a CPU
 EXPANDED_PART = 0.1  # of what is free, for one tensor of B x N x K x D: autograd takes five or six of them
@@ -105,12 +106,12 @@ def free_bytes(device: str) -> int:
 def check(table: Table, forms: dict[str, Encode], tensors: tuple[Tensor, ...], grad: Tensor, free: int) -> list[Row]:
     """A row for each form: its error, or why there is none."""
     wanted = exact(shifted_matmul, tensors, grad)  # in fp64, where the expanded form would not fit
-    nbytes, tolerance = 4 * math.prod(table.shape), TOLERANCE[table.dtype]
-    rows = []
+    nbytes, rows = 4 * math.prod(table.shape), []
     for name, form in forms.items():
         row = table.row(name)
         rows.append(row)
         ours = name.startswith("ctxenc")
+        tolerance = TOLERANCE[table.dtype] if ours else PEER_TOLERANCE
         if name in EXPANDING and nbytes > EXPANDED_PART * free:
             row["failed"] = (
                 f"B x N x K x D takes {nbytes / 1e9:.1f} GB, over {EXPANDED_PART} of {free / 1e9:.1f} GB free"
