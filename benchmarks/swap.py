@@ -16,7 +16,6 @@ last, and the other settings for the main variants of the first network alone.
 
 import argparse
 import itertools
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
+from benchmarks.encode import default_path
 from benchmarks.forms import check_operator
 from benchmarks.memory import peak_bytes
-from benchmarks.record import RESULTS, Record
+from benchmarks.record import Record
 from benchmarks.timing import Call, Timer, cpu_timer, cuda_timer, first_line, interleaved, spread
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +41,7 @@ LAYOUTS = {"channels_last": True, "contiguous": False}
 BATCH = {"cpu": 4, "cuda": 64}
 ENCNET_BATCH = {"cpu": 2, "cuda": 16}
 SECONDS = {"cpu": 1800, "cuda": 300}
+COMPILING = 100.0  # seconds of a table; for three variants of test_efficientnet on two busy cores
 LEARNING_RATE = 1e-4  # low enough that the weights of hundreds of steps stay finite
 
 Row = dict[str, Any]
@@ -197,6 +198,11 @@ def title(row: Row) -> str:
     return row["variant"] + (", fused" if row["fused"] else "")
 
 
+def peak_of(row: Row) -> str:
+    """The memory by which rows are compared: that of training, of inference for fused ones, which are not trained."""
+    return "inference_peak_bytes" if row["fused"] else "training_peak_bytes"
+
+
 def add_ratios(rows: list[Row]) -> None:
     """How the rows compare with the first of them."""
     base = rows[0]
@@ -205,8 +211,8 @@ def add_ratios(rows: list[Row]) -> None:
         for direction in DIRECTIONS:
             if f"{direction}_ms" in row and f"{direction}_ms" in base:
                 row[f"{direction}_ratio"] = row[f"{direction}_ms"]["median"] / base[f"{direction}_ms"]["median"]
-        if "training_peak_bytes" in row and "training_peak_bytes" in base:
-            row["memory_ratio"] = row["training_peak_bytes"] / base["training_peak_bytes"]
+        if peak_of(row) in row and peak_of(row) in base:
+            row["memory_ratio"] = row[peak_of(row)] / base[peak_of(row)]
 
 
 def enter(row: Row, make: Callable[[], nn.Module], device: str) -> Entry | None:
@@ -271,7 +277,7 @@ def line(row: Row) -> str:
             how = row.get(f"{direction}_timed_by", "graph").removeprefix("graph")
             parts.append(f"{times['median']:>9.2f} [{times['p20']:.2f}, {times['p80']:.2f}] {ratio:.3f} {how}")
     if "memory_ratio" in row:
-        parts.append(f"{row['training_peak_bytes'] / 2**20:>7.0f} MB {row['memory_ratio']:.3f}")
+        parts.append(f"{row[peak_of(row)] / 2**20:>7.0f} MB {row['memory_ratio']:.3f}")
     return " ".join(parts + ([f"failed: {row['failed']}"] if "failed" in row else []))
 
 
@@ -309,12 +315,6 @@ def markdown(result: dict[str, Any]) -> str:
             f" commit {environment['commit']}.",
         ]
     )
-
-
-def default_path(device: str) -> Path:
-    """Named after the device."""
-    name = "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
-    return RESULTS / f"swap_{name}.json"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -359,7 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = args.device == "cuda"
     correctness = check_operator(args.device)
-    record = Record("swap", args.out or default_path(args.device), correctness, args.seed, args.device)
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    record = Record("swap", args.out or default_path({"gpu": gpu}, "swap"), correctness, args.seed, args.device)
     todo, longest = tables(args), dict.fromkeys(MODES, 0.0)
     limit = start + (SECONDS[args.device] if args.seconds is None else args.seconds)
     done = 0
@@ -367,15 +368,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "network; setting; parameters; MACs; then training and inference: median ms [20 %, 80 %], ratio; memory, ratio"
     )
     for table in todo:
-        began = time.monotonic()
-        if done and began + (longest[table.setting.mode] or max(longest.values())) > limit:
-            break
+        began, mode = time.monotonic(), table.setting.mode
+        expected = longest[mode] or max(longest.values()) + (COMPILING if mode == "compile" else 0)
+        if done and began + expected > limit:
+            continue  # a later one may be shorter
         rows = measure(table, args)
         record.add(*rows)
         print("\n".join(map(line, rows)), flush=True)
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        done, mode = done + 1, table.setting.mode
+        done += 1
         longest[mode] = max(longest[mode], time.monotonic() - began)
     print(f"{done} of {len(todo)} tables in {time.monotonic() - start:.0f} s; written: {record.path}")
 

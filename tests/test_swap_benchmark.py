@@ -200,22 +200,22 @@ def test_modes_and_precision():
     assert swap.inference(entry(model), images, targets)[0]().dtype == torch.float32
 
 
+def measured(training, inference, peaks):
+    names = ("training_peak_bytes", "inference_peak_bytes")
+    times = {"training_ms": {"median": training}, "inference_ms": {"median": inference}}
+    return {"variant": "a", "fused": False} | times | dict(zip(names, peaks, strict=True))
+
+
 def test_ratios_are_costs_against_the_first_row():
     rows = [
-        {
-            "variant": "shipped",
-            "training_ms": {"median": 4.0},
-            "inference_ms": {"median": 1.0},
-            "training_peak_bytes": 50,
-        },
-        {"variant": "a", "training_ms": {"median": 5.0}, "inference_ms": {"median": 2.0}, "training_peak_bytes": 40},
-        {"variant": "a", "fused": True, "inference_ms": {"median": 1.5}},
-        {"variant": "b", "failed": "out of memory"},
+        measured(4.0, 1.0, (50, 10)) | {"variant": "shipped"},
+        measured(5.0, 2.0, (40, 30)),
+        {"variant": "a", "fused": True, "inference_ms": {"median": 1.5}, "inference_peak_bytes": 7},
+        {"variant": "b", "fused": False, "failed": "out of memory"},
     ]
     swap.add_ratios(rows)
     assert [rows[1][key] for key in ("training_ratio", "inference_ratio", "memory_ratio")] == [1.25, 2, 0.8]
-    assert rows[2]["inference_ratio"] == 1.5
-    assert "training_ratio" not in rows[2]
+    assert [rows[2].get(key) for key in ("training_ratio", "inference_ratio", "memory_ratio")] == [None, 1.5, 0.7]
     assert all(row["compared_with"] == "shipped" for row in rows)
     assert not any(key.endswith("ratio") for key in rows[3])
 
@@ -263,6 +263,7 @@ def test_fused_blocks_are_timed_in_inference_alone(tmp_path, monkeypatch):
     assert fused["n_macs"] == rows[1]["n_macs"]
     assert fused["inference_ratio"] == fused["inference_ms"]["median"] / rows[0]["inference_ms"]["median"]
     assert not any(key.startswith("training") for key in fused)
+    assert 0 < fused["memory_ratio"] == fused["inference_peak_bytes"] / rows[0]["inference_peak_bytes"]
     shown = swap.markdown(json.loads(out.read_text())).splitlines()
     assert f", fused {fused['inference_ratio']:.2f} |" in shown[4]
     assert sum("fused" in line for line in shown) == 1
@@ -315,6 +316,18 @@ def planned(*arguments, device="cpu"):
     args = swap.parse(["--device", "cpu", *arguments])
     args.device = device
     return swap.tables(args)
+
+
+def test_a_first_compiled_table_is_not_begun_where_it_would_be_ended(tmp_path, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(swap, "measure", lambda table, args: begun.append(table.setting.mode) or [])
+    modes = ["--modes", "eager", "compile", "--layouts", "channels_last", "contiguous"]
+    arguments = [*SHORT, *modes, "--out", str(tmp_path / "swap.json")]
+    swap.main([*arguments, "--seconds", f"{swap.COMPILING / 2}"])
+    assert begun == ["eager", "eager"]
+    assert "2 of 4 tables" in capsys.readouterr().out
+    swap.main([*arguments, "--seconds", f"{2 * swap.COMPILING}"])
+    assert "4 of 4 tables" in capsys.readouterr().out
 
 
 def test_the_default_on_a_cpu():
