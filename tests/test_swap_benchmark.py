@@ -220,8 +220,12 @@ def test_ratios_are_costs_against_the_first_row():
     assert not any(key.endswith("ratio") for key in rows[3])
 
 
-def test_a_row_fails_alone(tmp_path, monkeypatch, capsys, unfused):
+def test_a_row_fails_alone(tmp_path, monkeypatch, capsys):
     class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = ctxenc.ContextEncoding(8)
+
         def forward(self, x):
             raise RuntimeError("no forward\nsecond line")
 
@@ -233,9 +237,11 @@ def test_a_row_fails_alone(tmp_path, monkeypatch, capsys, unfused):
         return dict([first]) | broken | dict(others)
 
     monkeypatch.setattr(networks, "changes", with_broken)
+    monkeypatch.setattr(ctxenc.ContextEncoding, "fuse", lambda self: nn.Identity(), raising=False)
     out = tmp_path / "swap.json"
     swap.main([*SHORT, "unbuilt", "broken", "--out", str(out)])
-    rows = {row["variant"]: row for row in rows_of(out)}
+    assert [row["variant"] for row in rows_of(out) if row["fused"]] == ["own, mean"]
+    rows = {row["variant"]: row for row in rows_of(out) if not row["fused"]}
     assert rows["unbuilt"]["failed"].startswith("ZeroDivisionError")
     assert rows["broken"]["failed"] == "RuntimeError: no forward"
     for name in ("shipped", "own, mean"):
@@ -289,13 +295,14 @@ def test_compiled_networks_are_what_runs(tmp_path, monkeypatch, unfused):
     assert calls.count(True) == calls.count(False) == 2 * 3
 
 
-def test_layouts(tmp_path, monkeypatch, unfused):
-    seen = []
+def test_tables_differ_in_layout_alone(tmp_path, monkeypatch, unfused):
+    seen, batches = [], []
     step = swap.training
 
     def spy(entry, images, targets):
         weight = entry.model.conv_stem.weight
         seen.append([each.is_contiguous(memory_format=torch.channels_last) for each in (images, weight)])
+        batches.append((images.contiguous(), targets))
         return step(entry, images, targets)
 
     monkeypatch.setitem(swap.DIRECTIONS, "training", spy)
@@ -303,6 +310,8 @@ def test_layouts(tmp_path, monkeypatch, unfused):
     swap.main([*SHORT, "--layouts", "channels_last", "contiguous", "--variants", "none", "--out", str(out)])
     assert [row["channels_last"] for row in rows_of(out)] == [True, False]
     assert seen == [[True, True], [False, False]]
+    assert batches[0][0].shape == (2, 3, 64, 64)
+    assert all(map(torch.equal, *batches))
 
 
 def test_it_stops_when_its_time_is_over(tmp_path, capsys):
