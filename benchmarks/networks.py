@@ -1,0 +1,165 @@
+"""The networks whose cost benchmarks.swap compares, and what makes each variant of a copy of the network as it is shipped."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from timm.layers import SEModule
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import segmentation
+
+import ctxenc
+from ctxenc.context import reduced_channels
+from ctxenc.integrations import EncNet, EncNetLoss
+from ctxenc.patching import find_context_blocks
+from ctxenc.se_blocks import empty_slots, find_se_blocks
+from ctxenc.training.segmentation.networks import NoContext
+
+CLASSIFIERS = (
+    "seresnet50",
+    "legacy_seresnet50",
+    "seresnext50_32x4d",
+    "regnety_032",
+    "efficientnet_b0",
+    "nfnet_f0",
+    "resnet50",  # its slots are empty
+)
+ENCNET = "EncNet-R50"
+NETWORKS = (CLASSIFIERS[0], ENCNET, *CLASSIFIERS[1:])  # the most important first
+
+SWAPS: dict[str, dict[str, Any]] = {
+    "own, mean": {},
+    "own, concat": {"pool": "concat"},
+    "1/16, mean": {"rd_ratio": 1 / 16},
+    "1/16, concat": {"rd_ratio": 1 / 16, "pool": "concat"},
+    "1/4, mean": {"rd_ratio": 1 / 4},
+    "1/4, concat": {"rd_ratio": 1 / 4, "pool": "concat"},
+}
+# What tells most, for the settings in which all variants would take too long.
+MAIN = ("shipped", "no SE", "SE", "own, mean", "1/4, mean", "FCN-R50", "EncNet-R50", "torchvision DeepLabV3-R50")
+
+Change = Callable[[nn.Module], nn.Module]
+
+
+def build(network: str) -> nn.Module:
+    """The network as it is shipped, with random weights.
+
+    EncNet is here without the auxiliary head, which the networks of torchvision that it stands beside have not either.
+    """
+    return EncNet("resnet50", aux=False) if network == ENCNET else timm.create_model(network)
+
+
+def changes(model: nn.Module) -> dict[str, Change]:
+    """What makes the variants of a network that build() gave, by their names; the first is what the others are compared with.
+
+    C' = C / 16 is left out where it is the SE blocks' own.
+    """
+    if isinstance(model, EncNet):
+        return {
+            "FCN-R50": _without_context,
+            "EncNet-R50": _without_presence,
+            "EncNet-R50, SE-loss": _as_it_is,
+            "torchvision FCN-R50": partial(_torchvision, segmentation.fcn_resnet50),
+            "torchvision DeepLabV3-R50": partial(_torchvision, segmentation.deeplabv3_resnet50),
+        }
+    blocks = find_se_blocks(model)
+    if not blocks:
+        names = [name for name in SWAPS if not name.startswith("own")]
+        other = {"SE": _with_se}
+    else:
+        usual = all(block.rd_channels == reduced_channels(block.channels, 1 / 16, rd_divisor=8) for block in blocks)
+        names = [name for name in SWAPS if not (usual and name.startswith("1/16"))]
+        other = {"no SE": _without_se}
+    swaps = {name: partial(ctxenc.patch_se_blocks, fill_empty=not blocks, **SWAPS[name]) for name in names}
+    return {"shipped": _as_it_is, **other, **swaps}
+
+
+def variant(model: nn.Module, change: Change) -> nn.Module:
+    """A changed copy; what the change leaves has the same weights in all of them."""
+    return change(copy.deepcopy(model))
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _without_se(model: nn.Module) -> nn.Module:
+    for block in find_se_blocks(model):
+        model.set_submodule(block.name, nn.Identity())
+    return model
+
+
+def _with_se(model: nn.Module) -> nn.Module:
+    for slot, _ in list(empty_slots(model)):
+        path, _, attribute = slot.name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, SEModule(slot.channels))
+    return model
+
+
+def _without_presence(model: nn.Module) -> nn.Module:
+    model.encoding.presence = None  # type: ignore[union-attr]
+    return model
+
+
+def _without_context(model: nn.Module) -> nn.Module:
+    model.encoding = NoContext()  # an FCN with a head of the same width
+    return model
+
+
+def _torchvision(make: Callable[..., nn.Module], _: nn.Module) -> nn.Module:
+    return make(weights=None, weights_backbone=None, num_classes=21)
+
+
+def reduction(model: nn.Module) -> str:
+    """C' of the blocks that gate channels, as parts of C: "C/16", "C/4 to C/24", or "" where there are none."""
+    gated = [(block.channels, block.rd_channels) for block in find_se_blocks(model)]
+    gated += [(block.replaced.channels, block.rd_channels) for block in find_context_blocks(model)]
+    parts = sorted({round(channels / rd_channels) for channels, rd_channels in gated if rd_channels})
+    return " to ".join(f"C/{part}" for part in dict.fromkeys([*parts[:1], *parts[-1:]]))
+
+
+def image_size(network: str) -> int:
+    """Pixels a side: timm's own, at most 224; 480 for EncNet, as in its paper."""
+    if network == ENCNET:
+        return 480
+    with torch.device("meta"):
+        model = timm.create_model(network)
+    return min(224, resolve_model_data_config(model)["input_size"][-1])
+
+
+def batch_of(network: str, batch: int, size: int) -> tuple[Tensor, Tensor]:
+    """Random images and their targets."""
+    shape = (batch, size, size) if network == ENCNET else (batch,)
+    return torch.randn(batch, 3, size, size), torch.randint(21 if network == ENCNET else 1000, shape)
+
+
+def loss_of(network: str) -> Callable[[Any, Tensor], Tensor]:
+    """What training minimises, of outputs and targets."""
+    return EncNetLoss() if network == ENCNET else F.cross_entropy
+
+
+def macs(model: nn.Module, size: int) -> int:
+    """Multiply-adds of convolutions and matrix products in the inference of one image; counted on the meta device, not run."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    with torch.no_grad(), ctxenc.use_backend("torch"), FlopCounterMode(display=False) as counter:
+        functional_call(model.eval(), meta, torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def fuses(model: nn.Module) -> bool:
+    """Whether a network has blocks that fused() makes faster in inference."""
+    return any(isinstance(module, ctxenc.ContextEncoding) and hasattr(module, "fuse") for module in model.modules())
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """A copy for inference, its ContextEncoding blocks fused as timm's own models are."""
+    return reparameterize_model(model.eval())
