@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.encode import default_path
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -39,12 +40,6 @@ def run(name: str, command: Sequence[str], seconds: float | None) -> int:
     return status
 
 
-def name_of(device: str) -> str:
-    """Of the files: the GPU's, or "cpu"."""
-    name = torch.cuda.get_device_name().lower() if device == "cuda" else "cpu"
-    return "_".join("".join(letter if letter.isalnum() else " " for letter in name).split())
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -59,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = args.out.resolve()
     if run("tests", ["pytest", "-q", *TESTS[args.device]], parts["tests"]):
         raise SystemExit("no speed is reported for a wrong result: the tests failed")
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     failed, results = [], []
     for name in ("encode", "swap"):
-        results.append(str(out / f"{name}_{name_of(args.device)}.json"))
+        results.append(str(out / default_path({"gpu": gpu}, name).name))
         command = [f"benchmarks.{name}", "--device", args.device, "--out", results[-1]]
         if limit := parts[name]:  # a table that has begun is ended: the benchmark's own limit is lower
             command += ["--seconds", f"{0.8 * limit:.0f}"]

@@ -6,7 +6,6 @@ By default every result of benchmarks.encode and benchmarks.swap in benchmarks/r
 """
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.encode_rows import WORK
 from benchmarks.record import RESULTS, read
 
 Row = dict[str, Any]
@@ -65,55 +63,42 @@ def _measured(result: dict[str, Any], sweep: bool) -> list[Row]:
     return _first_dtype([row for row in rows if row["layout"] == "channels_first"]) if rows else []
 
 
-def speed(result: dict[str, Any]) -> Figure | None:
-    """How many times as long as ctxenc each other form takes, at the shapes that networks feed."""
+def _by_shape(result: dict[str, Any], title: str, entry: str, mark_of_ours: bool) -> Figure | None:
+    """One entry of every form at the shapes that networks feed, a line a shape, a panel a direction."""
     rows = _measured(result, sweep=False)
     if not rows:
         return None
     sources = list(dict.fromkeys(f"{row['source']}\n{row['shape']}" for row in rows))
-    figure, axes = _figure(result, 2, 11, 1 + 0.42 * len(sources), "Time of other forms, in times of ctxenc's")
-    for ax, (direction, title) in zip(axes, TITLES.items(), strict=True):
-        for form, (name, colour, mark) in FORMS.items():
+    figure, axes = _figure(result, 2, 11, 1.6 + 0.42 * len(sources), title)
+    for ax, (direction, name) in zip(axes, TITLES.items(), strict=True):
+        for form, (label, colour, mark) in FORMS.items():
             points = [row for row in rows if row["form"] == form]
-            ratios = [row[f"{direction}_ratio"] for row in points]
+            if not points or (form == "ctxenc, torch" and not mark_of_ours):
+                continue
             places = [sources.index(f"{row['source']}\n{row['shape']}") for row in points]
-            if points and not form.startswith("ctxenc, torch"):
-                ax.scatter(ratios, places, color=colour, marker=mark, s=28, label=name, zorder=3)
-        ax.axvline(1, color="#0072B2", linewidth=1.5, label="ctxenc")
-        ax.set(xscale="log", title=title, yticks=range(len(sources)), ylim=(len(sources) - 0.5, -0.5))
+            values = [row[f"{direction}_{entry}"] for row in points]
+            ax.scatter(values, places, color=colour, marker=mark, s=28, label=label, zorder=3)
+        ax.axvline(1, color="black" if mark_of_ours else "#0072B2", label="roofline" if mark_of_ours else "ctxenc")
+        ax.set(xscale="log", title=name, yticks=range(len(sources)), ylim=(len(sources) - 0.5, -0.5))
         ax.set_yticklabels(sources if ax is axes[0] else [], fontsize=7)
         ax.grid(axis="both", color="#EEEEEE", zorder=0)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[0].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=8, frameon=False)
     return figure
+
+
+def speed(result: dict[str, Any]) -> Figure | None:
+    """How many times as long as ctxenc each other form takes."""
+    return _by_shape(result, "Time of other forms, in times of ctxenc's", "ratio", mark_of_ours=False)
 
 
 def roofline(result: dict[str, Any]) -> Figure | None:
-    """The rate of products that each form reaches against the products there are for each byte of x that must move."""
-    rows = _measured(result, sweep=False)
-    if not rows:
-        return None
-    bandwidth = result["copy_bytes_per_second"]
-    rate = result["matmul_flops_per_second"][rows[0]["dtype"]]
-    figure, axes = _figure(result, 2, 11, 4.5, "Roofline: copy bandwidth and matmul rate of the same run")
-    itemsize = 4 if rows[0]["dtype"] == "float32" else 2
-    for ax, (direction, title) in zip(axes, TITLES.items(), strict=True):
-        passes, products = WORK[direction]
-        intensities = []
-        for form, (name, colour, mark) in FORMS.items():
-            points = [row for row in rows if row["form"] == form]
-            flops = [products * 2 * math.prod(row["shape"]) for row in points]
-            moved = [passes * itemsize * math.prod(row["shape"][:3]) for row in points]
-            x = [flop / byte for flop, byte in zip(flops, moved, strict=True)]
-            y = [flop / row[f"{direction}_ms"]["median"] / 1e6 for flop, row in zip(flops, points, strict=True)]
-            intensities += x
-            ax.scatter(x, y, color=colour, marker=mark, s=24, label=name if points else None, zorder=3, alpha=0.85)
-        span = [min(intensities) / 2, rate / bandwidth, max([*intensities, rate / bandwidth]) * 2]
-        ax.plot(span, [min(rate, each * bandwidth) / 1e9 for each in span], color="black", linewidth=1.2, label="roof")
-        ax.set(xscale="log", yscale="log", title=title, xlabel="flop of the products a byte of x", ylabel="GFLOP/s")
-        ax.grid(color="#EEEEEE", zorder=0)
-    axes[0].legend(fontsize=7)
-    return figure
+    """The part of each form's time that x at the copy bandwidth, or the products at the rate of a large one, would take.
+
+    Over 1 is possible where the cache serves x, which the bandwidth of a large copy does not know of.
+    """
+    title = "Part of the time that the roofline takes (copy bandwidth and matmul rate of the same run)"
+    return _by_shape(result, title, "floor", mark_of_ours=True)
 
 
 def growth(result: dict[str, Any]) -> Figure | None:

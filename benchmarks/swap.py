@@ -282,8 +282,9 @@ def line(row: Row) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of a result, as the README shows it: eager, fp32, channels last."""
-    rows = [row for row in result["rows"] if Setting(row["mode"], row["precision"], row["channels_last"]) == FIRST]
+    """The table of a result, as the README shows it: the main variants, eager, fp32, channels last."""
+    at_first = [row for row in result["rows"] if Setting(row["mode"], row["precision"], row["channels_last"]) == FIRST]
+    rows = [row for row in at_first if row["variant"] in networks.MAIN]
     fused = {(row["network"], row["variant"]): row for row in rows if row["fused"]}
     lines = []
     for row in rows:

@@ -24,6 +24,7 @@ def encode_row(form, shape, ratio, group="networks", layout="channels_first"):
         "form": form,
     }
     row |= {"forward_ms": times(ratio), "forward_backward_ms": times(3 * ratio)}
+    row |= {"forward_floor": 0.5 / ratio, "forward_backward_floor": 0.5 / ratio}
     return row | {"forward_ratio": ratio, "forward_backward_ratio": ratio}
 
 
@@ -80,11 +81,15 @@ def test_growth_follows_one_size_at_a_time(encode_result):
     assert sizes == [[49, 196, 784], [4, 8, 16], [8, 16, 32]]
 
 
-def test_the_roof_is_that_of_the_run(encode_result):
-    figure = plot.roofline(plot.read(encode_result))
-    roof = figure.axes[0].lines[-1]
-    assert max(roof.get_ydata()) == pytest.approx(100)  # GFLOP/s
-    assert roof.get_ydata()[0] == pytest.approx(10 * roof.get_xdata()[0])  # GB/s
+def test_every_form_stands_at_its_ratio_and_its_part_of_the_roofline(encode_result):
+    result = plot.read(encode_result)
+    speed, roofline = plot.speed(result), plot.roofline(result)
+    shown = [
+        [point for c in figure.axes[1].collections for point in c.get_offsets().tolist()]
+        for figure in (speed, roofline)
+    ]
+    assert shown[0] == [[50.0, 0.0], [50.0, 1.0]]  # ours is the line at 1
+    assert sorted(shown[1]) == [[0.01, 0.0], [0.01, 1.0], [0.5, 0.0], [0.5, 1.0]]
 
 
 def test_cost_shows_eager_rows_alone(swap_result):

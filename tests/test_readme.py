@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import context_scenes, encode
+from benchmarks import context_scenes, encode, swap
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,9 @@ def test_python_snippet_runs(snippet, tmp_path, monkeypatch):
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize(("name", "benchmark"), [("encode_cpu", encode), ("context_scenes", context_scenes)])
+@pytest.mark.parametrize(
+    ("name", "benchmark"), [("encode_cpu", encode), ("swap_cpu", swap), ("context_scenes", context_scenes)]
+)
 def test_tables_are_the_committed_results(name, benchmark):
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, flags=re.S)
