@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import timm.data
 import torch
@@ -99,7 +99,6 @@ def run(args: argparse.Namespace) -> None:
         )
     except Exception as error:  # any layer may refuse an image, each in its way
         raise UserError(f"{args.model} cannot run on these images: {one_line(error)}") from error
-    figures: dict[str, Any] = {}
     try:
         figures = {block: overview(seen, block, names, args.codewords) for block in blocks}
     except ValueError as error:
@@ -131,7 +130,9 @@ def load(model: str) -> Subject:
             loaded = segmentation.load(path)
             return Subject(loaded.network, loaded.mean, loaded.std, loaded.classes)
         tuned = load_run(path)
-        return Subject(tuned.model, tuned.config.data_config["mean"], tuned.config.data_config["std"])
+        config = tuned.config.data_config
+        tuned.model.pretrained_cfg["input_size"] = config["input_size"]  # what look gives a network of a fixed size
+        return Subject(tuned.model, config["mean"], config["std"])
     if "/" in model or path.suffix in (".safetensors", ".pth", ".pt"):
         raise UserError(f"no run or checkpoint at {model}")
     check_name(model)

@@ -31,9 +31,9 @@ def ranked(weights: Sequence[Tensor]) -> tuple[list[int], Tensor]:
     Returns:
         The codewords that own a pixel, and the share of the pixels that each of the K owns.
     """
-    counts = sum((torch.bincount(each.argmax(0).flatten(), minlength=len(each)) for each in weights), torch.zeros(()))
+    counts = sum((torch.bincount(each.argmax(0).flatten(), minlength=len(each)) for each in weights), torch.zeros((), dtype=torch.int64))
     shares = counts.double() / counts.sum()
-    order = sorted(range(len(shares)), key=lambda code: -shares[code])
+    order: list[int] = shares.argsort(descending=True, stable=True).tolist()
     return [code for code in order if shares[code] > 0], shares
 
 
