@@ -26,7 +26,12 @@ from ctxenc.viz.observing import IMAGE_SIZE, Picture
 from ctxenc.viz.usage import usage_of
 
 OUT = Path("runs") / "look"
-SHOWN = ("astronaut.png", "chelsea.png", "coffee.png", "brick.png")  # of the embedded photographs, where no image is named
+SHOWN = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "brick.png",
+)  # of the embedded photographs, where no image is named
 Item = TypeVar("Item")
 
 
@@ -47,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="run of finetune or segment train, checkpoint of an EncNet, or a timm model (torchvision:NAME), which is patched and has no"
+        help="run of finetune or segment train, checkpoint of an EncNet, or timm model (or torchvision:NAME) to patch, without"
         " trained weights",
     )
     parser.add_argument(
@@ -66,10 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all, names, or a number of blocks spread from the first to the last (default: 3)",
     )
     parser.add_argument(
-        "--codewords", type=int, nargs="+", metavar="K", help="which to follow (default: the four that own most pixels)"
+        "--codewords",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="which to follow (default: the three that own most pixels)",
     )
     parser.add_argument(
-        "--count", type=positive_int, default=4, metavar="N", help="images, spread over those that are named (default: 4)"
+        "--count",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="images, spread over those that are named (default: 4)",
     )
     parser.add_argument(
         "--image-size",
@@ -209,7 +222,13 @@ def report(seen: Look) -> str:
     for name, observation in seen.blocks.items():
         usage = usage_of(observation.weights)
         codes, height, width = observation.weights[0].shape
-        cells = (f"{height}x{width}", str(codes), f"{usage.entropy:.2f}", f"{usage.pixel_entropy:.2f}", str(len(usage.dead)))
+        cells = (
+            f"{height}x{width}",
+            str(codes),
+            f"{usage.entropy:.2f}",
+            f"{usage.pixel_entropy:.2f}",
+            str(len(usage.dead)),
+        )
         rows.append((name, *cells))
     header = ("block", "first map", "codewords", "entropy, bits", "of a pixel", "dead")
     return text_table(header, rows, right=header[1:])

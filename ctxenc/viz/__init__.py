@@ -9,7 +9,7 @@
 
 try:
     import matplotlib as _matplotlib  # noqa: F401
-    import PIL as _pillow  # noqa: F401
+    from PIL import Image as _Image  # noqa: F401
 except ImportError as error:
     raise ImportError(f"ctxenc.viz needs the extra: pip install 'ctxenc[viz]' ({error})") from error
 

@@ -99,8 +99,8 @@ def look(
 ) -> Look:
     """Run images through a network, one by one in eval mode, and keep what its blocks saw.
 
-    What a block sees is taken where it encodes: the input of its Encoding layer goes to ctxenc.assign with that layer's codewords and
-    smoothing. A block that is called more than once in a forward shows its last call. Compiled models run eagerly meanwhile.
+    What a block sees is taken where it encodes: the input of its Encoding layer goes to ctxenc.assign with that layer's codewords
+    and smoothing. A block that is called more than once in a forward shows its last call. Compiled models run eagerly meanwhile.
 
     Args:
         model: a patched network, an EncNet, a DeepTEN, or any other module that has blocks or is one; on any device, in any dtype.
@@ -116,8 +116,8 @@ def look(
         A Look.
 
     Raises:
-        ValueError: there is no image, no block, or no such block; a tensor has another shape; image_size is not positive; or a block
-            was not reached.
+        ValueError: there is no image, no block, or no such block; a tensor has another shape; image_size is not positive; or the
+            forward did not reach a block.
         TypeError: model is no module, or an image or a block is of no such type.
         OSError: an image file cannot be read.
     """
@@ -143,7 +143,9 @@ def choose_blocks(caller: str, model: nn.Module, blocks: Sequence[Chosen] | None
     """
     found = encoding_blocks(model)
     if not found:
-        raise ValueError(f"{caller}: model must have ContextEncoding or Encoding blocks, got {type(model).__name__} without")
+        raise ValueError(
+            f"{caller}: model must have ContextEncoding or Encoding blocks, got {type(model).__name__} without"
+        )
     if blocks is None:
         return found
     names = list(found)
@@ -158,7 +160,9 @@ def choose_blocks(caller: str, model: nn.Module, blocks: Sequence[Chosen] | None
             name = names[each]
         elif isinstance(each, str | int | nn.Module) and not isinstance(each, bool):
             got = type(each).__name__ if isinstance(each, nn.Module) else repr(each)
-            raise ValueError(f"{caller}: block must be one of {', '.join(map(repr, names))}, its index or module, got {got}")
+            raise ValueError(
+                f"{caller}: block must be one of {', '.join(map(repr, names))}, its index or module, got {got}"
+            )
         else:
             raise TypeError(f"{caller}: block must be a name, an index or a module, got {type(each).__name__}")
         chosen[name] = found[name]
@@ -174,7 +178,7 @@ def observe(
     std: Sequence[float] | None,
     image_size: int,
 ) -> Iterator[_Pass]:
-    """Run images through the model one by one; what is kept of one is gone when the next is asked for, unless the caller keeps it."""
+    """Run images through the model one by one, keeping nothing: there may be more of them than memory holds the weights of."""
     check_sizes(caller, image_size=image_size)
     if isinstance(images, str | os.PathLike | Image.Image | Tensor):
         raise TypeError(f"{caller}: images must be a sequence of images, got one {type(images).__name__}")
@@ -186,7 +190,9 @@ def observe(
         torch.tensor(given or config.get(key) or usual)[:, None, None]
         for key, given, usual in zip(("mean", "std"), (mean, std), IMAGENET, strict=True)
     ]
-    fixed = tuple(config["input_size"][:0:-1]) if config.get("fixed_input_size") else None  # (width, height), as Pillow's
+    fixed = (
+        tuple(config["input_size"][:0:-1]) if config.get("fixed_input_size") else None
+    )  # (width, height), as Pillow's
     like = next(model.parameters())
     for image in images:
         x = _tensor(caller, image, colours, image_size, fixed)
@@ -199,7 +205,9 @@ def observe(
             output = model(given.to(like.device, like.dtype))
         for name in blocks:
             if name not in weights:
-                raise ValueError(f"{caller}: the forward of model must call the block {name!r}, got none: it was not reached")
+                raise ValueError(
+                    f"{caller}: the forward of model must call the block {name!r}, got none: it was not reached"
+                )
         logits = output.get("se") if isinstance(output, Mapping) else None
         presence = None if logits is None else logits[0].float().sigmoid().cpu()
         yield _Pass(_photograph(x[0], colours), weights, gates, presence)
@@ -261,8 +269,8 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _hooked(blocks: Mapping[str, Block]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Weights (K, h, w) and gates (C,) by the block's name, filled while the model runs.
 
-    The hooks sit on the children of a block, for EncodingModule calls methods of the block and never the block itself. The gate function
-    is applied to what the linear layer gives, since a hook on the gate would switch the fused product off.
+    The hooks sit on the children of a block, for EncodingModule calls methods of the block and never the block itself. The gate
+    function is applied to what the linear layer gives, since a hook on the gate would switch the fused product off.
     """
     weights: dict[str, Tensor] = {}
     gates: dict[str, Tensor] = {}

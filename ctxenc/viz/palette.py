@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Okabe and Ito's (jfly.uni-koeln.de/color) without black, then the three that lie farthest from these and from OTHERS in CIELAB, for
-# normal vision and for simulated deuteranopia and protanopia.
+# Okabe and Ito's (jfly.uni-koeln.de/color) without black, then three that lie far from these and from OTHERS in CIELAB, for normal
+# vision and for simulated deuteranopia and protanopia.
 PALETTE = (
     "#E69F00",
     "#0072B2",
@@ -22,26 +22,21 @@ PALETTE = (
 OTHERS = "#555555"
 
 
-def ranked(weights: Sequence[Tensor]) -> tuple[list[int], Tensor]:
-    """The codewords by the pixels that they own in these images, most first; every pixel counts alike.
+def owned(weights: Sequence[Tensor]) -> Tensor:
+    """The share of the pixels of these images that each codeword owns, (K,) fp64, of weights (K, h, w) for each image.
 
-    Args:
-        weights: for each image (K, h, w). A pixel's owner is the codeword of its largest weight.
-
-    Returns:
-        The codewords that own a pixel, and the share of the pixels that each of the K owns.
+    A pixel's owner is the codeword of its largest weight; every pixel counts alike.
     """
-    counts = sum((torch.bincount(each.argmax(0).flatten(), minlength=len(each)) for each in weights), torch.zeros((), dtype=torch.int64))
-    shares = counts.double() / counts.sum()
-    order: list[int] = shares.argsort(descending=True, stable=True).tolist()
-    return [code for code in order if shares[code] > 0], shares
+    counts = sum((torch.bincount(each.argmax(0).flatten(), minlength=len(each)) for each in weights), torch.tensor(0))
+    return counts.double() / counts.sum()
 
 
-def colours_of(weights: Sequence[Tensor]) -> tuple[dict[int, str], dict[int, float]]:
-    """The colour of each codeword that has one, most used first, and the share of the pixels that it owns.
+def colours_of(weights: Sequence[Tensor]) -> dict[int, str]:
+    """The colours of the codewords that own most pixels of these images, most first; all others have none.
 
-    Where fewer colours than codewords that own pixels are there, the last ones go without: they are "others".
+    Codewords that own as many, none for example, go by their mean weight.
     """
-    order, shares = ranked(weights)
-    colours = dict(zip(order, PALETTE, strict=False))
-    return colours, {code: float(shares[code]) for code in order}
+    total = torch.cat([each.flatten(1) for each in weights], 1).double().mean(1)
+    order: list[int] = total.argsort(descending=True, stable=True).tolist()
+    shares = owned(weights).tolist()
+    return dict(zip(sorted(order, key=lambda code: -shares[code]), PALETTE, strict=False))

@@ -21,7 +21,7 @@ class Usage:
     Attributes:
         shares: (K,) fp64, the mean weight of each codeword; they sum to one.
         entropy: of the shares, in bits: log2(K) where all codewords are used alike, 0 where one is used alone.
-        pixel_entropy: the mean over the pixels of the entropy of a pixel's own weights, in bits: 0 where each belongs to one codeword.
+        pixel_entropy: the mean over the pixels of the entropy of a pixel's own weights, in bits: 0 where each has one owner.
         dead: the codewords whose share is below 1 % of 1 / K.
     """
 
@@ -31,9 +31,7 @@ class Usage:
     dead: list[int]
 
 
-def codebook_usage(
-    model: nn.Module, images: Sequence[Picture], block: Chosen | None = None, **reading: Any
-) -> Usage:
+def codebook_usage(model: nn.Module, images: Sequence[Picture], block: Chosen | None = None, **reading: Any) -> Usage:
     """How much of a block's codebook some images use. Images go through one by one, so that there may be many.
 
     Args:
@@ -52,7 +50,9 @@ def codebook_usage(
     """
     chosen = choose_blocks("codebook_usage", model, [-1 if block is None else block])
     (name,) = chosen
-    return usage_of(each.weights[name] for each in observe("codebook_usage", model, images, chosen, **_reading(reading)))
+    return usage_of(
+        each.weights[name] for each in observe("codebook_usage", model, images, chosen, **_reading(reading))
+    )
 
 
 def gates(model: nn.Module, images: Sequence[Picture], block: Chosen | None = None, **reading: Any) -> Tensor:
