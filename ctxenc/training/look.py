@@ -1,0 +1,234 @@
+"""ctxenc look MODEL IMAGE...: what the blocks of a network see, as pictures."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import timm.data
+import torch
+from torch import nn
+
+from ctxenc.patching import patch_se_blocks
+from ctxenc.training import photographs
+from ctxenc.training.config import atomic
+from ctxenc.training.console import UserError, near_names, one_line, positive_int, text_table
+from ctxenc.training.data import open_image
+from ctxenc.training.inspect import check_name, create
+from ctxenc.training.predict import find_images
+from ctxenc.training.runs import load_run, pick_device
+from ctxenc.training.segmentation import predict as segmentation
+from ctxenc.training.segmentation import scenes
+from ctxenc.viz import Look, encoding_blocks, look, overview, presence_chart
+from ctxenc.viz.observing import IMAGE_SIZE, Picture
+from ctxenc.viz.usage import usage_of
+
+OUT = Path("runs") / "look"
+SHOWN = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "brick.png",
+)  # of the embedded photographs, where no image is named
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to look into; classes are those of its SE branch, None where they have no names."""
+
+    network: nn.Module
+    mean: Sequence[float]
+    std: Sequence[float]
+    classes: list[str] | None = None
+    remark: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.epilog = "example: ctxenc look runs/001 holiday/ --blocks 2 --image-size 384"
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="run of finetune or segment train, checkpoint of an EncNet, or timm model (or torchvision:NAME) to patch, without"
+        " trained weights",
+    )
+    parser.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="*",
+        help="image file, folder or glob (default: embedded test scenes for a network that was trained on such, else four of the"
+        " embedded photographs)",
+    )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where to write (default: {OUT})")
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        default=["3"],
+        metavar="B",
+        help="all, names, or a number of blocks spread from the first to the last (default: 3)",
+    )
+    parser.add_argument(
+        "--codewords",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="which to follow (default: the three that own most pixels)",
+    )
+    parser.add_argument(
+        "--count",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="images, spread over those that are named (default: 4)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=positive_int,
+        default=IMAGE_SIZE,
+        metavar="N",
+        help=f"images whose longer side is larger are shrunk to it (default: {IMAGE_SIZE})",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write BLOCK.png for each chosen block, and presence.png where there is an SE branch; print how each codebook is used."""
+    device = pick_device(args.device)
+    paths = find_images(args.images) if args.images else []
+    subject = load(args.model)
+    blocks = choose(list(encoding_blocks(subject.network)), args.blocks, args.model)
+    names, images = pictures(paths, subject.classes, args.count)
+    try:
+        seen = look(
+            subject.network.to(device),
+            images,
+            blocks,
+            mean=subject.mean,
+            std=subject.std,
+            image_size=args.image_size,
+        )
+    except Exception as error:  # any layer may refuse an image, each in its way
+        raise UserError(f"{args.model} cannot run on these images: {one_line(error)}") from error
+    try:
+        figures = {block: overview(seen, block, names, args.codewords) for block in blocks}
+    except ValueError as error:
+        raise UserError(f"--codewords: {one_line(error)}") from error
+    if seen.presence is not None:
+        figures["presence"] = presence_chart(seen, subject.classes, names)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+    for name, figure in figures.items():
+        with atomic(args.out / f"{name}.png") as temporary:
+            figure.savefig(temporary)
+    if subject.remark:
+        print(subject.remark)
+    print(report(seen))
+    print(f"{len(names)} image{'s' if len(names) > 1 else ''}: {args.out}/{{{','.join(figures)}}}.png")
+
+
+def load(model: str) -> Subject:
+    """The network of a run, a checkpoint or a name.
+
+    Raises:
+        UserError: It is none of these, cannot be loaded, or has nothing to patch.
+    """
+    path = Path(model)
+    if path.exists():
+        if is_segmentation(path):
+            loaded = segmentation.load(path)
+            return Subject(loaded.network, loaded.mean, loaded.std, loaded.classes)
+        tuned = load_run(path)
+        config = tuned.config.data_config
+        tuned.model.pretrained_cfg["input_size"] = config["input_size"]  # what look gives a network of a fixed size
+        return Subject(tuned.model, config["mean"], config["std"])
+    if "/" in model or path.suffix in (".safetensors", ".pth", ".pt"):
+        raise UserError(f"no run or checkpoint at {model}")
+    check_name(model)
+    torch.manual_seed(0)
+    try:
+        network = patch_se_blocks(create(model, None, "cpu"))
+    except Exception as error:  # timm's builders raise a dozen kinds
+        raise UserError(f"{model}: {one_line(error)}") from error
+    config = timm.data.resolve_model_data_config(network)
+    remark = f"{model} was patched and has no trained weights: these maps are those of a random start"
+    return Subject(network, config["mean"], config["std"], remark=remark)
+
+
+def is_segmentation(path: Path) -> bool:
+    """Whether segment predict is to load it: a file, a folder of save_pretrained, or a run of segment train."""
+    if not path.is_dir() or (path / "model.safetensors").is_file():
+        return True
+    for config in (path / "config.json", *sorted(path.glob("*/config.json"))):
+        try:
+            table = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(table, dict):
+            return table.get("kind") == "segment"
+    return False
+
+
+def choose(names: Sequence[str], given: Sequence[str], model: str) -> list[str]:
+    """The blocks that --blocks names.
+
+    Raises:
+        UserError: The network has no block, or none of such a name.
+    """
+    if not names:
+        raise UserError(f"{model} has no ContextEncoding or Encoding block to look into")
+    if list(given) == ["all"]:
+        return list(names)
+    if len(given) == 1 and given[0].isdecimal() and int(given[0]) > 0:
+        return spread(names, int(given[0]))
+    for name in given:
+        if name not in names:
+            raise UserError(f"--blocks: {model} has no block {name!r}; {near_names(name, names)}")
+    return list(dict.fromkeys(given))
+
+
+def pictures(paths: Sequence[Path], classes: list[str] | None, count: int) -> tuple[list[str], list[Picture]]:
+    """Names and images: of the paths, or where there is none embedded ones.
+
+    Raises:
+        UserError: An image is broken, or scikit-image is missing.
+    """
+    if paths:
+        chosen = spread(paths, count)
+        return [path.stem for path in chosen], [open_image(path) for path in chosen]
+    if classes == scenes.CLASSES:
+        test = scenes.Scenes(train=False, length=scenes.TEST_SCENES)
+        return [scenes.scene_type(index) for index in range(count)], [test[index][0] for index in range(count)]
+    shown = SHOWN[:count]
+    return [Path(name).stem for name in shown], [photographs.read_photograph(name) for name in shown]
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items, evenly from the first to the last; of one, the last."""
+    if count >= len(items):
+        return list(items)
+    if count == 1:
+        return [items[-1]]
+    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
+
+
+def report(seen: Look) -> str:
+    """A table of how each block uses its codebook."""
+    rows = []
+    for name, observation in seen.blocks.items():
+        usage = usage_of(observation.weights)
+        codes, height, width = observation.weights[0].shape
+        cells = (
+            f"{height}x{width}",
+            str(codes),
+            f"{usage.entropy:.2f}",
+            f"{usage.pixel_entropy:.2f}",
+            str(len(usage.dead)),
+        )
+        rows.append((name, *cells))
+    header = ("block", "first map", "codewords", "entropy, bits", "of a pixel", "dead")
+    return text_table(header, rows, right=header[1:])

@@ -1,0 +1,300 @@
+"""The figures: matplotlib's, made for 1200 pixels of width at 100 dpi and readable at 800."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+
+from ctxenc.viz.observing import IMAGE_SIZE, Chosen, Look, Picture, choose_blocks, look
+from ctxenc.viz.palette import OTHERS, PALETTE, colours_of, owned
+from ctxenc.viz.usage import usage_of
+
+WIDTH, DPI = 12.0, 100  # inches, and pixels an inch; the lengths below are inches too
+FONT = 12.0  # points: 17 pixels, 11 where 1200 pixels are shown at 800
+MARGIN, GAP, LINE = 0.15, 0.08, 0.3
+TITLE = 0.5
+LEGEND, USAGE = 1.0, 2.9
+LABELS = 1.6  # to the left of axes
+HIGHEST = 8.0  # of the image in assignment_map
+FOLLOWED = 3
+TOP_CLASSES = 8
+
+Pixels = npt.NDArray[np.floating[Any]]
+
+
+def assignment_map(
+    model: nn.Module,
+    image: Picture,
+    block: Chosen | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int = IMAGE_SIZE,
+) -> Figure:
+    """Which codeword owns each pixel of an image: the image, and over its grey copy the owners in their colours.
+
+    A pixel's owner is the codeword of its largest weight; that weight is the colour's opacity. The map is the block's own, each of
+    its pixels drawn as a rectangle. Codewords that own most have a colour, the others are grey.
+
+    Args:
+        model: as for look.
+        image: a Pillow image, a path, or a normalised tensor (C, H, W) or (1, C, H, W).
+        block: a name, an index or a module; the last block by default.
+        mean: as for look.
+        std: likewise.
+        image_size: likewise.
+
+    Returns:
+        A matplotlib figure, which pyplot does not know: a notebook shows it, `figure.savefig(path)` writes it.
+
+    Raises:
+        ValueError: as look.
+        TypeError: likewise.
+        OSError: the image file cannot be read.
+    """
+    chosen = choose_blocks("assignment_map", model, [-1 if block is None else block])
+    ((name, module),) = chosen.items()
+    seen = look(model, [image], [module], mean=mean, std=std, image_size=image_size)
+    (photograph,), (weights,) = seen.photographs, seen.blocks[name].weights
+    colours = colours_of([weights])
+    ratio = photograph.shape[0] / photograph.shape[1]
+    side = min((WIDTH - 2 * MARGIN - GAP) / 2, HIGHEST / ratio)
+    figure = _page(name, weights, TITLE + side * ratio + LEGEND)
+    _show(_place(figure, WIDTH / 2 - GAP / 2 - side, TITLE, side, side * ratio), photograph)
+    right = _place(figure, WIDTH / 2 + GAP / 2, TITLE, side, side * ratio)
+    _show(right, _grey(photograph), owner_colours(weights, colours))
+    _legend(figure, TITLE + side * ratio, [weights], colours)
+    return figure
+
+
+def overview(
+    seen: Look, block: str, names: Sequence[str] | None = None, codewords: Sequence[int] | None = None
+) -> Figure:
+    """What a block saw in some images, on a sheet: owners, codewords to follow from image to image, use, and gates.
+
+    A row an image: the image, its owners as in assignment_map, and for a few codewords the weight of each pixel as the opacity of
+    the codeword's colour. A codeword has one colour on the whole sheet. Below, the share of each codeword, and the gates.
+
+    Args:
+        seen: what look returned.
+        block: the name of one of its blocks.
+        names: of the images; numbers by default.
+        codewords: which ones to follow; those that own most by default.
+
+    Returns:
+        A matplotlib figure, 1200 pixels wide at its own resolution.
+
+    Raises:
+        ValueError: there is no such block or codeword, or names are not one an image.
+    """
+    if block not in seen.blocks:
+        raise ValueError(f"overview: block must be one of {', '.join(map(repr, seen.blocks))}, got {block!r}")
+    observation = seen.blocks[block]
+    weights, num_codes = observation.weights, len(observation.weights[0])
+    labels = _labels("overview", seen, names)
+    colours = colours_of(weights)
+    followed = list(colours)[:FOLLOWED] if codewords is None else list(codewords)
+    if not followed or any(not 0 <= code < num_codes for code in followed):
+        raise ValueError(f"overview: codewords must be from 0 to {num_codes - 1}, one or more, got {followed}")
+    columns = 2 + len(followed)
+    side = (WIDTH - MARGIN - LINE - (columns - 1) * GAP - MARGIN) / columns
+    maps = sum(side * each.shape[0] / each.shape[1] + GAP for each in seen.photographs)
+    strip = 0.0 if observation.gates is None else max(0.6, 0.3 * len(labels))
+    top = TITLE + LINE
+    figure = _page(block, weights[0], top + maps + LEGEND + USAGE + (strip and strip + 2 * LINE))
+    _draw_maps(figure, top, side, seen.photographs, weights, labels, followed, colours)
+    _legend(figure, top + maps, weights, colours)
+    top += maps + LEGEND
+    inner = WIDTH - LABELS - 0.7
+    _draw_usage(_place(figure, LABELS, top + LINE, inner, USAGE - 3.2 * LINE), weights, colours)
+    if observation.gates is not None:
+        top += USAGE + LINE
+        bar = _place(figure, LABELS + inner + GAP, top, 0.15, strip)
+        _draw_gates(_place(figure, LABELS, top, inner, strip), bar, observation.gates, labels)
+    return figure
+
+
+def presence_chart(seen: Look, classes: Sequence[str] | None = None, names: Sequence[str] | None = None) -> Figure:
+    """What the SE branch of an EncNet believes is in each scene: its likeliest classes, eight at most.
+
+    EncNet (arXiv 1803.08904), section 3.2.
+
+    Args:
+        seen: what look returned.
+        classes: their names; numbers by default.
+        names: of the images; numbers by default.
+
+    Returns:
+        A matplotlib figure, 1200 pixels wide at its own resolution.
+
+    Raises:
+        ValueError: the network has no such branch, or classes or names are not as many as there are.
+    """
+    if seen.presence is None:
+        raise ValueError("presence_chart: seen must be of a network with an SE branch, got one without")
+    num_classes = seen.presence.shape[1]
+    if classes is not None and len(classes) != num_classes:
+        raise ValueError(f"presence_chart: classes must name {num_classes} classes, got {len(classes)}")
+    labels = _labels("presence_chart", seen, names)
+    figure = Figure(figsize=(WIDTH, TITLE + 2.9 * len(labels)), dpi=DPI)
+    _heading(figure, "what the SE branch believes is in the scene: probabilities")
+    for number, (label, photograph, presence) in enumerate(zip(labels, seen.photographs, seen.presence, strict=True)):
+        top = TITLE + LINE + 2.9 * number
+        left = _place(figure, MARGIN, top, 4.0, 2.4)
+        _show(left, photograph)
+        left.set_title(label, fontsize=FONT)
+        values, order = presence.topk(min(TOP_CLASSES, num_classes))
+        right = _place(figure, 6.6, top, WIDTH - 6.6 - 0.7, 2.4)
+        bars = right.barh(range(len(order)), values.tolist(), color=PALETTE[1])
+        right.bar_label(bars, fmt="%.2f", padding=4, fontsize=FONT - 1)
+        ticks = [str(index) if classes is None else _short(classes[index], 24) for index in order.tolist()]
+        right.set_yticks(range(len(order)), ticks, fontsize=FONT - 1)
+        right.set(xlim=(0, 1), xticks=[])
+        right.invert_yaxis()
+        right.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure
+
+
+def owner_colours(weights: Tensor, colours: Mapping[int, str]) -> Pixels:
+    """The colour of each pixel's owner with its weight as alpha, (h, w, 4), of weights (K, h, w)."""
+    table = np.array([to_rgb(colours.get(code, OTHERS)) for code in range(len(weights))])
+    strength, owner = weights.max(0)
+    return np.concatenate([table[owner.numpy()], strength.numpy()[:, :, None]], axis=2)
+
+
+def _weight_colours(weights: Tensor, code: int, colours: Mapping[int, str]) -> Pixels:
+    """One codeword's colour everywhere with its weight as alpha, (h, w, 4)."""
+    colour = np.broadcast_to(to_rgb(colours.get(code, OTHERS)), (*weights.shape[1:], 3))
+    return np.concatenate([colour, weights[code].numpy()[:, :, None]], axis=2)
+
+
+def _draw_maps(
+    figure: Figure,
+    top: float,
+    side: float,
+    photographs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    labels: Sequence[str],
+    followed: Sequence[int],
+    colours: Mapping[int, str],
+) -> None:
+    titles = ["image", "owners", *(f"codeword {code}" for code in followed)]
+    for row, (photograph, each, label) in enumerate(zip(photographs, weights, labels, strict=True)):
+        height = side * photograph.shape[0] / photograph.shape[1]
+        grey = _grey(photograph)
+        maps = [None, owner_colours(each, colours), *(_weight_colours(each, code, colours) for code in followed)]
+        for column, (over, title) in enumerate(zip(maps, titles, strict=True)):
+            axes = _place(figure, MARGIN + LINE + column * (side + GAP), top, side, height)
+            _show(axes, photograph if over is None else grey, over)
+            if row == 0:
+                axes.set_title(title, fontsize=FONT)
+            if column == 0:
+                axes.set_ylabel(label, fontsize=FONT)
+        top += height + GAP
+
+
+def _draw_usage(axes: Axes, weights: Sequence[Tensor], colours: Mapping[int, str]) -> None:
+    usage = usage_of(weights)
+    num_codes = len(usage.shares)
+    axes.bar(
+        range(num_codes), 100 * usage.shares.numpy(), color=[colours.get(code, OTHERS) for code in range(num_codes)]
+    )
+    axes.axhline(100 / num_codes, color="black", linestyle="--", linewidth=1)
+    axes.plot(usage.dead, [0] * len(usage.dead), "x", color="black", markersize=9, markeredgewidth=2, clip_on=False)
+    bits = f"entropy {usage.entropy:.2f} of {np.log2(num_codes):.2f} bits, of one pixel {usage.pixel_entropy:.2f}"
+    dead = f"{len(usage.dead)} dead (×)" if usage.dead else "none dead"
+    axes.set_title(f"share of each codeword: {bits}; {dead}", fontsize=FONT)
+    axes.set_xlabel("codeword (dashed: all alike)", fontsize=FONT)
+    axes.set_ylabel("%", fontsize=FONT)
+    axes.set(xlim=(-0.7, num_codes - 0.3))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=33, integer=True))
+    axes.tick_params(labelsize=FONT - 1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_gates(axes: Axes, bar: Axes, gates: Tensor, labels: Sequence[str]) -> None:
+    """A line an image, a column a channel, in the order of the channel's mean so that differences between images stand out."""
+    ordered = gates[:, gates.mean(0).argsort()].numpy()
+    shown = axes.imshow(ordered, aspect="auto", cmap="cividis", interpolation="nearest")
+    axes.set_title(f"gates of the {gates.shape[1]} channels, from the lowest mean to the highest", fontsize=FONT)
+    axes.set(xticks=[])
+    axes.set_yticks(range(len(labels)), labels, fontsize=FONT - 1)
+    axes.figure.colorbar(shown, cax=bar)
+    bar.tick_params(labelsize=FONT - 1)
+    bar.yaxis.set_major_locator(MaxNLocator(nbins=3))
+
+
+def _page(block: str, weights: Tensor, height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+    codes, *size = weights.shape
+    _heading(figure, f"{block or 'block'}: {codes} codewords, map {size[0]} x {size[1]}")
+    return figure
+
+
+def _heading(figure: Figure, text: str) -> None:
+    figure.text(0.5, 1 - MARGIN / figure.get_figheight(), text, fontsize=FONT + 2, ha="center", va="top")
+
+
+def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes by their place in inches from the left upper corner."""
+    page = figure.get_figheight()
+    return figure.add_axes((left / WIDTH, 1 - (top + height) / page, width / WIDTH, height / page))
+
+
+def _show(axes: Axes, photograph: Tensor, over: Pixels | None = None) -> None:
+    """A photograph (H, W, 3) in axes without ticks, and over it a map (h, w, 4) stretched to its size."""
+    height, width = photograph.shape[:2]
+    extent = (0.0, float(width), float(height), 0.0)
+    axes.imshow(photograph.numpy(), extent=extent)
+    if over is not None:
+        axes.imshow(over, extent=extent, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+
+
+def _grey(photograph: Tensor) -> Tensor:
+    """The photograph without its colours, which are the codewords' here, and pale, since on black no colour would show."""
+    return (0.4 + 0.6 * photograph.mean(2, keepdim=True)).expand(-1, -1, 3)
+
+
+def _legend(figure: Figure, top: float, weights: Sequence[Tensor], colours: Mapping[int, str]) -> None:
+    """The share of the pixels that each codeword with a colour owns, and that of all others."""
+    shares = owned(weights).tolist()
+    entries = [(colour, f"{code}: {_percent(shares[code])}") for code, colour in colours.items() if shares[code]]
+    others = [share for code, share in enumerate(shares) if share and code not in colours]
+    if others:
+        entries.append((OTHERS, f"{len(others)} others: {_percent(sum(others))}"))
+    figure.legend(
+        handles=[Patch(facecolor=colour, edgecolor="black", linewidth=0.5, label=label) for colour, label in entries],
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1 - top / figure.get_figheight()),
+        ncols=6,
+        fontsize=FONT,
+        title="codeword: share of the pixels that it owns. The stronger a colour, the larger the weight.",
+        title_fontsize=FONT,
+        frameon=False,
+        handlelength=1.2,
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.005 else "< 1 %"
+
+
+def _labels(caller: str, seen: Look, names: Sequence[str] | None) -> list[str]:
+    count = len(seen.photographs)
+    if names is None:
+        return [str(number) for number in range(count)]
+    if len(names) != count:
+        raise ValueError(f"{caller}: names must be one for each of {count} images, got {len(names)}")
+    return [_short(name, 16) for name in names]
+
+
+def _short(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

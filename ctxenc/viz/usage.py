@@ -1,0 +1,101 @@
+"""How much of a codebook is in use, and what the gates let through."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxenc.context import ContextEncoding
+from ctxenc.viz.observing import IMAGE_SIZE, Chosen, Picture, choose_blocks, observe
+
+DEAD = 0.01  # a codeword is dead whose share is below this part of 1 / K, the share of each where all are used alike
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The use of a codebook over the pixels of some images, each of which counts alike.
+
+    Attributes:
+        shares: (K,) fp64, the mean weight of each codeword; they sum to one.
+        entropy: of the shares, in bits: log2(K) where all codewords are used alike, 0 where one is used alone.
+        pixel_entropy: the mean over the pixels of the entropy of a pixel's own weights, in bits: 0 where each has one owner.
+        dead: the codewords whose share is below 1 % of 1 / K.
+    """
+
+    shares: Tensor
+    entropy: float
+    pixel_entropy: float
+    dead: list[int]
+
+
+def codebook_usage(model: nn.Module, images: Sequence[Picture], block: Chosen | None = None, **reading: Any) -> Usage:
+    """How much of a block's codebook some images use. Images go through one by one, so that there may be many.
+
+    Args:
+        model: as for look.
+        images: likewise.
+        block: a name, an index or a module; the last block by default.
+        **reading: mean, std and image_size, as for look.
+
+    Returns:
+        A Usage.
+
+    Raises:
+        ValueError: as look.
+        TypeError: likewise.
+        OSError: an image file cannot be read.
+    """
+    chosen = choose_blocks("codebook_usage", model, [-1 if block is None else block])
+    (name,) = chosen
+    return usage_of(
+        each.weights[name] for each in observe("codebook_usage", model, images, chosen, **_reading(reading))
+    )
+
+
+def gates(model: nn.Module, images: Sequence[Picture], block: Chosen | None = None, **reading: Any) -> Tensor:
+    """What a block multiplies each channel by, for each image.
+
+    Args:
+        model: as for look.
+        images: likewise.
+        block: a name, an index or a module; the last block by default.
+        **reading: mean, std and image_size, as for look.
+
+    Returns:
+        (images, C), fp32 on the CPU.
+
+    Raises:
+        ValueError: as look, or the block is an Encoding alone, which has no gates.
+        TypeError: as look.
+        OSError: an image file cannot be read.
+    """
+    chosen = choose_blocks("gates", model, [-1 if block is None else block])
+    ((name, module),) = chosen.items()
+    if not isinstance(module, ContextEncoding):
+        raise ValueError(f"gates: block must be a ContextEncoding, which has gates, got {type(module).__name__}")
+    return torch.stack([each.gates[name] for each in observe("gates", model, images, chosen, **_reading(reading))])
+
+
+def _reading(given: dict[str, Any]) -> dict[str, Any]:
+    return {"mean": None, "std": None, "image_size": IMAGE_SIZE} | given
+
+
+def usage_of(weights: Iterable[Tensor]) -> Usage:
+    """The use of the codebook that weights (K, h, w) of one image or more were taken with."""
+    sums, bits, pixels = torch.zeros(()), 0.0, 0
+    for each in weights:
+        flat = each.flatten(1).double()
+        sums = sums + flat.sum(1)
+        bits += _bits(flat).sum().item()
+        pixels += flat.shape[1]
+    shares = sums / pixels
+    dead = (shares < DEAD / len(shares)).nonzero().flatten().tolist()
+    return Usage(shares, _bits(shares).item(), bits / pixels, dead)
+
+
+def _bits(weights: Tensor) -> Tensor:
+    """The entropy over the first dimension."""
+    return torch.special.entr(weights).sum(0) / math.log(2)

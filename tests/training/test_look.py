@@ -1,0 +1,164 @@
+"""The command look, on small runs, checkpoints, and names of models."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ctxenc
+from ctxenc.__main__ import main
+from ctxenc.integrations import EncNet, save_encnet_checkpoint
+from ctxenc.training import look as command
+from ctxenc.training.segmentation import scenes
+from ctxenc.viz import codebook_usage
+
+
+@pytest.fixture
+def look(tmp_path, capsys):
+    """Runs the command; gives the exit code, stdout, stderr, and the size of each picture by its name."""
+
+    def run(*arguments):
+        code = main(["look", *map(str, arguments), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        sizes = {}
+        for path in sorted((tmp_path / "out").glob("*")):
+            with Image.open(path) as picture:
+                assert np.asarray(picture.convert("L")).std() > 5  # something is drawn
+                sizes[path.name] = picture.size
+        return code, *capsys.readouterr(), sizes
+
+    return run
+
+
+@pytest.fixture
+def refused(look):
+    """Runs a command line that must fail as a mistake of the user; gives the message."""
+
+    def run(*arguments):
+        code, out, err, sizes = look(*arguments)
+        assert (code, out, err.count("\n"), sizes) == (2, "", 1, {}), (code, out, err, sizes)
+        return err.strip().removeprefix("ctxenc: error: ")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def encnet(tmp_path_factory):
+    """A checkpoint of a tiny EncNet."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "encnet.safetensors"
+    save_encnet_checkpoint(EncNet("test_resnet", 3, num_codes=4, channels=8, aux=False), path)
+    return path
+
+
+BLOCKS = ["blocks.3.0.se", "blocks.4.0.se"]
+
+
+def test_a_run_of_finetune(look, run_folder, image_folder):
+    code, out, err, sizes = look(run_folder, image_folder / "val", "--count", 2)
+    assert (code, err) == (0, "")
+    assert list(sizes) == [f"{name}.png" for name in BLOCKS]
+    assert all(width == 1200 and 700 < height < 1600 for width, height in sizes.values())
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == BLOCKS
+    assert lines[-1].startswith("2 images: ")
+    # What is printed is what the network of the run gives, its colours included.
+    images = [image_folder / "val" / "cat" / "0.png", image_folder / "val" / "newt" / "0.png"]
+    for name, line in zip(BLOCKS, lines[2:4], strict=True):
+        usage = codebook_usage(ctxenc.load(run_folder), images, name, mean=(0.5,) * 3, std=(0.5,) * 3)
+        assert line.split()[2:] == ["4", f"{usage.entropy:.2f}", f"{usage.pixel_entropy:.2f}", str(len(usage.dead))]
+
+
+def test_a_checkpoint_of_encnet_also_shows_presence(look, encnet, image_folder):
+    image = image_folder / "val" / "cat" / "0.png"
+    code, out, _, sizes = look(encnet, image, "--codewords", 1, 3)
+    assert code == 0
+    assert list(sizes) == ["encoding.context.png", "presence.png"]
+    assert all(width == 1200 for width, _ in sizes.values())
+    assert out.splitlines()[-1].startswith("1 image: ")
+
+
+def test_a_model_by_name_is_patched_at_random_and_said_to_be(look, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        command.photographs, "read_photograph", lambda name: read.append(name) or Image.new("RGB", (40, 30), "teal")
+    )
+    code, out, _, sizes = look("test_efficientnet", "--blocks", 1)
+    assert code == 0
+    assert list(sizes) == [f"{BLOCKS[-1]}.png"]
+    assert out.splitlines()[0].startswith("test_efficientnet was patched and has no trained weights")
+    assert tuple(read) == command.SHOWN
+
+
+def test_embedded_photographs_exist():
+    names, images = command.pictures([], None, 9)
+    assert names == ["astronaut", "chelsea", "coffee", "brick"]
+    assert all(isinstance(image, Image.Image) for image in images)
+
+
+def test_a_network_of_the_embedded_scenes_gets_scenes():
+    names, images = command.pictures([], list(scenes.CLASSES), 5)
+    assert names == ["street", "space", "slide", "hoard", "street"]
+    test = scenes.Scenes(train=False, length=5)
+    assert all(torch.equal(image, test[index][0]) for index, image in enumerate(images))
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        (["all"], list("abcdefg")),
+        (["1"], ["g"]),
+        (["2"], ["a", "g"]),
+        (["3"], ["a", "d", "g"]),
+        (["9"], list("abcdefg")),
+        (["f", "b", "f"], ["f", "b"]),
+    ],
+)
+def test_blocks_are_chosen(given, chosen):
+    assert command.choose("abcdefg", given, "net") == chosen
+
+
+def test_a_run_of_segmentation_is_known_by_its_configuration(tmp_path, run_folder, encnet):
+    assert not command.is_segmentation(run_folder)
+    assert not command.is_segmentation(run_folder / "context-0")
+    assert command.is_segmentation(encnet)
+    arm = tmp_path / "encnet-0"
+    arm.mkdir()
+    assert not command.is_segmentation(tmp_path)
+    (arm / "config.json").write_text('{"kind": "segment"}')
+    assert command.is_segmentation(tmp_path)
+    assert command.is_segmentation(arm)
+
+
+def test_mistakes(refused, tmp_path, run_folder, image_folder, encnet):
+    image = image_folder / "val" / "cat" / "0.png"
+    assert refused("seresnet5").startswith("unknown model 'seresnet5'; near names: ")
+    assert refused("resnet18").startswith("resnet18: patch_se_blocks: model must have SE blocks")
+    assert refused("runs/none") == "no run or checkpoint at runs/none"
+    assert "is no run folder" in refused(tmp_path)
+    assert refused(run_folder / "se-0", image).endswith("has no ContextEncoding or Encoding block to look into")
+    wrong = refused(run_folder, image, "--blocks", "blocks.3.se")
+    assert wrong.endswith(" has no block 'blocks.3.se'; near names: blocks.3.0.se, blocks.4.0.se")
+    assert refused(encnet, image, "--codewords", 4).startswith("--codewords: overview: codewords must be from 0 to 3")
+    assert refused(encnet, "nowhere.png") == "no such image, folder or glob: nowhere.png"
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    assert refused(encnet, broken).startswith(f"broken image {broken}")
+    assert refused(encnet, image, "--device", "nonsense").startswith("device 'nonsense' cannot be used")
+    assert "broken.png" in refused(broken, image)
+
+
+def test_an_image_that_the_network_refuses(refused, image_folder, monkeypatch):
+    def assertion(*_, **__):
+        raise AssertionError("Input height (40) doesn't match model (224).")
+
+    monkeypatch.setattr(command, "look", assertion)
+    image = image_folder / "val" / "cat" / "0.png"
+    wrong = refused("test_efficientnet", image)
+    assert wrong == "test_efficientnet cannot run on these images: Input height (40) doesn't match model (224)."
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, encnet, image_folder, capsys):
+    (tmp_path / "file").write_text("")
+    image = image_folder / "val" / "cat" / "0.png"
+    assert main(["look", str(encnet), str(image), "--out", str(tmp_path / "file" / "out"), "--device", "cpu"]) == 2
+    assert f"--out {tmp_path / 'file' / 'out'} cannot be written" in capsys.readouterr().err
