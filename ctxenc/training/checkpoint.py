@@ -104,7 +104,7 @@ def newest_state(accelerator: Accelerator, arm: Path) -> Path | None:
     """
 
     def find() -> Path | None:
-        problems = []
+        problems: list[str] = []
         for state in sorted((arm / FOLDER).glob("epoch-*"), reverse=True):
             if not (problem := damage(state)):
                 for each in problems:

@@ -169,8 +169,9 @@ class Loop(ABC):
     def evaluate(self) -> dict[str, float]:
         """The measures of an epoch, those of metrics.csv; may set the predictions of ``self.progress``."""
 
-    def draw(self) -> None:
-        """Draws the pictures of an epoch, if there are any; on the main process."""
+    def publish(self) -> None:
+        """Writes what an epoch leaves for others; on the main process."""
+        publish(self.arm, self.progress, self.evaluated)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -213,10 +214,8 @@ class Loop(ABC):
                 progress.finish_epoch(measures, loss, images / max(progress.seconds, 1e-9))
                 self.state.loss.zero_()
                 if main:
-                    publish(self.arm, progress, self.evaluated)
+                    self.publish()
                 self.save()
-                if main:
-                    self.draw()
                 score = f"{100 * measures[self.score]:.1f} %"
                 bar.set_postfix({"epoch": progress.epoch, "loss": f"{loss:.3f}", self.score_label: score})
                 self.stop_if_told()

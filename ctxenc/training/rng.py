@@ -1,7 +1,7 @@
 """The generators of a process: Python's, numpy's, torch's, and that of its device."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,10 +9,10 @@ import torch
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The states of all generators, of types that torch.load reads with weights_only."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":

@@ -17,8 +17,8 @@ ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
 PHOTOGRAPHS = "photographs"
 MAX_SEED = 2**32 - 1  # numpy's
-MOVABLE = ("data", "data_dir", "download", "device", "workers", "threads")  # what --resume may change, beside these:
-MOVABLE += ("checkpoint_every", "keep", "skip_nonfinite")
+# What --resume may change.
+MOVABLE = ("data", "data_dir", "download", "device", "workers", "threads", "checkpoint_every", "keep", "skip_nonfinite")
 Rules = dict[str, tuple[str, Callable[[Any], bool]]]
 Kind = TypeVar("Kind")
 

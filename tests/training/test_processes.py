@@ -31,7 +31,8 @@ def test_stopped_and_resumed(tmp_path, image_folder):
     more = ("--smoothing", "sampled", "--model-ema", "--batch-size", "1", "--epochs", "4", "--model", "test_resnet")
     arguments = ("--data", image_folder, *SMALL, *more, "--fill-empty", "--checkpoint-every", 1)
     process = launched(*arguments, "--out", tmp_path / "whole")
-    assert process.communicate(timeout=240) and process.returncode == 0
+    assert process.communicate(timeout=240)
+    assert process.returncode == 0
     process = launched(*arguments, "--out", tmp_path / "cut")
     folder = tmp_path / "cut" / "context-0" / "checkpoints"
     while process.poll() is None and not any(folder.glob("epoch-00001-*")):
@@ -42,5 +43,6 @@ def test_stopped_and_resumed(tmp_path, image_folder):
     assert "to go on: ctxenc finetune --resume" in err
     assert checkpoints(folder.parent)[-1] < "epoch-00004-step-0000000"
     process = launched("--resume", tmp_path / "cut")
-    assert process.communicate(timeout=240) and process.returncode == 0
+    assert process.communicate(timeout=240)
+    assert process.returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut", ["context-0"])

@@ -190,7 +190,7 @@ class TestCheckpoints:
 
     def test_another_number_of_processes_is_refused(self, refused, cut):
         run, newest = cut
-        files = dict((each.name, each.read_bytes()) for each in newest.iterdir() if each.name != durable.MANIFEST)
+        files = {each.name: each.read_bytes() for each in newest.iterdir() if each.name != durable.MANIFEST}
         processes = torch.load(newest / "processes.pt")
         torch.save(processes * 2, newest / "processes.pt")
         durable.write_folder(newest, (files | {"processes.pt": (newest / "processes.pt").read_bytes()}).items())

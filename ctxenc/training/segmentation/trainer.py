@@ -117,6 +117,11 @@ class SegmentTrainer(Loop):
             logits = F.interpolate(logits, size, mode="bilinear", align_corners=self.network.align_corners)
         return logits
 
+    def publish(self) -> None:
+        """Writes what an epoch leaves for others, a picture among it; on the main process."""
+        super().publish()
+        self.draw()
+
     @torch.no_grad()
     def draw(self) -> None:
         """Writes a picture of some validation samples: image, mask and prediction.
