@@ -314,9 +314,7 @@ class Loop(ABC):
 
     def _batch_names(self) -> list[str]:
         """The names of this process's images of the step under way."""
-        self.train_loader.set_epoch(
-            self.progress.epoch
-        )  # the sampler, which the loader reads ahead, may be in the next
+        self.train_loader.set_epoch(self.progress.epoch)  # the loader reads ahead, maybe into the next
         indices = next(islice(iter(self.train_loader.batch_sampler), self.progress.step, None))
         return [self.samples.name(index) for index in indices]
 
