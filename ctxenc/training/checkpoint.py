@@ -1,42 +1,65 @@
-"""What a training writes as it goes: the state to go on from, and the files that others read.
+"""What a training writes as it goes: checkpoints to go on from, and the files that others read.
 
-ARM/state/epoch-0003/   accelerate's state, ema.safetensors, progress.json, predictions.csv: renamed into place whole
-ARM/                    last.safetensors, best.safetensors, metrics.csv, predictions.csv: made from that state
+ARM/checkpoints/epoch-00003-step-0000120/   model, ema, best (safetensors), optimizer.pt, processes.pt, progress.json, manifest.json
+ARM/                                        last.safetensors, best.safetensors, metrics.csv, timings.csv, predictions.csv
 
-The files in ARM follow from the newest state alone, so an interruption between the two is mended by publishing again.
+A checkpoint is named by its finished epochs and the steps after them. The files in ARM follow from the newest checkpoint.
 """
 
 import csv
+import io
 import json
-import os
-import shutil
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from stat import S_IMODE
 from typing import Any
 
+import safetensors.torch
+import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.runs import SCORE, atomic, load_weights, save_weights
+from ctxenc.training.durable import damage, keep_newest, write_folder
+from ctxenc.training.processes import agree
+from ctxenc.training.rng import rng_state, set_rng_state
+from ctxenc.training.runs import SCORE, atomic, save_weights
 
 Row = dict[str, Any]
-COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1", "images_per_s")
+Prediction = tuple[str, int, int]  # name, target, prediction
+COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
+SPEED = "images_per_s"
+FOLDER = "checkpoints"
 
 
 @dataclass
 class Progress:
-    """The finished epochs of one arm: a row of metrics each, and the last one's predictions.
+    """How far an arm has come.
 
-    A prediction is (name, target, prediction). ``score`` is the column by which the best epoch is chosen.
+    Args:
+        rows: The metrics of each finished epoch.
+        timings: What depends on the clock, of each finished epoch.
+        predictions: Those of the last finished epoch.
+        score: The column of the metrics by which the best epoch is chosen.
+        step: The steps done in the epoch that is under way.
+        skipped: The steps left out because their loss was not finite, in all.
+        finite: The other steps of the epoch under way.
+        lr: The learning rate of the last of them.
+        images: Images seen in the epoch under way, by this process.
+        seconds: Time that this took.
     """
 
     rows: list[Row] = field(default_factory=list)
-    predictions: list[tuple[str, int, int]] = field(default_factory=list)
+    timings: list[Row] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
     score: str = SCORE
+    step: int = 0
+    skipped: int = 0
+    finite: int = 0
+    lr: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
 
     @property
     def epoch(self) -> int:
@@ -49,65 +72,128 @@ class Progress:
         scores = [row[self.score] for row in self.rows]
         return bool(scores) and scores.index(max(scores)) == len(scores) - 1
 
+    def finish_epoch(self, measures: Mapping[str, float], loss: float, speed: float) -> None:
+        """Adds the rows of the epoch under way, and begins the next."""
+        epoch = {"epoch": self.epoch + 1}
+        self.rows.append({**epoch, "lr": self.lr, "train_loss": loss, **measures})
+        self.timings.append({**epoch, SPEED: speed, "seconds": self.seconds})
+        self.step = self.finite = self.images = 0
+        self.seconds = 0.0
 
-def newest_state(arm: Path) -> Path | None:
-    """The state folder with the most epochs, or None."""
-    states = sorted((arm / "state").glob("epoch-*"))
-    return states[-1] if states else None
+
+@dataclass(frozen=True)
+class State:
+    """All of one arm that training changes, on this process.
+
+    Args:
+        networks: "model", and with a moving average "ema".
+        optimizer: As Accelerate prepared it.
+        loss: Sum of the losses of the epoch under way, a tensor of no dimension.
+    """
+
+    networks: dict[str, nn.Module]
+    optimizer: Any
+    loss: Tensor
 
 
-def save_state(accelerator: Accelerator, arm: Path, progress: Progress, ema: nn.Module | None) -> None:
-    """Writes the whole state under a temporary name, renames it, and removes the one before. Called on all processes.
+def newest_state(accelerator: Accelerator, arm: Path) -> Path | None:
+    """The newest intact checkpoint of ``arm``, or None where there is none; tells of the damaged ones before it.
 
     Raises:
-        UserError: It cannot be written; the state before is then still there.
+        UserError: There are checkpoints, but none is intact.
     """
-    target = arm / "state" / f"epoch-{progress.epoch:05d}"
-    temporary = target.with_name(f".{target.name}")
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if ema is not None:
-                save_weights(temporary / "ema.safetensors", ema)
-            write_predictions(temporary / "predictions.csv", progress.predictions)
-            (temporary / "progress.json").write_text(json.dumps({"rows": progress.rows}), encoding="utf-8")
-            mode = S_IMODE((temporary / "progress.json").stat().st_mode)
-            for path in temporary.iterdir():
-                with suppress(PermissionError):  # a file system without modes
-                    path.chmod(mode)  # safetensors makes its files for the owner alone
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            os.replace(temporary, target)
-            for old in target.parent.iterdir():
-                if old != target:
-                    shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or one_line(error)}") from error
-    accelerator.wait_for_everyone()
+
+    def find() -> Path | None:
+        problems: list[str] = []
+        for state in sorted((arm / FOLDER).glob("epoch-*"), reverse=True):
+            if not (problem := damage(state)):
+                for each in problems:
+                    print(f"damaged checkpoint {each}; going on from {state.name}", flush=True)
+                return state
+            problems.append(f"{state}: {problem}")
+        if problems:
+            raise UserError(
+                f"no checkpoint to go on from is intact: {'; '.join(problems)}; remove {arm / FOLDER} to begin {arm.name} anew"
+            )
+        return None
+
+    return agree(accelerator, find)
 
 
-def load_state(accelerator: Accelerator, state: Path, ema: nn.Module | None, score: str = SCORE) -> Progress:
-    """Puts model, optimiser, scaler and generators back as ``state`` has them; see Progress for ``score``.
+def save_state(accelerator: Accelerator, arm: Path, progress: Progress, state: State, keep: int) -> Path:
+    """Writes a checkpoint, whole or not at all, and removes all but the last ``keep``. Called on all processes.
+
+    Returns:
+        Its folder.
 
     Raises:
-        UserError: The state is damaged or of another model.
+        UserError: It cannot be written; those before are then still there.
+    """
+    target = arm / FOLDER / f"epoch-{progress.epoch:05d}-step-{progress.step:07d}"
+    own = {"rng": rng_state(accelerator.device), "loss": state.loss.cpu()}
+    processes = gather_object([own])
+
+    def write() -> None:
+        if target.exists() and not damage(target):
+            return  # the one that training goes on from
+        try:
+            write_folder(target, _files(accelerator, arm, progress, state, processes))
+            keep_newest(target.parent, target.name, keep)
+        except OSError as error:
+            before = sorted((arm / FOLDER).glob("epoch-*"))
+            hint = f"; {before[-1].name} is intact, and --resume goes on from it" if before else ""
+            raise UserError(f"cannot write {target}: {error.strerror or one_line(error)}{hint}") from error
+
+    agree(accelerator, write)
+    return target
+
+
+def _files(
+    accelerator: Accelerator, arm: Path, progress: Progress, state: State, processes: list[Row]
+) -> Iterator[tuple[str, bytes]]:
+    """The files of a checkpoint, made one at a time: each may be large."""
+    for name, network in state.networks.items():
+        tensors = network.state_dict().items()  # copied: safetensors takes none that share memory or have gaps
+        copies = {key: each.detach().cpu().clone(memory_format=torch.contiguous_format) for key, each in tensors}
+        yield f"{name}.safetensors", safetensors.torch.save(copies)
+    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+    yield "optimizer.pt", _saved({"optimizer": state.optimizer.state_dict(), "scaler": scaler})
+    yield "processes.pt", _saved(processes)
+    if progress.rows and (arm / "best.safetensors").is_file():
+        yield "best.safetensors", (arm / "best.safetensors").read_bytes()
+    yield "progress.json", json.dumps(asdict(progress)).encode()
+
+
+def _saved(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def load_state(accelerator: Accelerator, folder: Path, state: State) -> Progress:
+    """Puts networks, optimiser, scaler, generators and the sum of losses back as the checkpoint ``folder`` has them.
+
+    Raises:
+        UserError: It is of another model or number of processes, or cannot be read.
     """
     try:
-        for path in state.iterdir():
-            path.open("rb").close()  # for the system's reason: safetensors calls missing whatever it cannot open
-        accelerator.load_state(str(state))
-        rows = json.loads((state / "progress.json").read_text(encoding="utf-8"))["rows"]
-        predictions = read_predictions(state / "predictions.csv")
+        for name, network in state.networks.items():
+            network.load_state_dict(safetensors.torch.load_file(folder / f"{name}.safetensors"))
+        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        state.optimizer.load_state_dict(saved["optimizer"])
+        if accelerator.scaler is not None and saved["scaler"] is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        processes = torch.load(folder / "processes.pt", map_location="cpu", weights_only=True)
+        table = json.loads((folder / "progress.json").read_bytes())
+        progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
+        if len(processes) != accelerator.num_processes:
+            raise ValueError(f"it is of {len(processes)} processes, got {accelerator.num_processes}")
+        own = processes[accelerator.process_index]
+        state.loss.copy_(own["loss"])
+        set_rng_state(own["rng"], accelerator.device)
     except Exception as error:  # safetensors, torch and json each raise their own
-        raise UserError(f"cannot resume from {state}: {one_line(error)}") from error
-    if ema is not None:
-        load_weights(ema, state / "ema.safetensors")
-    return Progress(rows, predictions, score)
+        raise UserError(f"cannot resume from {folder}: {one_line(error)}") from error
+    return progress
 
 
 def publish(arm: Path, progress: Progress, network: nn.Module) -> None:
@@ -117,9 +203,29 @@ def publish(arm: Path, progress: Progress, network: nn.Module) -> None:
     save_weights(arm / "last.safetensors", network)
     if progress.last_is_best:
         save_weights(arm / "best.safetensors", network)
+    _publish_rows(arm, progress)
+
+
+def publish_again(arm: Path, progress: Progress, network: nn.Module, folder: Path | None) -> None:
+    """Puts the published files back to what they were at the checkpoint ``folder``, from which training goes on."""
+    if not progress.epoch:
+        for name in ("metrics.csv", "timings.csv"):
+            (arm / name).unlink(missing_ok=True)
+        return
+    if not progress.step:
+        save_weights(arm / "last.safetensors", network)
+    if folder is not None and (folder / "best.safetensors").is_file():
+        with atomic(arm / "best.safetensors") as path:
+            path.write_bytes((folder / "best.safetensors").read_bytes())
+    _publish_rows(arm, progress)
+
+
+def _publish_rows(arm: Path, progress: Progress) -> None:
     if progress.predictions:
         write_predictions(arm / "predictions.csv", progress.predictions)
     write_rows(arm / "metrics.csv", list(progress.rows[0]), progress.rows)
+    if progress.timings:
+        write_rows(arm / "timings.csv", list(progress.timings[0]), progress.timings)
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
@@ -139,13 +245,19 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
-def write_predictions(path: Path, predictions: Sequence[tuple[str, int, int]]) -> None:
+def read_results(arm: Path) -> list[Row]:
+    """The metrics of each epoch of an arm, with its speed."""
+    pairs = zip(read_rows(arm / "metrics.csv"), read_rows(arm / "timings.csv"), strict=True)
+    return [{**row, SPEED: timing[SPEED]} for row, timing in pairs]
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """Writes name, target and prediction of each validation sample."""
     columns = ("name", "target", "prediction")
     write_rows(path, columns, [dict(zip(columns, each, strict=True)) for each in predictions])
 
 
-def read_predictions(path: Path) -> list[tuple[str, int, int]]:
+def read_predictions(path: Path) -> list[Prediction]:
     """Reads a file of write_predictions."""
     with open(path, newline="", encoding="utf-8") as file:
         return [(row["name"], int(row["target"]), int(row["prediction"])) for row in csv.DictReader(file)]

@@ -185,6 +185,10 @@ class Samples(Dataset[tuple[Tensor, int]]):
         with seeded(self.seed, self.epoch, index):
             return self.transform(self.source.image(index)), self.source.targets[index]
 
+    def name(self, index: int) -> str:
+        """What to call sample ``index``."""
+        return self.source.name(index)
+
 
 @dataclass(frozen=True)
 class Datasets:

@@ -1,52 +1,38 @@
-"""The training of one arm with one seed: timm's parts in Accelerate's loop."""
+"""The loop that all trainings share: steps and epochs under Accelerate, which can be stopped at any step and gone on with."""
 
 import math
 import os
+import sys
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
-from timm.data import Mixup
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.utils import gather_object, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ctxenc.training.checkpoint import Progress, load_state, newest_state, publish, save_state
+from ctxenc.training import signals
+from ctxenc.training.checkpoint import Progress, State, load_state, newest_state, publish, publish_again, save_state
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.data import Datasets, Samples, eval_transform, seeded, train_transform
-from ctxenc.training.metrics import balanced_accuracy
-from ctxenc.training.runs import SCORE, RunConfig, build_model, pick_device
-from ctxenc.training.settings import Settings
+from ctxenc.training.nonfinite import Before, first_nonfinite
+from ctxenc.training.runs import SCORE, pick_device
+from ctxenc.training.settings import TrainingSettings
+
+NAMED = 16  # images that an error tells of
 
 
-class Running(Protocol):
-    """The settings of where and how any training runs."""
-
-    @property
-    def device(self) -> str:
-        """A torch device, or "auto"."""
-
-    @property
-    def amp(self) -> str | None:
-        """Mixed precision."""
-
-    @property
-    def compile(self) -> bool:
-        """Whether the network is compiled."""
-
-
-def make_accelerator(settings: Running, seed: int = 0) -> Accelerator:
+def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
     """Accelerate set up for ``settings``; the order of training samples follows from ``seed`` and the epoch.
 
     Raises:
@@ -71,61 +57,21 @@ def make_accelerator(settings: Running, seed: int = 0) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(network: nn.Module, settings: Settings) -> Optimizer:
-    """The optimiser of ``settings`` for the parameters of ``network``.
+def make_optimizer(parameters: Any, settings: TrainingSettings, **more: Any) -> Optimizer:
+    """Timm's optimiser of ``settings`` for ``parameters``: a network, or groups of parameters.
 
     Raises:
         UserError: It needs a package that is not there, or does not take these settings.
     """
     try:
-        optimizer = create_optimizer_v2(network, settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = create_optimizer_v2(
+            parameters, settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, **more
+        )
     except Exception as error:  # each optimiser has its own
         raise UserError(f"--opt {settings.opt}: {one_line(error)}") from error
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"--opt must do with first derivatives, got {settings.opt}")
     return optimizer
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Predictions of every validation sample, in order.
-
-    Args:
-        targets: (N,) int64 on the CPU.
-        predictions: (N,) int64 on the CPU.
-        loss: Mean cross entropy.
-        num_classes: Number of classes.
-    """
-
-    targets: Tensor
-    predictions: Tensor
-    loss: float
-    num_classes: int
-
-    @property
-    def balanced_accuracy(self) -> float:
-        """Mean of the accuracies of the classes, in [0, 1]."""
-        return balanced_accuracy(self.targets, self.predictions, self.num_classes)
-
-    @property
-    def top1(self) -> float:
-        """Share of samples predicted right, in [0, 1]."""
-        return float((self.targets == self.predictions).double().mean())
-
-
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, channels_last: bool = False) -> Evaluation:
-    """Runs ``model`` in eval mode over ``loader`` (prepared by ``accelerator``); each sample counts once."""
-    model.eval()
-    kept: list[tuple[Tensor, ...]] = []
-    for images, labels in tqdm(loader, "evaluating", delay=1, leave=False, disable=not accelerator.is_main_process):
-        with accelerator.autocast():
-            logits = model(in_format(images, channels_last)).float()
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        gathered = accelerator.gather_for_metrics((labels, logits.argmax(dim=1), loss))
-        kept.append(tuple(each.cpu() for each in gathered))
-    targets, predictions, losses = (torch.cat(each) for each in zip(*kept, strict=True))
-    return Evaluation(targets, predictions, float(losses.mean()), logits.shape[1])
 
 
 def in_format(images: Tensor, channels_last: bool) -> Tensor:
@@ -143,39 +89,43 @@ def worker_errors() -> Iterator[None]:
         raise UserError(text) from error
 
 
-class Trainer:
-    """One arm with one seed, from its configuration to its files.
+class Loop(ABC):
+    """One arm with one seed. A subclass says what is trained, sets ``samples`` to train on, and then calls this constructor.
 
-    Order matters: the network is swapped, then put into its memory format and on its device, then copied for the
-    moving average, then handed to the optimiser, then wrapped.
+    Order matters: the network is put into its memory format and on its device, then copied for the moving average, then handed
+    to the optimiser, then wrapped.
 
     Args:
-        config: What to build.
-        settings: How to train it.
-        datasets: What to train and evaluate on.
-        arm: The folder to write to; training goes on from the state in it, if there is one.
+        settings: How to train.
+        arm: The folder to write to; training goes on from the newest checkpoint in it, if there is one.
         seed: Seed of the weights and of all that is drawn.
     """
 
-    def __init__(self, config: RunConfig, settings: Settings, datasets: Datasets, arm: Path, seed: int) -> None:
-        self.settings, self.datasets, self.arm, self.seed = settings, datasets, arm, seed
+    score: ClassVar[str] = SCORE  # the column of metrics.csv by which the best epoch is chosen
+    score_label: ClassVar[str] = "accuracy"
+    poly_power: float = 0.9
+    ema_decay: float | None = None  # of a moving average of the weights
+    network: Any
+    samples: Any
+    ema: ModelEmaV3 | None = None
+
+    def __init__(self, settings: Any, arm: Path, seed: int) -> None:
+        self.settings, self.arm, self.seed = settings, arm, seed
         self.accelerator = make_accelerator(settings, seed)
-        state = newest_state(arm)
+        self.noted = signals.Noted()
+        checkpoint = newest_state(self.accelerator, arm)
         set_seed(seed)
         with self.accelerator.local_main_process_first():
-            network = build_model(config, settings.pretrained and state is None)
+            network = self.build(fresh=checkpoint is None)
         if settings.channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(self.accelerator.device)
-        self.ema = ModelEmaV3(self.network, settings.ema_decay, use_warmup=True) if settings.model_ema else None
-        optimizer = make_optimizer(self.network, settings)
-        self.samples = Samples(datasets.train, train_transform(settings, config.data_config), seed)
-        tiles = Samples(datasets.val, eval_transform(config.data_config), seed)
-        self.model, self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
-            self.network, optimizer, self._loader(self.samples, train=True), self._loader(tiles, train=False)
+        if self.ema_decay is not None:
+            self.ema = ModelEmaV3(self.network, self.ema_decay, use_warmup=True)
+        optimizer = self.make_optimizer()
+        self.model, self.optimizer, self.train_loader = self.accelerator.prepare(
+            self.network, optimizer, self.loader(self.samples, train=True)
         )
-        self.mixup = self._mixup(len(config.classes))
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else settings.label_smoothing)
         self.updates_per_epoch = len(self.train_loader)
         self.scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -184,111 +134,211 @@ class Trainer:
             warmup_epochs=settings.warmup_epochs,
             warmup_lr=settings.lr / 100,
             decay_epochs=settings.epochs / 3,
-            decay_rate=0.9 if settings.sched == "poly" else 0.1,
+            decay_rate=self.poly_power if settings.sched == "poly" else 0.1,
             step_on_epochs=False,
             updates_per_epoch=self.updates_per_epoch,
         )
+        self.before = Before(self.network, self.accelerator.device)
+        averaged = {} if self.ema is None else {"ema": self.ema.module}
+        loss = torch.zeros((), device=self.accelerator.device)
+        self.state = State({"model": self.network, **averaged}, self.optimizer, loss)
         set_seed(seed, device_specific=True)  # what the network draws differs between processes
-        self.progress = Progress() if state is None else load_state(self.accelerator, state, self._averaged)
+        self.progress = Progress(score=self.score)
+        if checkpoint is not None:
+            self.progress = load_state(self.accelerator, checkpoint, self.state)
+        if self.accelerator.is_main_process:
+            publish_again(arm, self.progress, self.evaluated, checkpoint)
+
+    @abstractmethod
+    def build(self, fresh: bool) -> nn.Module:
+        """The network; with its pretrained weights, if any are asked for, where training begins ``fresh``."""
+
+    @abstractmethod
+    def make_optimizer(self) -> Optimizer:
+        """The optimiser of ``self.network``."""
+
+    @abstractmethod
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch."""
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is given of the batch of step ``self.progress.step``."""
+        return images, targets
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """The measures of an epoch, those of metrics.csv; may set the predictions of ``self.progress``."""
+
+    def publish(self) -> None:
+        """Writes what an epoch leaves for others; on the main process."""
+        publish(self.arm, self.progress, self.evaluated)
 
     @property
-    def _averaged(self) -> nn.Module | None:
-        return None if self.ema is None else self.ema.module
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and saved: the moving average where there is one."""
+        return self.network if self.ema is None else self.ema.module
 
-    def _loader(self, samples: Samples, train: bool) -> DataLoader:
-        full_batch = len(samples) >= self.settings.batch_size * self.accelerator.num_processes
+    def loader(self, samples: Dataset[Any], train: bool, batch_size: int | None = None) -> DataLoader:
+        """Loads ``samples``, in a random order to ``train`` on."""
+        full_batch = len(samples) >= self.settings.batch_size * self.accelerator.num_processes  # type: ignore[arg-type]
         return DataLoader(
             samples,
-            batch_size=self.settings.batch_size,
+            batch_size=batch_size or self.settings.batch_size,
             shuffle=train,
             drop_last=train and full_batch,
             num_workers=self.settings.workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=signals.ignored,
+            generator=torch.Generator(),  # else each epoch draws from the process's, and one begun anew once more
         )
-
-    def _mixup(self, num_classes: int) -> Mixup | None:
-        if not (self.settings.mixup or self.settings.cutmix):
-            return None
-        return Mixup(
-            mixup_alpha=self.settings.mixup,
-            cutmix_alpha=self.settings.cutmix,
-            label_smoothing=self.settings.label_smoothing,
-            num_classes=num_classes,
-        )
-
-    def _mixed(self, images: Tensor, targets: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """The batch after mixup or CutMix, if asked for, drawn from (seed, epoch, step, process)."""
-        if self.mixup is None or len(images) % 2:
-            return images, targets
-        with seeded(self.seed, epoch, step, self.accelerator.process_index, 1):
-            return self.mixup(images, targets)
 
     def fit(self, label: str) -> None:
-        """Trains the epochs that are left; each ends with an evaluation, a state, and the published files.
+        """Trains the epochs that are left; each ends with an evaluation, the published files, and a checkpoint.
 
         Raises:
-            UserError: The loss is not finite, an image is broken, or a file cannot be written.
+            UserError: A loss is not finite, an image is broken, or a file cannot be written.
+            Stopped: A signal came; the last step is in a checkpoint.
         """
-        evaluated = self._averaged or self.model
-        main = self.accelerator.is_main_process
-        total, done = (epochs * self.updates_per_epoch for epochs in (self.settings.epochs, self.progress.epoch))
-        if main:
-            publish(self.arm, self.progress, self._averaged or self.network)
-        with worker_errors(), tqdm(total=total, initial=done, desc=label, disable=not main) as bar:
-            for epoch in range(self.progress.epoch, self.settings.epochs):
-                lr, loss, speed = self._train_epoch(epoch, bar)
-                result = evaluate(self.accelerator, evaluated, self.val_loader, self.settings.channels_last)
-                names = map(self.datasets.val.name, range(len(result.targets)))
-                self.progress.predictions = list(
-                    zip(names, result.targets.tolist(), result.predictions.tolist(), strict=True)
-                )
-                score = result.balanced_accuracy
-                self.progress.rows.append(
-                    {
-                        "epoch": epoch + 1,
-                        "lr": lr,
-                        "train_loss": loss,
-                        "val_loss": result.loss,
-                        SCORE: score,
-                        "top1": result.top1,
-                        "images_per_s": speed,
-                    }
-                )
-                save_state(self.accelerator, self.arm, self.progress, self._averaged)
+        progress, main = self.progress, self.accelerator.is_main_process
+        total = self.settings.epochs * self.updates_per_epoch
+        done = progress.epoch * self.updates_per_epoch + progress.step
+        with (
+            worker_errors(),
+            signals.noted() as self.noted,
+            tqdm(total=total, initial=done, desc=label, disable=not main) as bar,
+        ):
+            while progress.epoch < self.settings.epochs:
+                loss = self._train_epoch(bar)
+                measures = self.evaluate()
+                images = progress.images * self.accelerator.num_processes
+                progress.finish_epoch(measures, loss, images / max(progress.seconds, 1e-9))
+                self.state.loss.zero_()
                 if main:
-                    publish(self.arm, self.progress, self._averaged or self.network)
-                bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", accuracy=f"{100 * score:.1f} %")
+                    self.publish()
+                self.save()
+                score = f"{100 * measures[self.score]:.1f} %"
+                bar.set_postfix({"epoch": progress.epoch, "loss": f"{loss:.3f}", self.score_label: score})
+                self.stop_if_told()
         self.accelerator.free_memory()
 
-    def _train_epoch(self, epoch: int, bar: tqdm) -> tuple[float, float, float]:
-        """Trains one epoch; returns the last learning rate, the mean loss, and images a second over all processes."""
+    def _train_epoch(self, bar: tqdm) -> float:
+        """Trains what is left of the epoch under way; returns its mean loss."""
+        progress, every = self.progress, self.settings.checkpoint_every
         self.model.train()
-        self.samples.set_epoch(epoch)
-        self.train_loader.set_epoch(epoch)
-        losses = torch.zeros((), device=self.accelerator.device)
-        images_seen, lr, started = 0, 0.0, time.perf_counter()
-        for step, (images, targets) in enumerate(self.train_loader):
-            update = epoch * self.updates_per_epoch + step + 1
-            images, targets = self._mixed(images, targets, epoch, step)
-            lr = max(group["lr"] for group in self.optimizer.param_groups)
-            self.optimizer.zero_grad()
-            loss = self.criterion(self.model(in_format(images, self.settings.channels_last)), targets)
-            self.accelerator.backward(loss)
-            if self.settings.clip_grad is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-            self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step_update(update)
-            if self.ema is not None:
-                self.ema.update(self.network, update)
-            losses += loss.detach()
-            images_seen += len(images)
+        self.samples.set_epoch(progress.epoch)
+        started = time.perf_counter()
+        for images, targets in self._batches_left():
+            told = self._step(images, targets)
+            progress.step += 1
+            progress.images += len(images)
+            progress.seconds += time.perf_counter() - started
             bar.update()
-        mean = float(self.accelerator.reduce(losses, "mean")) / self.updates_per_epoch
-        speed = images_seen * self.accelerator.num_processes / (time.perf_counter() - started)
-        if not math.isfinite(mean):
-            raise UserError(f"the training loss of epoch {epoch + 1} is {mean}; a lower --lr may help")
-        if self.accelerator.num_processes > 1:
-            for network in filter(None, (self.network, self._averaged)):
-                distribute_bn(network, self.accelerator.num_processes, reduce=True)
-        return lr, mean, speed
+            last = progress.step == self.updates_per_epoch
+            if last and self.accelerator.num_processes > 1:
+                distribute_bn(self.network, self.accelerator.num_processes, reduce=True)
+                if self.ema is not None:  # checkpoints hold the first process's
+                    distribute_bn(self.ema.module, self.accelerator.num_processes, reduce=False)
+            if told:
+                self.stop()
+            if every and not last and (progress.epoch * self.updates_per_epoch + progress.step) % every == 0:
+                self.save()
+            started = time.perf_counter()
+        return float(self.accelerator.reduce(self.state.loss, "mean")) / max(progress.finite, 1)
+
+    def _batches_left(self) -> Iterable[Any]:
+        """The batches of the epoch under way from its next step on."""
+        self.train_loader.set_epoch(self.progress.epoch)
+        if self.progress.step == self.updates_per_epoch:
+            return ()
+        if not self.progress.step:
+            return self.train_loader
+        left = skip_first_batches(self.train_loader, self.progress.step)
+        left.set_epoch(self.progress.epoch)
+        return left
+
+    def _step(self, images: Tensor, targets: Tensor) -> bool:
+        """Trains on a batch; returns whether a signal has come."""
+        progress, settings = self.progress, self.settings
+        update = progress.epoch * self.updates_per_epoch + progress.step + 1
+        images, targets = self.mix(images, targets)
+        images = in_format(images, settings.channels_last)
+        self.before.note()
+        loss = self.loss(images, targets)
+        broken, told = self._any(not bool(loss.isfinite()), self.noted.signal is not None)
+        progress.lr = self.optimizer.param_groups[0]["lr"]
+        if broken:
+            self._skip_or_stop(loss.item(), images)
+        else:
+            self.optimizer.zero_grad()
+            self.accelerator.backward(loss)
+            if settings.clip_grad is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+            self.optimizer.step()
+            self.state.loss.add_(loss.detach())
+            progress.finite += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(update)
+        if self.ema is not None and not broken:
+            self.ema.update(self.network, update)
+        return told
+
+    def _any(self, *mine: bool) -> list[bool]:
+        """Whether each holds on any process."""
+        if self.accelerator.num_processes == 1:
+            return list(mine)
+        counts = torch.tensor(mine, dtype=torch.float32, device=self.accelerator.device)
+        return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
+
+    def _skip_or_stop(self, loss: float, images: Tensor) -> None:
+        """Leaves a step out whose loss is not finite, or stops where that has been too often."""
+        progress = self.progress
+        own = [(loss, [] if math.isfinite(loss) else self._batch_names())]
+        found = [each for each in gather_object(own) if not math.isfinite(each[0])]
+        names = [name for _, names in found for name in names]
+        step = f"step {progress.step + 1} of epoch {progress.epoch + 1}"
+        text = f"the loss of {step} is {found[0][0]}, on {', '.join(names[:NAMED])}"
+        if progress.skipped < self.settings.skip_nonfinite:
+            progress.skipped += 1
+            self.before.restore(generators=False)  # running statistics that this batch may have spoilt
+            if self.accelerator.is_main_process:
+                print(
+                    f"{text}; left out, {progress.skipped} of {self.settings.skip_nonfinite} that may be",
+                    file=sys.stderr,
+                )
+            return
+        self.before.restore()
+        with self.accelerator.autocast():
+            layer = first_nonfinite(self.network, lambda: self.network(images))
+        self.before.restore()
+        raise UserError(f"{text}; it first arises in {layer}; the state before it is {self.save()}")
+
+    def _batch_names(self) -> list[str]:
+        """The names of this process's images of the step under way."""
+        self.train_loader.set_epoch(self.progress.epoch)  # the loader reads ahead, maybe into the next
+        indices = next(islice(iter(self.train_loader.batch_sampler), self.progress.step, None))
+        return [self.samples.name(index) for index in indices]
+
+    def until_told(self, batches: Iterable[Any], common: int) -> Iterator[Any]:
+        """``batches``, until a signal comes; ``common`` is how many of them every process has at least."""
+        for number, batch in enumerate(batches):
+            if number < common:
+                self.stop_if_told()
+            yield batch
+
+    def stop_if_told(self) -> None:
+        """Stops if a signal has come to any process."""
+        if self._any(self.noted.signal is not None)[0]:
+            self.stop()
+
+    def stop(self) -> None:
+        """Saves and stops.
+
+        Raises:
+            Stopped: Always.
+        """
+        self.save()
+        raise signals.Stopped(self.noted.signal or signals.SIGNALS[0])
+
+    def save(self) -> Path:
+        """Writes a checkpoint; returns its folder."""
+        return save_state(self.accelerator, self.arm, self.progress, self.state, self.settings.keep)

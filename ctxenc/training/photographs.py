@@ -98,8 +98,8 @@ class RandomCrops:
         return region.crop((left, upper, left + TILE, upper + TILE))
 
     def name(self, index: int) -> str:
-        """The photograph of sample ``index``."""
-        return PHOTOGRAPHS[self.targets[index]]
+        """The photograph of sample ``index`` and the crop's number among its own."""
+        return f"{PHOTOGRAPHS[self.targets[index]]}, crop {index % CROPS_PER_CLASS}"
 
 
 class DisjointTiles:

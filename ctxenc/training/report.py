@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ctxenc.training import photographs
-from ctxenc.training.checkpoint import COLUMNS, Row, read_predictions, read_rows, write_rows
+from ctxenc.training.checkpoint import COLUMNS, SPEED, Row, read_predictions, read_results, write_rows
 from ctxenc.training.console import text_table
 from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
 from ctxenc.training.runs import SCORE, RunConfig, atomic, build_model
@@ -31,7 +31,7 @@ class Arm:
     Args:
         name: "se" or "context".
         parameters: Number of parameters of the network.
-        rows: The metrics of each seed, a row an epoch.
+        rows: The metrics and the speed of each seed, a row an epoch.
         targets: True classes of the validation samples, (N,).
         correct: Whether each seed's network was right after the last epoch, (seeds, N) bool.
         scores: Class-balanced accuracy of each seed after the last epoch.
@@ -57,7 +57,7 @@ class Arm:
     @property
     def images_per_s(self) -> float:
         """Images a second in training, the median over epochs and seeds."""
-        return statistics.median(row["images_per_s"] for rows in self.rows for row in rows)
+        return statistics.median(row[SPEED] for rows in self.rows for row in rows)
 
 
 def read_arm(run: Path, name: str, config: RunConfig, seeds: Sequence[int]) -> Arm:
@@ -70,7 +70,7 @@ def read_arm(run: Path, name: str, config: RunConfig, seeds: Sequence[int]) -> A
     return Arm(
         name=name,
         parameters=parameters,
-        rows=[read_rows(each / "metrics.csv") for each in folders],
+        rows=[read_results(each) for each in folders],
         targets=targets,
         correct=torch.stack([each[:, 0] == each[:, 1] for each in predictions]),
         scores=[balanced_accuracy(each[:, 0], each[:, 1], len(config.classes)) for each in predictions],
@@ -91,7 +91,7 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     """
     arms = [read_arm(run, name, config, settings.seed_list) for name, config in configs.items()]
     rows = [
-        {"arm": arm.name, "seed": seed, **row}
+        {"arm": arm.name, "seed": seed, **{column: row[column] for column in COLUMNS}}
         for arm in arms
         for seed, seed_rows in zip(settings.seed_list, arm.rows, strict=True)
         for row in seed_rows

@@ -1,7 +1,7 @@
 """Run folders: where the weights lie, and how a model is built again from them.
 
 RUN/config.json  metrics.csv  report.md  curves.png
-RUN/<arm>-<seed>/config.json  metrics.csv  last.safetensors  best.safetensors  state/
+RUN/<arm>-<seed>/config.json  metrics.csv  timings.csv  last.safetensors  best.safetensors  checkpoints/
 """
 
 import csv

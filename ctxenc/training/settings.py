@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from timm.optim import list_optimizers
@@ -17,7 +17,8 @@ ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
 PHOTOGRAPHS = "photographs"
 MAX_SEED = 2**32 - 1  # numpy's
-MOVABLE = ("data", "data_dir", "download", "device", "workers", "threads")  # what --resume may change
+# What --resume may change.
+MOVABLE = ("data", "data_dir", "download", "device", "workers", "threads", "checkpoint_every", "keep", "skip_nonfinite")
 Rules = dict[str, tuple[str, Callable[[Any], bool]]]
 Kind = TypeVar("Kind")
 
@@ -39,97 +40,6 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Every setting of a fine-tuning. Those of the swap have their texts in the console module, for all commands.
-
-    Raises:
-        UserError: A value breaks its rule; the text names the option, the rule and the value.
-    """
-
-    data: str = option(
-        PHOTOGRAPHS, "photographs (embedded), cifar10, cifar100, imagenet, or an image folder", metavar="DATA"
-    )
-    data_dir: str = option("data", "where cifar10, cifar100 or imagenet lies", metavar="DIR")
-    download: bool = flag("download cifar10 or cifar100 into --data-dir")
-    val_fraction: float = option(0.2, "share of each class held out where a folder has no val/", type=float)
-    image_size: int | None = option(None, "side in pixels (default: the model's own)", type=positive_int)
-    workers: int = option(0, "processes that load images", type=int)
-
-    model: str = option("seresnet50", "a timm model", metavar="NAME")
-    model_kwargs: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "further arguments of timm.create_model, a JSON object", "type": json_object},
-    )
-    pretrained: bool = flag("start from timm's pretrained weights")
-    arms: str = option("context", "what to train: the SE network, the swapped one, or both", choices=tuple(ARMS))
-    num_codes: int = 16
-    smoothing: str | float = "learned"
-    rd_ratio: float | None = None
-    pool: str = "mean"
-    fill_empty: bool = False
-
-    epochs: int = option(30, "passes over the training set", type=positive_int)
-    batch_size: int = option(64, "images a step and process", type=positive_int)
-    opt: str = option("adamw", "a timm optimiser", metavar="NAME")
-    lr: float = option(1e-3, "peak learning rate", type=float)
-    weight_decay: float = option(0.05, "weight decay", type=float)
-    sched: str = option("cosine", "learning rate schedule, stepped each update", choices=SCHEDULES)
-    warmup_epochs: int = option(1, "epochs of linear warm-up", type=int)
-    clip_grad: float | None = option(None, "largest norm of the gradient (default: no limit)", type=float)
-    label_smoothing: float = option(0.0, "share of the target spread over all classes", type=float)
-    model_ema: bool = flag("keep a moving average of the weights, and evaluate and save that")
-    ema_decay: float = option(0.999, "decay of that average", type=float)
-
-    crop_scale: float = option(0.35, "smallest area of the random resized crop", type=float)
-    color_jitter: float = option(0.4, "strength of the colour jitter", type=float)
-    auto_augment: str | None = option(None, "a timm policy, such as rand-m9-mstd0.5", metavar="POLICY")
-    random_erase: float = option(0.0, "probability of erasing a rectangle", type=float)
-    mixup: float = option(0.0, "alpha of mixup", type=float)
-    cutmix: float = option(0.0, "alpha of CutMix", type=float)
-
-    seed: int = option(0, "first seed", type=int)
-    seeds: int = option(1, "number of seeds, each trained", type=positive_int)
-    threads: int | None = option(None, "CPU threads of each process (default: PyTorch's)", type=positive_int)
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", metavar="DEVICE")
-    amp: str | None = option(
-        None, "mixed precision (default: none, or what accelerate launch names)", choices=("bf16", "fp16")
-    )
-    channels_last: bool = flag("channels-last memory format")
-    compile: bool = flag("torch.compile the network")
-
-    def __post_init__(self) -> None:
-        check_rules(self, _RULES)
-        if self.seed_list[-1] > MAX_SEED:
-            raise UserError(
-                f"--seed must be at most {MAX_SEED + 1 - self.seeds} with --seeds {self.seeds}, got {self.seed}"
-            )
-        check_optimizer(self.opt)
-        if self.warmup_epochs > self.epochs:
-            raise UserError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise UserError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
-
-    @property
-    def arm_names(self) -> tuple[str, ...]:
-        """The arms in the order of training."""
-        return ARMS[self.arms]
-
-    @property
-    def seed_list(self) -> range:
-        """The seeds that each arm is trained with."""
-        return range(self.seed, self.seed + self.seeds)
-
-    @property
-    def swap(self) -> dict[str, Any]:
-        """The keyword arguments of ctxenc.patch_se_blocks."""
-        return {key: getattr(self, key) for key in ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")}
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values by name."""
-        return asdict(self)
 
 
 def check_rules(settings: object, rules: Rules) -> None:
@@ -156,25 +66,148 @@ def _number(low: float, high: float = math.inf) -> Callable[[Any], bool]:
 
 POSITIVE: tuple[str, Callable[[Any], bool]] = ("a positive number", lambda value: 0 < value < math.inf)
 AT_LEAST_0 = ("at least 0", _number(0))
+AT_LEAST_1 = ("at least 1", _number(1))
 UP_TO_1 = ("in [0, 1]", _number(0, 1))
 FRACTION: tuple[str, Callable[[Any], bool]] = ("above 0 and below 1", lambda value: 0 < value < 1)
-_RULES: Rules = {
-    "model_kwargs": MODEL_KWARGS_RULE,
+_SHARED_RULES: Rules = {
+    "val_fraction": FRACTION,
+    "workers": AT_LEAST_0,
+    "batch_size": AT_LEAST_1,
     "lr": POSITIVE,
     "weight_decay": AT_LEAST_0,
+    "sched": (", ".join(SCHEDULES), lambda value: value in SCHEDULES),
     "warmup_epochs": AT_LEAST_0,
     "clip_grad": POSITIVE,
-    "label_smoothing": UP_TO_1,
-    "ema_decay": UP_TO_1,
-    "val_fraction": FRACTION,
-    "crop_scale": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "color_jitter": AT_LEAST_0,
-    "random_erase": UP_TO_1,
-    "mixup": AT_LEAST_0,
-    "cutmix": AT_LEAST_0,
-    "workers": AT_LEAST_0,
     "seed": AT_LEAST_0,
+    "keep": AT_LEAST_1,
+    "checkpoint_every": AT_LEAST_1,
+    "skip_nonfinite": AT_LEAST_0,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The settings that all trainings share. A subclass adds its own, with their rules, and may have other defaults.
+
+    Raises:
+        UserError: A value breaks its rule; the text names the option, the rule and the value.
+    """
+
+    rules: ClassVar[Rules] = {}
+
+    val_fraction: float = option(0.2, "share of the images held out where a folder has no val", type=float)
+    workers: int = option(0, "processes that load images", type=int)
+
+    epochs: int = option(30, "passes over the training set", type=positive_int)
+    batch_size: int = option(64, "images a step and process", type=positive_int)
+    opt: str = option("adamw", "a timm optimiser", metavar="NAME")
+    lr: float = option(1e-3, "peak learning rate", type=float)
+    weight_decay: float = option(0.05, "weight decay", type=float)
+    sched: str = option("cosine", "learning rate schedule, stepped each update", choices=SCHEDULES)
+    warmup_epochs: int = option(1, "epochs of linear warm-up", type=int)
+    clip_grad: float | None = option(None, "largest norm of the gradient (default: no limit)", type=float)
+
+    seed: int = option(0, "first seed of the weights and of all that is drawn", type=int)
+    seeds: int = option(1, "number of seeds, each trained", type=positive_int)
+    checkpoint_every: int | None = option(
+        None, "steps between checkpoints in an epoch (default: one after each epoch)", type=positive_int, metavar="N"
+    )
+    keep: int = option(3, "checkpoints to keep", type=positive_int, metavar="N")
+    skip_nonfinite: int = option(0, "steps to leave out whose loss is NaN or infinite", type=int, metavar="N")
+    threads: int | None = option(None, "CPU threads of each process (default: PyTorch's)", type=positive_int)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", metavar="DEVICE")
+    amp: str | None = option(
+        None, "mixed precision (default: none, or what accelerate launch names)", choices=("bf16", "fp16")
+    )
+    channels_last: bool = flag("channels-last memory format")
+    compile: bool = flag("torch.compile the network")
+
+    def __post_init__(self) -> None:
+        check_rules(self, _SHARED_RULES | self.rules)
+        if self.seed_list[-1] > MAX_SEED:
+            raise UserError(
+                f"--seed must be at most {MAX_SEED + 1 - self.seeds} with --seeds {self.seeds}, got {self.seed}"
+            )
+        check_optimizer(self.opt)
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
+
+    @property
+    def seed_list(self) -> range:
+        """The seeds that each arm is trained with."""
+        return range(self.seed, self.seed + self.seeds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
+    """Every setting of a fine-tuning. Those of the swap have their texts in the console module, for all commands.
+
+    Raises:
+        UserError: A value breaks its rule; the text names the option, the rule and the value.
+    """
+
+    rules: ClassVar[Rules] = {
+        "model_kwargs": MODEL_KWARGS_RULE,
+        "label_smoothing": UP_TO_1,
+        "ema_decay": UP_TO_1,
+        "crop_scale": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+        "color_jitter": AT_LEAST_0,
+        "random_erase": UP_TO_1,
+        "mixup": AT_LEAST_0,
+        "cutmix": AT_LEAST_0,
+    }
+
+    data: str = option(
+        PHOTOGRAPHS, "photographs (embedded), cifar10, cifar100, imagenet, or an image folder", metavar="DATA"
+    )
+    data_dir: str = option("data", "where cifar10, cifar100 or imagenet lies", metavar="DIR")
+    download: bool = flag("download cifar10 or cifar100 into --data-dir")
+    val_fraction: float = option(0.2, "share of each class held out where a folder has no val/", type=float)
+    image_size: int | None = option(None, "side in pixels (default: the model's own)", type=positive_int)
+
+    model: str = option("seresnet50", "a timm model", metavar="NAME")
+    model_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further arguments of timm.create_model, a JSON object", "type": json_object},
+    )
+    pretrained: bool = flag("start from timm's pretrained weights")
+    arms: str = option("context", "what to train: the SE network, the swapped one, or both", choices=tuple(ARMS))
+    num_codes: int = 16
+    smoothing: str | float = "learned"
+    rd_ratio: float | None = None
+    pool: str = "mean"
+    fill_empty: bool = False
+
+    label_smoothing: float = option(0.0, "share of the target spread over all classes", type=float)
+    model_ema: bool = flag("keep a moving average of the weights, and evaluate and save that")
+    ema_decay: float = option(0.999, "decay of that average", type=float)
+
+    crop_scale: float = option(0.35, "smallest area of the random resized crop", type=float)
+    color_jitter: float = option(0.4, "strength of the colour jitter", type=float)
+    auto_augment: str | None = option(None, "a timm policy, such as rand-m9-mstd0.5", metavar="POLICY")
+    random_erase: float = option(0.0, "probability of erasing a rectangle", type=float)
+    mixup: float = option(0.0, "alpha of mixup", type=float)
+    cutmix: float = option(0.0, "alpha of CutMix", type=float)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UserError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        """The arms in the order of training."""
+        return ARMS[self.arms]
+
+    @property
+    def swap(self) -> dict[str, Any]:
+        """The keyword arguments of ctxenc.patch_se_blocks."""
+        return {key: getattr(self, key) for key in ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")}
+
 
 # The run with no arguments: small enough for two CPU cores, both arms side by side.
 EMBEDDED: dict[str, Any] = {
@@ -212,7 +245,8 @@ def add_options(parser: argparse.ArgumentParser, usual: Any, own: dict[str, dict
         own: The defaults that differ from ``usual``, by the name of the data that they are for.
     """
     group = parser.add_argument_group("training")
-    for each in fields(usual):
+    shared = {each.name for each in fields(TrainingSettings)}
+    for each in sorted(fields(usual), key=lambda own: own.name in shared):  # what is trained comes before how
         if not each.metadata:
             continue
         keywords = dict(each.metadata)

@@ -7,12 +7,7 @@ import pytest
 
 from ctxenc.__main__ import main
 from ctxenc.training import loop, runs
-from tests.training.small_runs import SMALL, assert_same_run
-
-RANDOM = (
-    *("--smoothing", "sampled", "--mixup", "0.4", "--cutmix", "0.5", "--random-erase", "0.3", "--model-ema"),
-    *("--model-kwargs", '{"drop_rate": 0.3, "drop_path_rate": 0.2}', "--arms", "both", "--epochs", "3"),
-)
+from tests.training.small_runs import RANDOM, SMALL, assert_same_run, checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -24,30 +19,30 @@ def never_stopped(tmp_path_factory, image_folder):
 
 
 class TestResume:
-    def stop_at(self, monkeypatch, arm, epoch, after_state=False):
-        """Ctrl-C in the training of an arm's epoch, or between its state and the files made from that."""
-        real = loop.Trainer._train_epoch
+    def stop_at(self, monkeypatch, arm, epoch, after_publish=False):
+        """An end in the training of an arm's epoch, or between its published files and their checkpoint."""
+        real = loop.Loop._train_epoch
 
-        def train_epoch(trainer, number, bar):
-            if trainer.arm.name == arm and number == epoch:
-                if not after_state:
+        def train_epoch(trainer, bar):
+            if trainer.arm.name == arm and trainer.progress.epoch == epoch:
+                if not after_publish:
                     raise KeyboardInterrupt
-                monkeypatch.setattr(loop, "publish", interrupt)
-            return real(trainer, number, bar)
+                monkeypatch.setattr(loop, "save_state", interrupt)
+            return real(trainer, bar)
 
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(loop.Trainer, "_train_epoch", train_epoch)
+        monkeypatch.setattr(loop.Loop, "_train_epoch", train_epoch)
 
     @pytest.mark.parametrize(
-        ("arm", "epoch", "after_state"),
+        ("arm", "epoch", "after_publish"),
         [("se-0", 1, False), ("context-0", 0, False), ("context-0", 2, False), ("context-0", 1, True)],
     )
-    def test_is_exact(self, finetune, never_stopped, tmp_path, monkeypatch, arm, epoch, after_state):
+    def test_is_exact(self, finetune, never_stopped, tmp_path, monkeypatch, arm, epoch, after_publish):
         stopped = tmp_path / "stopped"
         with monkeypatch.context() as patch:
-            self.stop_at(patch, arm, epoch, after_state)
+            self.stop_at(patch, arm, epoch, after_publish)
             code, _, err = finetune("--out", stopped, *RANDOM)
         assert code == 130
         assert f"ctxenc finetune --resume {stopped}" in err
@@ -55,16 +50,16 @@ class TestResume:
         assert finetune("--resume", stopped, "--workers", 1)[0] == 0
         assert_same_run(never_stopped, stopped, ["se-0", "context-0"])
 
-    def test_a_state_half_written_is_not_taken(self, finetune, done, tmp_path, monkeypatch):
+    def test_a_checkpoint_half_written_is_not_taken(self, finetune, done, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             self.stop_at(patch, "context-0", 1)
             assert finetune("--out", tmp_path / "run", "--epochs", 2)[0] == 130
-        states = tmp_path / "run" / "context-0" / "state"
-        shutil.copytree(states / "epoch-00001", states / ".epoch-00002")
-        (states / ".epoch-00002" / "optimizer.bin").unlink()
+        states = tmp_path / "run" / "context-0" / "checkpoints"
+        shutil.copytree(states / "epoch-00001-step-0000000", states / ".epoch-00002-step-0000000.tmp")
+        (states / ".epoch-00002-step-0000000.tmp" / "optimizer.pt").unlink()
         assert finetune("--resume", tmp_path / "run")[0] == 0
         assert_same_run(done, tmp_path / "run", ["context-0"])
-        assert [path.name for path in states.iterdir()] == ["epoch-00002"]
+        assert checkpoints(states.parent) == ["epoch-00001-step-0000000", "epoch-00002-step-0000000"]
 
     def test_auto(self, finetune, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -113,15 +108,6 @@ class TestResume:
         before = (tmp_path / "run" / "config.json").read_bytes()
         assert "lacks class 'newt' (3 classes, the run has 3)" in refused("--resume", tmp_path / "run", data=other)
         assert (tmp_path / "run" / "config.json").read_bytes() == before
-
-    def test_a_damaged_state(self, refused, finetune, tmp_path):
-        assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
-        state = tmp_path / "run" / "context-0" / "state" / "epoch-00001"
-        (state / "optimizer.bin").write_bytes(b"cut off")
-        assert f"cannot resume from {state}" in refused("--resume", tmp_path / "run")
-        (state / "model.safetensors").unlink()
-        (state / "model.safetensors").symlink_to("model.safetensors")
-        assert "Too many levels of symbolic links" in refused("--resume", tmp_path / "run")
 
     def test_no_run(self, refused, finetune, tmp_path):
         assert "no run at" in refused("--resume", tmp_path)

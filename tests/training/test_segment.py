@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,36 +13,16 @@ from ctxenc.training.config import read_config
 from ctxenc.training.segmentation import networks, settings, trainer
 from ctxenc.training.segmentation.networks import ARMS, SegmentConfig, arm_configs, build_network
 from ctxenc.training.segmentation.settings import ALL_ARMS
-
-SMALL = [
-    *("--backbone", "test_resnet", "--channels", "16", "--num-codes", "4", "--epochs", "2", "--batch-size", "2"),
-    *("--base-size", "40", "--crop-size", "32", "--threads", "1", "--device", "cpu"),
-]
+from tests.training.small_runs import SEGMENT, make_pairs
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six images of two classes, the left and the right half, of several sizes, with names for the classes."""
-    generator = np.random.default_rng(0)
-    root = tmp_path / "data"
-    for split, count in (("train", 4), ("val", 2)):
-        for kind in ("images", "masks"):
-            (root / kind / split).mkdir(parents=True)
-        for number in range(count):
-            height, width = 30 + 4 * number, 44
-            pixels = generator.integers(0, 80, (height, width, 3), dtype=np.uint8)
-            pixels[:, width // 2 :] += 120
-            mask = np.zeros((height, width), np.uint8)
-            mask[:, width // 2 :] = 1
-            mask[0] = 255
-            Image.fromarray(pixels).save(root / "images" / split / f"{number}.png")
-            Image.fromarray(mask).save(root / "masks" / split / f"{number}.png")
-    (root / "classes.txt").write_text("dark\nlight\n")
-    return root
+    return make_pairs(tmp_path / "data")
 
 
 def train(folder, out, *more):
-    return main(["segment", "train", "--data", str(folder), "--out", str(out), *SMALL, *more])
+    return main(["segment", "train", "--data", str(folder), "--out", str(out), *SEGMENT, *more])
 
 
 def test_train_writes_a_run_that_predict_takes(folder, tmp_path, capsys):
@@ -54,7 +33,7 @@ def test_train_writes_a_run_that_predict_takes(folder, tmp_path, capsys):
     assert rows[0]["lr"] > rows[1]["lr"] > 0
     assert {"iou/dark", "iou/light", "mean_iou", "pixel_accuracy", "mean_dice", "train_loss"} < rows[0].keys()
     written = {path.name for path in (out / "encnet-0").iterdir()}
-    assert {"best.safetensors", "last.safetensors", "config.json", "pictures", "state"} < written
+    assert {"best.safetensors", "last.safetensors", "config.json", "pictures", "checkpoints"} < written
     with Image.open(out / "encnet-0" / "pictures" / "epoch-002.png") as picture:
         assert picture.width > 3 * 44
     assert "EncNet" in (out / "report.md").read_text()
@@ -65,26 +44,6 @@ def test_train_writes_a_run_that_predict_takes(folder, tmp_path, capsys):
     assert sorted(path.name for path in masks.iterdir()) == ["1.legend.png", "1.mask.png", "1.overlay.png"]
     with Image.open(masks / "1.mask.png") as mask, Image.open(image) as photograph:
         assert mask.size == photograph.size
-
-
-def test_resuming_gives_what_an_unbroken_run_gives(folder, tmp_path, monkeypatch):
-    assert train(folder, tmp_path / "whole") == 0
-    saved = trainer.save_state
-
-    def interrupted(*arguments):
-        saved(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "save_state", interrupted)
-    assert train(folder, tmp_path / "cut") == 130
-    monkeypatch.setattr(trainer, "save_state", saved)
-    assert main(["segment", "train", "--resume", str(tmp_path / "cut")]) == 0
-    weights = [(tmp_path / run / "encnet-0" / "last.safetensors").read_bytes() for run in ("whole", "cut")]
-    assert weights[0] == weights[1]
-    metrics = [read_rows(tmp_path / run / "encnet-0" / "metrics.csv") for run in ("whole", "cut")]
-    for row in metrics[0] + metrics[1]:
-        del row["images_per_s"]
-    assert metrics[0] == metrics[1]
 
 
 def test_all_arms_and_seeds_have_a_row_in_the_report(folder, tmp_path, capsys):
@@ -193,7 +152,7 @@ def test_mistakes_are_told_in_a_line(arguments, text, tmp_path, folder, capsys, 
         "CHECKPOINT": tmp_path / "a.safetensors",
         "CLASSES": folder / "classes.txt",
     }
-    more = ["--data", str(folder), *SMALL] if arguments[0] == "train" and "--data" not in arguments else []
+    more = ["--data", str(folder), *SEGMENT] if arguments[0] == "train" and "--data" not in arguments else []
     more = more if "--resume" not in arguments else []
     assert main(["segment", *(str(names.get(each, each)) for each in [arguments[0], *more, *arguments[1:]])]) == 2
     error = capsys.readouterr().err

@@ -78,6 +78,10 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         with seeded(self.seed, self.epoch, index):
             return self.transform(*self.source.pair(index))
 
+    def name(self, index: int) -> str:
+        """What to call sample ``index``."""
+        return self.source.name(index)
+
 
 @dataclass(frozen=True)
 class Datasets:

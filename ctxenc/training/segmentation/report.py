@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ctxenc.training.checkpoint import Row, read_rows, write_rows
+from ctxenc.training.checkpoint import SPEED, Row, read_results, write_rows
 from ctxenc.training.config import atomic
 from ctxenc.training.console import text_table
 from ctxenc.training.report import machine
@@ -39,11 +39,9 @@ def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: S
     Returns:
         The table and what goes with it, as printed.
     """
-    results = {
-        arm: [read_rows(folder / f"{arm}-{seed}" / "metrics.csv") for seed in settings.seed_list] for arm in configs
-    }
+    results = {arm: [read_results(folder / f"{arm}-{seed}") for seed in settings.seed_list] for arm in configs}
     rows = [
-        {"arm": arm, "seed": seed, **row}
+        {"arm": arm, "seed": seed, **{name: value for name, value in row.items() if name != SPEED}}
         for arm, seeds in results.items()
         for seed, own in zip(settings.seed_list, seeds, strict=True)
         for row in own
@@ -85,7 +83,7 @@ def table(
             others = [name for name in config.classes if name not in ambiguous]
             measures += [[mean_iou(row, names) for row in last] for names in (ambiguous, others)]
         measures.append([row["pixel_accuracy"] for row in last])
-        speed = statistics.median(row["images_per_s"] for rows in seeds for row in rows)
+        speed = statistics.median(row[SPEED] for rows in seeds for row in rows)
         cells.append([ARMS[arm][0], f"{parameters:,}", *map(spread, measures), f"{speed:,.0f}"])
     return header, cells
 

@@ -106,6 +106,10 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
         image = torch.from_numpy((grey - MEAN[0]) / STD[0]).expand(3, -1, -1)
         return image.contiguous(), without_borders(torch.from_numpy(mask))
 
+    def name(self, index: int) -> str:
+        """The number of scene ``index`` and its type."""
+        return f"scene {index} ({scene_type(index)})"
+
 
 def scene_type(index: int) -> str:
     """The type of scene ``index``, a member of SCENES."""

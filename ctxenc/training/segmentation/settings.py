@@ -2,21 +2,18 @@
 
 import argparse
 from argparse import BooleanOptionalAction
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from ctxenc.training.console import UserError, positive_int, smoothing
 from ctxenc.training.settings import (
     AT_LEAST_0,
-    FRACTION,
-    MAX_SEED,
     POSITIVE,
     SCHEDULES,
     UP_TO_1,
     Rules,
+    TrainingSettings,
     add_options,
-    check_optimizer,
-    check_rules,
     flag,
     option,
     option_name,
@@ -31,12 +28,25 @@ ALL_ARMS = ("fcn", "fcn_se", "encnet_no_se_loss", "encnet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentSettings:
+class SegmentSettings(TrainingSettings):
     """Every setting of a segmentation training.
 
     Raises:
         UserError: A value breaks its rule; the text names the option, the rule and the value.
     """
+
+    rules: ClassVar[Rules] = {
+        "aux_weight": AT_LEAST_0,
+        "se_weight": AT_LEAST_0,
+        "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+        "head_lr_mult": POSITIVE,
+        "poly_power": POSITIVE,
+        "scale_min": ("above 0 and at most 16", lambda value: 0 < value <= 16),
+        "scale_max": ("above 0 and at most 16", lambda value: 0 < value <= 16),
+        "arms": (" or ".join(ARMS), lambda value: value in ARMS),
+        "rotate": ("in [0, 180]", lambda value: 0 <= value <= 180),
+        "flip": UP_TO_1,
+    }
 
     data: str = option(
         SCENES,
@@ -44,8 +54,6 @@ class SegmentSettings:
         metavar="DATA",
     )
     data_dir: str = option("data", "where voc, voc_aug, cityscapes or ade20k lies", metavar="DIR")
-    val_fraction: float = option(0.2, "share of the images held out where a folder has no val", type=float)
-    workers: int = option(0, "processes that load images", type=int)
 
     backbone: str = option("resnet50", "a timm model that can be dilated", metavar="NAME")
     pretrained_backbone: bool = flag("start from timm's pretrained weights of the backbone")
@@ -72,7 +80,6 @@ class SegmentSettings:
     sched: str = option("poly", "learning rate schedule, stepped each update", choices=SCHEDULES)
     poly_power: float = option(0.9, "exponent of the poly schedule", type=float)
     warmup_epochs: int = option(0, "epochs of linear warm-up", type=int)
-    clip_grad: float | None = option(None, "largest norm of the gradient (default: no limit)", type=float)
 
     base_size: int = option(520, "longer side of an image before random scaling, and in validation", type=positive_int)
     crop_size: int = option(480, "side of the random crop", type=positive_int)
@@ -84,25 +91,9 @@ class SegmentSettings:
     arms: str = option(
         "encnet", "what to train: EncNet alone, or beside it the networks without parts of it", choices=ARMS
     )
-    seeds: int = option(1, "how many seeds to train each with", type=positive_int)
-    seed: int = option(0, "first seed of the weights and of all that is drawn", type=int)
-    threads: int | None = option(None, "CPU threads of each process (default: PyTorch's)", type=positive_int)
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", metavar="DEVICE")
-    amp: str | None = option(
-        None, "mixed precision (default: none, or what accelerate launch names)", choices=("bf16", "fp16")
-    )
-    channels_last: bool = flag("channels-last memory format")
-    compile: bool = flag("torch.compile the network")
 
     def __post_init__(self) -> None:
-        check_rules(self, _RULES)
-        check_optimizer(self.opt)
-        if self.seed_list[-1] > MAX_SEED:
-            raise UserError(
-                f"--seed must be at most {MAX_SEED + 1 - self.seeds} with --seeds {self.seeds}, got {self.seed}"
-            )
-        if self.warmup_epochs > self.epochs:
-            raise UserError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
+        super().__post_init__()
         if self.scale_min > self.scale_max:
             raise UserError(f"--scale-min must be at most --scale-max {self.scale_max}, got {self.scale_min}")
 
@@ -111,37 +102,6 @@ class SegmentSettings:
         """The networks to train, the baseline first."""
         return ALL_ARMS if self.arms == "all" else (self.arms,)
 
-    @property
-    def seed_list(self) -> list[int]:
-        """The seeds to train each network with."""
-        return list(range(self.seed, self.seed + self.seeds))
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values by name."""
-        return asdict(self)
-
-
-_RULES: Rules = {
-    "val_fraction": FRACTION,
-    "workers": AT_LEAST_0,
-    "aux_weight": AT_LEAST_0,
-    "se_weight": AT_LEAST_0,
-    "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
-    "lr": POSITIVE,
-    "head_lr_mult": POSITIVE,
-    "weight_decay": AT_LEAST_0,
-    "poly_power": POSITIVE,
-    "warmup_epochs": AT_LEAST_0,
-    "clip_grad": POSITIVE,
-    "scale_min": ("above 0 and at most 16", lambda value: 0 < value <= 16),
-    "scale_max": ("above 0 and at most 16", lambda value: 0 < value <= 16),
-    "batch_size": ("at least 1", lambda value: value >= 1),
-    "arms": (" or ".join(ARMS), lambda value: value in ARMS),
-    "sched": (", ".join(SCHEDULES), lambda value: value in SCHEDULES),
-    "rotate": ("in [0, 180]", lambda value: 0 <= value <= 180),
-    "flip": UP_TO_1,
-    "seed": AT_LEAST_0,
-}
 
 # Defaults of their own. The scenes: small enough for two CPU cores. ADE20K: section 4 of the paper. Cityscapes, which the paper
 # leaves out, as PyTorch-Encoding has it: at a longer side of 520, poles and riders would be a pixel wide.

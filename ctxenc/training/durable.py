@@ -1,0 +1,79 @@
+"""Folders that are there whole or not at all, and that tell when they are damaged.
+
+A folder is written under a temporary name beside a list of its files with their checksums, put on the disk, and renamed. Whatever
+cuts this off leaves the folders that were there before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def write_folder(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Writes a folder with these files, names and contents; one that lies there is replaced.
+
+    Raises:
+        OSError: It cannot be written; nothing has changed then.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        sums = {}
+        for name, content in files:
+            _write(temporary / name, content)
+            sums[name] = hashlib.sha256(content).hexdigest()
+        _write(temporary / MANIFEST, json.dumps(sums, indent=2).encode())
+        _sync(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Puts the names in ``folder`` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a folder of write_folder, in words: empty where each file is as it was written."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_bytes())
+        if not isinstance(sums, dict) or {each.name for each in folder.iterdir()} != {MANIFEST, *sums}:
+            return f"its files are not those of {MANIFEST}"
+        for name, checksum in sums.items():
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
+                    return f"{name} does not have the checksum that it was written with"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except (ValueError, RecursionError):
+        return f"{MANIFEST} is no JSON"
+    return ""
+
+
+def keep_newest(folders: Path, last: str, keep: int) -> None:
+    """Leaves of ``folders`` the newest ``keep`` by name up to ``last``; what cannot be removed stays."""
+    names = sorted(each.name for each in folders.iterdir() if not each.name.startswith(".") and each.name <= last)
+    for old in folders.iterdir():
+        if old.name not in names[-keep:]:
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,33 @@
+"""The generators of a process: Python's, numpy's, torch's, and that of its device."""
+
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of all generators, of types that torch.load reads with weights_only."""
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(*_which(device))
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts the generators back; that of a ``device`` which the state knows nothing of stays as it is."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # of which there is one

@@ -1,0 +1,128 @@
+"""The fine-tuning of one arm with one seed, and its evaluation."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from ctxenc.training.data import Datasets, Samples, eval_transform, seeded, train_transform
+from ctxenc.training.loop import Loop, in_format, make_optimizer
+from ctxenc.training.metrics import balanced_accuracy
+from ctxenc.training.runs import SCORE, RunConfig, build_model
+from ctxenc.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of every validation sample, in order.
+
+    Args:
+        targets: (N,) int64 on the CPU.
+        predictions: (N,) int64 on the CPU.
+        loss: Mean cross entropy.
+        num_classes: Number of classes.
+    """
+
+    targets: Tensor
+    predictions: Tensor
+    loss: float
+    num_classes: int
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of the accuracies of the classes, in [0, 1]."""
+        return balanced_accuracy(self.targets, self.predictions, self.num_classes)
+
+    @property
+    def top1(self) -> float:
+        """Share of samples predicted right, in [0, 1]."""
+        return float((self.targets == self.predictions).double().mean())
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, loader: Iterable[Any], channels_last: bool = False
+) -> Evaluation:
+    """Runs ``model`` in eval mode over ``loader`` (prepared by ``accelerator``); each sample counts once."""
+    model.eval()
+    kept: list[tuple[Tensor, ...]] = []
+    for images, labels in tqdm(loader, "evaluating", delay=1, leave=False, disable=not accelerator.is_main_process):
+        with accelerator.autocast():
+            logits = model(in_format(images, channels_last)).float()
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        gathered = accelerator.gather_for_metrics((labels, logits.argmax(dim=1), loss))
+        kept.append(tuple(each.cpu() for each in gathered))
+    targets, predictions, losses = (torch.cat(each) for each in zip(*kept, strict=True))
+    return Evaluation(targets, predictions, float(losses.mean()), logits.shape[1])
+
+
+class Trainer(Loop):
+    """One arm with one seed, from its configuration to its files.
+
+    Args:
+        config: What to build.
+        settings: How to train it.
+        datasets: What to train and evaluate on.
+        arm: The folder to write to; training goes on from the newest checkpoint in it, if there is one.
+        seed: Seed of the weights and of all that is drawn.
+    """
+
+    settings: Settings
+
+    def __init__(self, config: RunConfig, settings: Settings, datasets: Datasets, arm: Path, seed: int) -> None:
+        self.config, self.datasets = config, datasets
+        self.mixup = mixup_of(settings, len(config.classes))
+        self.ema_decay = settings.ema_decay if settings.model_ema else None
+        self.samples = Samples(datasets.train, train_transform(settings, config.data_config), seed)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else settings.label_smoothing)
+        super().__init__(settings, arm, seed)
+        val = Samples(datasets.val, eval_transform(config.data_config), seed)
+        self.val_loader = self.accelerator.prepare(self.loader(val, train=False))
+
+    def build(self, fresh: bool) -> nn.Module:
+        """The network of the configuration."""
+        return build_model(self.config, self.settings.pretrained and fresh)
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimiser of the network."""
+        return make_optimizer(self.network, self.settings)
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy."""
+        return self.criterion(self.model(images), targets)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch after mixup or CutMix, if asked for, drawn from (seed, epoch, step, process)."""
+        if self.mixup is None or len(images) % 2:
+            return images, targets
+        with seeded(self.seed, self.progress.epoch, self.progress.step, self.accelerator.process_index, 1):
+            return self.mixup(images, targets)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracies on the validation samples; their predictions go into the progress."""
+        batches = self.until_told(self.val_loader, len(self.val_loader))
+        model = self.model if self.ema is None else self.ema.module
+        result = evaluate(self.accelerator, model, batches, self.settings.channels_last)
+        names = map(self.datasets.val.name, range(len(result.targets)))
+        self.progress.predictions = list(zip(names, result.targets.tolist(), result.predictions.tolist(), strict=True))
+        return {"val_loss": result.loss, SCORE: result.balanced_accuracy, "top1": result.top1}
+
+
+def mixup_of(settings: Settings, num_classes: int) -> Mixup | None:
+    """Timm's mixup and CutMix where ``settings`` ask for one of them."""
+    if not (settings.mixup or settings.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.label_smoothing,
+        num_classes=num_classes,
+    )
