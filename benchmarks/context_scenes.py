@@ -68,7 +68,7 @@ def train(name: str, arm: str, settings: SegmentSettings, seed: int, runs: Path)
         "se_weight": settings.se_weight,
         "ambiguous": mean_iou(last, PAIRED),
         "others": mean_iou(last, others),
-        **{key: value for key, value in last.items() if key != "images_per_s"},
+        **last,
     }
 
 

@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user or a file that the system refuses (one line on stderr), 130
-        after Ctrl-C, 141 when the reader of the output has gone. With CTXENC_TRACEBACK=1 errors are raised as they are.
+        The exit code: 0, 2 for a mistake of the user or a file that the system refuses (one line on stderr), 130 after Ctrl-C,
+        143 after SIGTERM in training, 141 when the reader of the output has gone. With CTXENC_TRACEBACK=1 errors are raised as
+        they are.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     chosen = next((each for each in arguments if not each.startswith("-")), None)

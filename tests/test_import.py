@@ -25,6 +25,7 @@ ORDER = (
     "patching",
     "__init__",
     "integrations",
+    "viz",
     "training",
 )
 ENTRANCES = ("__init__", "__main__", "loading")  # made to reach everywhere
