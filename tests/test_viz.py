@@ -75,7 +75,7 @@ def test_each_half_belongs_to_the_codeword_put_there(network):
 
 def test_alpha_is_the_largest_weight_and_colour_its_owner():
     torch.manual_seed(0)
-    layer, x = Encoding(3, K), 2 * torch.randn(3, 7, 9)
+    layer, x = Encoding(3, K, smoothing=0.5), 2 * torch.randn(3, 7, 9)
     weights = assign(x[None], layer.codewords, layer.smoothing)[0]
     owners = map_of(viz.assignment_map(layer, x))
     assert np.allclose(owners[..., 3], weights.amax(0).detach())

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import timm.data
 import torch
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
     for name, figure in figures.items():
         with atomic(args.out / f"{name}.png") as temporary:
-            figure.savefig(temporary)
+            figure.savefig(temporary, pil_kwargs={"optimize": True})
     if subject.remark:
         print(subject.remark)
     print(report(seen))
@@ -143,9 +143,9 @@ def load(model: str) -> Subject:
             loaded = segmentation.load(path)
             return Subject(loaded.network, loaded.mean, loaded.std, loaded.classes)
         tuned = load_run(path)
-        config = tuned.config.data_config
-        tuned.model.pretrained_cfg["input_size"] = config["input_size"]  # what look gives a network of a fixed size
-        return Subject(tuned.model, config["mean"], config["std"])
+        config, network = tuned.config.data_config, cast(Any, tuned.model)
+        network.pretrained_cfg["input_size"] = config["input_size"]  # what look gives a network of a fixed size
+        return Subject(network, config["mean"], config["std"])
     if "/" in model or path.suffix in (".safetensors", ".pth", ".pt"):
         raise UserError(f"no run or checkpoint at {model}")
     check_name(model)

@@ -18,7 +18,7 @@ def look(tmp_path, capsys):
     """Runs the command; gives the exit code, stdout, stderr, and the size of each picture by its name."""
 
     def run(*arguments):
-        code = main(["look", *map(str, arguments), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        code = main(["look", "--out", str(tmp_path / "out"), "--device", "cpu", *map(str, arguments)])
         sizes = {}
         for path in sorted((tmp_path / "out").glob("*")):
             with Image.open(path) as picture:
