@@ -20,7 +20,7 @@ from torch import nn
 import ctxenc
 from tests.toys import Toy
 
-EXAMPLES = int(os.environ.get("CTXENC_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("CTXENC_EXAMPLES", "200"))
 X = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -145,6 +145,10 @@ class Model(RuleBasedStateMachine):
         self.net.train(was)
         assert output.shape == (2, 32, 5, 6)
         assert output.isfinite().all()
+
+    def teardown(self) -> None:
+        if hasattr(self, "net"):
+            self.restore()
 
 
 TestModel = Model.TestCase
