@@ -364,7 +364,9 @@ def _original_logits(
     for place in places:
         weight = place.block.fc.weight
         found = logits.get(place.name)
-        logits[place.name] = _wide(weight.new_full((count, len(weight)), OPEN)) if found is None else found.to(weight.device)
+        logits[place.name] = (
+            _wide(weight.new_full((count, len(weight)), OPEN)) if found is None else found.to(weight.device)
+        )
         _check_finite(place.name, logits[place.name])
     return logits
 
@@ -410,7 +412,7 @@ def _fit(model: nn.Module, place: _Place, batches: list[Tensor], logits: Tensor,
         _check_finite(place.name, each)
     wide = copy.deepcopy(place.block).to(logits.dtype)  # in which half precision is computed in fp32
     with torch.autocast(logits.device.type, enabled=False):
-        starts.start_codebook(wide, pixels, first_layer(place.se), seed)
+        starts.start_codebook(wide, pixels, starts.first_layer(place.se), seed)
     place.block.load_state_dict(wide.state_dict())
     encodings = torch.cat(_seen(model, place.block.encoding, batches, lambda _, encoding: encoding))
     with torch.autocast(logits.device.type, enabled=False):
@@ -448,7 +450,9 @@ def _measured(
         BlockCalibration(place.name, _r2(gates[place.name]), int(used[place.name].sum()), place.block.num_codes)
         for place in places
     )
-    agreement, kl = (float(torch.cat(each).mean()) for each in zip(*predictions, strict=True)) if predictions else (None,) * 2
+    agreement, kl = (
+        (float(torch.cat(each).mean()) for each in zip(*predictions, strict=True)) if predictions else (None,) * 2
+    )
     return Calibration(start, fitted, sum(map(len, batches)), tuple(blocks), agreement, kl)
 
 
@@ -457,7 +461,9 @@ def _compared(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     same = (output.argmax(1) == original.argmax(1)).double()
     own, wanted = (each.double().log_softmax(1) for each in (output, original))
     divergence = (wanted.exp() * (wanted - own)).sum(1)
-    return same.flatten(1).mean(1) if same.dim() > 1 else same, divergence.flatten(1).mean(1) if same.dim() > 1 else divergence
+    return same.flatten(1).mean(1) if same.dim() > 1 else same, divergence.flatten(1).mean(
+        1
+    ) if same.dim() > 1 else divergence
 
 
 def _r2(gates: list[tuple[Tensor, Tensor]]) -> float | None:

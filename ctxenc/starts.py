@@ -5,6 +5,7 @@ Here are one block and tensors that it sees, for calibration.py, which knows of 
 
 import math
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,13 @@ from ctxenc.context import ContextEncoding
 from ctxenc.functional import assign
 from ctxenc.se_blocks import kind_of
 
-BIAS = 2.0
-SPREAD = 0.75
-CODE_BIAS = 2.0
+# Measured as the mean R^2 of the gates on 64 held-out photographs, of mobilenetv3_small_050 and test_efficientnet fitted to 192.
+# The bias of both norms: values of mean 0 and deviation 1 pass ReLU five times in six, so that most of the mean that SE looks at
+# comes through: 0.87 and 0.92. With biases of 2 it was 0.85 and 0.87.
+BIAS = 1.0
+# Pixels are assigned to K^0.9 codewords on average, 12 of 16. With biases of 2, K^0.75 (8 of 16) gave 0.81 and 0.83, K^0.9 0.85 and
+# 0.87. K^0.97 (15) gives 0.03 and 0.01 more still, but codewords that share all pixels have little of their own to learn from.
+SPREAD = 0.9
 PENALTIES = [10 ** (exponent / 2) for exponent in range(-8, 9)]
 
 
@@ -41,13 +46,15 @@ def kmeans_centres(pixels: Tensor, num_codes: int, seed: int) -> Tensor:
     return torch.from_numpy(kmeans.cluster_centers_).to(pixels)
 
 
-def smoothing_for(pixels: Tensor, codewords: Tensor, spread: float = SPREAD) -> float:
+def smoothing_for(pixels: Tensor, codewords: Tensor, spread: float) -> float:
     """The smoothing at which pixels (N, C) are on average assigned to K^spread codewords: 1 for 0 (hard), K for 1 (uniform).
 
     Assigned to so many is exp(entropy of the weights), averaged as a logarithm, which falls as the smoothing grows.
     """
     wanted = spread * math.log(len(codewords))
-    scale = float((pixels - pixels.mean(0)).square().sum(1).mean().clamp_min(torch.finfo(pixels.dtype).tiny))
+    scale = float((pixels - pixels.mean(0)).square().sum(1).mean())
+    if scale < 1e-6:  # a constant map, as behind a norm of weight 0: any will do
+        return 1.0
     low, high = 1e-6, 1e6  # in units of 1 / the variance
     for _ in range(40):
         middle = math.sqrt(low * high)
@@ -65,13 +72,14 @@ def _principal_rows(centred: Tensor, number: int) -> Tensor:
 def projection_rows(first: Tensor | None, pixels: list[Tensor], number: int) -> Tensor:
     """Rows (number, C) of the projection, so that what the SE block looks at comes through.
 
-    Those of the SE block's first layer. Of more than there is room for, the combinations whose responses to the images vary most;
+    Those of the SE block's first layer (principal components in their place gave a mean R^2 of 0.75, not 0.87, in the measurement
+    above). Of more than there is room for, the combinations whose responses to the images vary most;
     for fewer, more rows from the principal components of what pixels hold beside them.
 
     Args:
         first: weight (C'', C) of that layer; None where the slot was empty.
         pixels: of the block's input, (B, N, C) a batch.
-        number: C'.
+        number: C'. Where that is more than C, fewer rows come out.
     """
     together = torch.cat([batch.flatten(0, 1) for batch in pixels])
     first = together.new_zeros(0, together.shape[1]) if first is None else first.to(together)
@@ -86,24 +94,29 @@ def projection_rows(first: Tensor | None, pixels: list[Tensor], number: int) -> 
     return first
 
 
+def _start_norm(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    norm.weight.fill_(1)
+    norm.bias.fill_(BIAS)
+
+
 def start_codebook(block: ContextEncoding, pixels: list[Tensor], first: Tensor | None, seed: int) -> None:
     """Start the projection, its norm, the codewords and the smoothing from pixels (B, N, C) of the block's input, a batch each.
 
     The projection's rows are as long as they were, so that a learning rate means the same. A smoothing that is not learned stays:
     the norm's weights and the codewords are scaled instead, to the same assignment.
     """
-    norm: nn.BatchNorm2d = block.norm  # type: ignore[assignment]
+    norm: Any = block.norm
     rows = F.normalize(projection_rows(first, pixels, block.rd_channels), dim=1)
-    rows *= block.conv.weight.flatten(1).norm(dim=1).mean()
+    own = block.conv.weight.flatten(1)
+    rows = torch.cat([rows * own.norm(dim=1).mean(), own[len(rows) :]])
     block.conv.weight.copy_(rows[:, :, None, None])
     projected = torch.cat([batch.flatten(0, 1) for batch in pixels]) @ rows.mT  # (N, C')
-    norm.running_mean.copy_(projected.mean(0))
-    norm.running_var.copy_(projected.var(0))
-    norm.weight.fill_(1)
-    norm.bias.fill_(BIAS)
+    _start_norm(norm, projected.mean(0), projected.var(0))
     seen = block.act(norm(projected[:, :, None, None])).flatten(1)
     codewords = kmeans_centres(seen, block.num_codes, seed)
-    smoothing = smoothing_for(seen, codewords)
+    smoothing = smoothing_for(seen, codewords, SPREAD)
     if block.smoothing == "learned":
         block.encoding.smoothing.fill_(smoothing)
     else:
@@ -122,11 +135,7 @@ def fit_gate(block: ContextEncoding, encodings: Tensor, logits: Tensor) -> None:
     from sklearn.linear_model import RidgeCV
 
     if block.pool == "mean":
-        norm: nn.BatchNorm2d = block.norm_codes  # type: ignore[assignment]
-        norm.running_mean.copy_(encodings.mean((0, 2)))
-        norm.running_var.copy_(encodings.var((0, 2)))
-        norm.weight.fill_(1)
-        norm.bias.fill_(CODE_BIAS)
+        _start_norm(block.norm_codes, encodings.mean((0, 2)), encodings.var((0, 2)))
     features = pooled(block, encodings)
     mean, deviation = features.mean(0), features.std(0)
     deviation = torch.where(deviation > 0, deviation, 1)

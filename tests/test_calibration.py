@@ -34,14 +34,14 @@ IMAGES, LABELS = digits()
 FIT, TEST = slice(0, 1000), slice(1000, None)
 
 
-class Gated(nn.Sequential):
-    """Two gated convolutions and a classifier, in which the gates are all that sees the whole image before the end."""
-
-    def __init__(self) -> None:
-        layers: list[nn.Module] = []
-        for before, after in ((3, 16), (16, 32)):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU(), SEModule(after, 1 / 2)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(32 * 16, 10))
+def gated() -> nn.Sequential:
+    """Two gated convolutions, "3" and "7" their gates, and a classifier."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 16), (16, 32)):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU(), SEModule(after, 1 / 2)]
+        nn.init.normal_(layers[-1].fc2.weight, std=2)  # gates that matter, and differ from image to image
+        nn.init.normal_(layers[-1].fc2.bias, std=3)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, 10))
 
 
 def accuracy(network: nn.Module) -> float:
@@ -49,18 +49,21 @@ def accuracy(network: nn.Module) -> float:
         return float((network.eval()(IMAGES[TEST]).argmax(1) == LABELS[TEST]).double().mean())
 
 
-@pytest.fixture(scope="module")
-def trained() -> nn.Module:
-    """A network of SE blocks that reads digits."""
-    torch.manual_seed(0)
-    network = Gated()
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
-    for _ in range(6):
+def fitted(network: nn.Module, epochs: int, lr: float) -> nn.Module:
+    optimizer = torch.optim.AdamW(network.parameters(), lr)
+    for _ in range(epochs):
         for images, labels in zip(IMAGES[FIT].split(50), LABELS[FIT].split(50), strict=True):
             F.cross_entropy(network(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
     return network.eval()
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A network of SE blocks that reads digits."""
+    torch.manual_seed(0)
+    return fitted(gated(), 6, 1e-2)
 
 
 def swapped(network: nn.Module, **settings: Any) -> nn.Module:
@@ -71,24 +74,26 @@ def swapped(network: nn.Module, **settings: Any) -> nn.Module:
 BATCHES = IMAGES[FIT][:400].split(100)
 
 
-def calibrated(network: nn.Module, batches: Any = BATCHES, **settings: Any) -> ctxenc.Calibration:
+def calibrated(network: nn.Module, batches: Any = BATCHES, **settings: Any) -> calibration.Calibration:
     return calibrate(network, batches, progress=False, **settings)
 
 
 # What it keeps
 
 
-def test_a_calibrated_network_is_right_before_any_step(trained: nn.Module) -> None:
-    before = accuracy(trained)
-    assert before > 0.9
-    model = swapped(trained)
+def test_a_calibrated_network_is_right_before_any_step() -> None:
+    """In a network with nine SE blocks and no way round most of them, trained for a few seconds."""
+    torch.manual_seed(0)
+    network = fitted(timm.create_model("mobilenetv3_small_050", num_classes=10), 12, 4e-3)
+    before = accuracy(network)
+    assert before > 0.8
+    model = swapped(network)
     plain = accuracy(model)
-    report = calibrated(model)
-    assert accuracy(model) > before - 0.02
+    report = calibrated(model, IMAGES[FIT].split(100))
+    assert accuracy(model) > before - 0.03
     assert plain < before - 0.1
-    assert report.agreement > 0.97
-    assert [block.name for block in report.blocks] == ["3", "7"]
-    assert (report.fitted, report.held_out) == (300, 100)
+    assert report.agreement > 0.95
+    assert (report.fitted, report.held_out) == (750, 250)
 
 
 def test_starts_differ_as_they_should(trained: nn.Module) -> None:
@@ -135,14 +140,14 @@ def test_other_se_blocks(layer: Any) -> None:
     net = Toy(layer())
     if isinstance(net.se, SqueezeExciteCl):
         net.conv = nn.Sequential(net.conv, Last())
-    with torch.no_grad():
-        for name, parameter in net.se.named_parameters():
-            parameter.mul_(4 if name.endswith("weight") else 1)
-    report = calibrated(patch_se_blocks(net, rd_ratio=1 / 2).eval(), IMAGES[:200].split(50))
-    assert report.blocks[0].gate_r2 > 0.8
+    images = IMAGES[:200] * torch.rand(200, 3, 1, 1) + torch.randn(200, 3, 1, 1) / 2
+    report = calibrated(patch_se_blocks(net, rd_ratio=1 / 2).eval(), images.split(50))
+    assert report.blocks[0].gate_r2 > 0.7
 
 
 class Last(nn.Module):
+    """Channels last."""
+
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
@@ -179,7 +184,7 @@ def test_later_blocks_see_what_earlier_ones_give(trained: nn.Module) -> None:
         def __init__(self) -> None:
             super().__init__()
             parts = copy.deepcopy(trained)
-            self.late, self.early = parts[4:], parts[:4]
+            self.late, self.early = nn.Sequential(*parts[4:]), parts[:4]
 
         def forward(self, x: Tensor) -> Tensor:
             return self.late(self.early(x))
@@ -205,8 +210,8 @@ def test_noise_is_not_reported_as_fitted(trained: nn.Module, monkeypatch: pytest
     monkeypatch.setattr(calibration, "_images", lambda *args: (split(*args)[0],) * 2)
     flattering = calibrated(swapped(trained, pool="concat"), batches, held_out=0.5)
     for own, other in zip(honest.blocks, flattering.blocks, strict=True):
-        assert own.gate_r2 < 0.5
         assert other.gate_r2 > 0.9
+        assert own.gate_r2 < other.gate_r2 - 0.3
 
 
 def test_report_is_read_by_people(trained: nn.Module) -> None:
@@ -217,24 +222,21 @@ def test_report_is_read_by_people(trained: nn.Module) -> None:
     assert "% predicted as by the original network, KL" in last
 
 
-def test_the_original_network_scores_full_marks(trained: nn.Module) -> None:
-    """A block with the SE block's own gate: the report compares it with the right images and channels."""
+def test_the_original_gates_score_full_marks(trained: nn.Module) -> None:
+    """The report compares like with like: the same images, channels and blocks."""
     model = swapped(trained)
-    for name in ("3", "7"):
-        block, se = model.get_submodule(name), trained.get_submodule(name)
-        block.fc = Answer(se)
+
+    def answer(block: nn.Module, se: nn.Module) -> None:
+        seen: list[Tensor] = []
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3), keepdim=True)))
+        block.fc.register_forward_hook(lambda *_: se.fc2(se.act(se.fc1(seen[-1]))).flatten(1))
+
+    answer(model[3], trained[3])
+    answer(model[7], trained[7])
     report = calibrated(model, start="random")
     assert report.agreement == 1
     assert report.kl < 1e-10
     assert all(block.gate_r2 > 1 - 1e-6 for block in report.blocks)
-
-
-class Answer(nn.Linear):
-    """Stands for a block's last layer, and gives the SE block's logits for the block's own input."""
-
-    def __init__(self, se: nn.Module) -> None:
-        super().__init__(1, se.fc2.out_channels)
-        self.se = [se]
 
 
 # What it leaves alone
@@ -314,7 +316,7 @@ def test_other_precisions(trained: nn.Module, dtype: torch.dtype) -> None:
 def test_a_copy_needs_the_original(trained: nn.Module) -> None:
     model = swapped(trained)
     other = copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match="calibrate: no undo record for 3: .* give the original network as like"):
+    with pytest.raises(RuntimeError, match=r"calibrate: no undo record for 3: .* give the original network as like"):
         calibrated(other)
     assert calibrated(other, like=trained) == calibrated(model)
     assert torch.equal(other(IMAGES[:9]), model(IMAGES[:9]))
@@ -330,7 +332,11 @@ def test_a_copy_needs_the_original(trained: nn.Module) -> None:
         ({"held_out": 1.0}, ValueError, "held_out must be a share between 0 and 1, got 1.0"),
         ({"held_out": "half"}, TypeError, "held_out must be a share between 0 and 1, got 'half'"),
         ({"like": "seresnet50"}, TypeError, "like must be a torch.nn.Module, got str"),
-        ({"like": nn.Linear(2, 2)}, ValueError, "like must have an SE block of 16 channels at 3, got Linear without it"),
+        (
+            {"like": nn.Linear(2, 2)},
+            ValueError,
+            "like must have an SE block of 16 channels at 3, got Linear without it",
+        ),
         ({"batches": IMAGES[:8]}, TypeError, "batches must be an iterable of batches, got Tensor"),
         ({"batches": [{"image": IMAGES[:8]}]}, TypeError, "batches must hold images .* of floats, got dict"),
         ({"batches": [IMAGES[:8].int()]}, TypeError, r"floats, got torch.int32 \(8, 3, 16, 16\)"),
@@ -348,7 +354,7 @@ def test_refusals(trained: nn.Module, settings: dict[str, Any], error: type[Exce
 
 
 def test_refused_networks(trained: nn.Module) -> None:
-    with pytest.raises(ValueError, match="model must have blocks of patch_se_blocks, got Gated with none"):
+    with pytest.raises(ValueError, match="model must have blocks of patch_se_blocks, got Sequential with none"):
         calibrated(trained)
     fused = swapped(trained)
     fused[7].fuse()
@@ -401,7 +407,9 @@ def test_statistics_are_those_of_the_data(trained: nn.Module) -> None:
     with torch.no_grad():
         model(IMAGES[:200])
     for name, norm in (("norm", model[3].norm), ("norm_codes", model[3].norm_codes)):
-        torch.testing.assert_close(norm.running_mean, seen[name].mean((0, 2, 3)), rtol=0.05, atol=0.05 * seen[name].std())
+        torch.testing.assert_close(
+            norm.running_mean, seen[name].mean((0, 2, 3)), rtol=0.05, atol=0.05 * seen[name].std()
+        )
         torch.testing.assert_close(norm.running_var, seen[name].var((0, 2, 3)), rtol=0.05, atol=1e-4)
 
 

@@ -50,7 +50,9 @@ def init_codewords(
         raise ValueError("init_codewords: features must be finite, got NaN or infinity")
     generator = torch.Generator().manual_seed(seed)
     pixels = pixels[torch.randperm(len(pixels), generator=generator)[:samples].to(pixels.device)]
-    layer.codewords.copy_(kmeans_centres(pixels, layer.num_codes, seed) if method == "kmeans" else pixels[: layer.num_codes])
+    layer.codewords.copy_(
+        kmeans_centres(pixels, layer.num_codes, seed) if method == "kmeans" else pixels[: layer.num_codes]
+    )
     return module
 
 
