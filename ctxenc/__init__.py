@@ -4,6 +4,7 @@ The Encoding layer of Deep TEN (CVPR 2017, arXiv 1612.02844) and EncNet (CVPR 20
 that takes the place of Squeeze-and-Excitation, and one call that swaps it into an existing network.
 """
 
+from ctxenc.calibration import calibrate
 from ctxenc.context import ContextEncoding
 from ctxenc.encoding import Encoding
 from ctxenc.functional import assign, backend_info, encode, use_backend
@@ -17,6 +18,7 @@ __all__ = [
     "Encoding",
     "assign",
     "backend_info",
+    "calibrate",
     "encode",
     "find_context_blocks",
     "find_se_blocks",

@@ -23,6 +23,8 @@ ORDER = (
     "context",
     "se_blocks",
     "patching",
+    "starts",
+    "calibration",
     "__init__",
     "integrations",
     "viz",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxenc.encoding import Encoding, check_sizes
+from ctxenc.starts import kmeans_centres
 
 METHODS = ("kmeans", "sample")
 
@@ -49,7 +50,9 @@ def init_codewords(
         raise ValueError("init_codewords: features must be finite, got NaN or infinity")
     generator = torch.Generator().manual_seed(seed)
     pixels = pixels[torch.randperm(len(pixels), generator=generator)[:samples].to(pixels.device)]
-    layer.codewords.copy_(_centres(pixels, layer.num_codes, seed) if method == "kmeans" else pixels[: layer.num_codes])
+    layer.codewords.copy_(
+        kmeans_centres(pixels, layer.num_codes, seed) if method == "kmeans" else pixels[: layer.num_codes]
+    )
     return module
 
 
@@ -76,10 +79,3 @@ def _seen(module: nn.Module, layer: Encoding, features: Tensor) -> Tensor:
         for each, training in modes.items():
             each.training = training
     return seen[0].float()
-
-
-def _centres(pixels: Tensor, num_codes: int, seed: int) -> Tensor:
-    from sklearn.cluster import MiniBatchKMeans
-
-    kmeans = MiniBatchKMeans(num_codes, random_state=seed, n_init=3, batch_size=max(1024, 4 * num_codes))
-    return torch.from_numpy(kmeans.fit(pixels.cpu().numpy()).cluster_centers_).to(pixels)

@@ -1,0 +1,475 @@
+"""A swap that keeps what the network knew.
+
+A block that patch_se_blocks puts into a trained network starts at random, and what the SE block had learned is gone. calibrate()
+fits each block, from the input on, to what the SE block in its place says of a few images without labels.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxenc import starts
+from ctxenc.context import ContextEncoding
+from ctxenc.functional import assign
+from ctxenc.patching import _originals, _patched_blocks
+from ctxenc.se_blocks import check_model, empty_slots, kind_of, named_blocks
+
+STARTS = ("calibrated", "neutral", "random")
+# Pixels of each block's input that are kept: they give the projection and its norm, the codewords and the smoothing.
+PIXELS = 16_384
+# The logit of a slot that was empty, where the plain network's gate is 1: sigmoid(4) = 0.982, and still has a gradient.
+OPEN = 4.0
+
+
+@dataclass(frozen=True)
+class BlockCalibration:
+    """How well a block's gate follows that of the SE block on the held-out images.
+
+    Attributes:
+        name: qualified name in the model.
+        gate_r2: 1 - sum (gate - SE gate)^2 / sum (SE gate - its mean over the images, channel by channel)^2; None where the SE
+            gate is the same for all images, as in a slot that was empty.
+        codewords_used: codewords to which some pixel is assigned more than to any other.
+        num_codes: K.
+    """
+
+    name: str
+    gate_r2: float | None
+    codewords_used: int
+    num_codes: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrate() reports. All but `fitted` is about the held-out images.
+
+    Attributes:
+        start: "calibrated", "neutral" or "random".
+        fitted: number of images that the blocks were fitted to.
+        held_out: number of images that were measured.
+        blocks: a record a block, in the order of execution.
+        agreement: share of predicted classes that are those of the original network; None where its output is no (B, classes, ...).
+        kl: Kullback-Leibler divergence of the predicted classes from the original network's, in nats, a mean; None likewise.
+    """
+
+    start: str
+    fitted: int
+    held_out: int
+    blocks: tuple[BlockCalibration, ...]
+    agreement: float | None
+    kl: float | None
+
+    def __str__(self) -> str:
+        width = max(len(block.name) for block in self.blocks)
+        lines = [f"{self.start} start, {self.fitted} images fitted, {self.held_out} held out"]
+        lines.append(f"{'block':{width}}  R2 of gate  codewords used")
+        for block in self.blocks:
+            r2 = "constant" if block.gate_r2 is None else f"{block.gate_r2:.3f}"
+            lines.append(f"{block.name:{width}}  {r2:>10}  {f'{block.codewords_used} of {block.num_codes}':>14}")
+        if self.agreement is not None:
+            lines.append(f"{100 * self.agreement:.1f} % predicted as by the original network, KL {self.kl:.4f}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A block, and the SE block that was there; None where the slot was empty."""
+
+    name: str
+    block: ContextEncoding
+    se: nn.Module | None
+
+    @property
+    def gate(self) -> nn.Module | None:
+        """The SE block's gate: what it is called on are the logits."""
+        kind = None if self.se is None else kind_of(self.se)
+        return getattr(self.se, kind.gate) if kind else None
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    like: nn.Module | None = None,
+    start: str = "calibrated",
+    held_out: float = 0.25,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Start the blocks of a patched, trained network so that they do what its SE blocks did.
+
+    Block after block, in the order of execution, each with those before it in place: the projection from the SE block's first
+    layer, codewords by k-means, smoothing from the data's scale, the statistics of both norms, and the linear layer by ridge
+    regression onto the logits of the SE block in the original network for the same image. So a block also makes up for what
+    those before it miss. A slot that was empty is fitted to an open gate, sigmoid(4).
+
+    The model is changed in place, wholly or not at all; train and eval modes and random states are left as they were. Some
+    hundred images do: they are kept in memory, the maps inside the network never are.
+
+    Args:
+        model: a network that patch_se_blocks has patched after its weights were loaded or trained.
+        batches: images (B, C, H, W), or tuples and lists that begin with them, normalised as for training; read once.
+        like: the original network, for a model without undo record: a copy, or one patched before its weights were loaded.
+        start: "calibrated"; "neutral": only the last layer, which gives the mean gate of the SE block whatever the image;
+            "random": as patch_se_blocks leaves it, measured alone.
+        held_out: share of the images, drawn at random, that nothing is fitted to and the report is about.
+        seed: of all that is drawn.
+        progress: show a progress bar in a terminal.
+
+    Returns:
+        What was measured; print it.
+
+    Raises:
+        ValueError: the model has no patched blocks, or one that cannot be fitted; like lacks one of its SE blocks; start is
+            unknown; or the images are too few or have values that are not finite.
+        TypeError: an argument is of no such type.
+        RuntimeError: there is no undo record, and no like.
+        ImportError: the extra is not installed: pip install 'ctxenc[train]'.
+    """
+    _check_arguments(model, like, start, held_out)
+    tqdm = _needed("tqdm").tqdm
+    _needed("sklearn")
+    places = _places(model, like, start)
+    with _random_states_kept(seed), _all_or_nothing(places, model, like):
+        fitted, kept = _images(batches, held_out, seed, places[0].block)
+        places = _in_order(model, places, fitted[0][:1])
+        if start != "random":
+            logits = _original_logits(model, like, places, fitted)
+            for place in tqdm(places, "calibrating", delay=1, leave=False, disable=None if progress else True):
+                if start == "neutral":
+                    starts.neutral_gate(place.block, logits[place.name])
+                else:
+                    _fit(model, place, fitted, logits[place.name], seed)
+        return _measured(model, like, places, kept, start, sum(map(len, fitted)))
+
+
+def _check_arguments(model: nn.Module, like: nn.Module | None, start: str, held_out: float) -> None:
+    check_model("calibrate", model)
+    if like is not None and not isinstance(like, nn.Module):
+        raise TypeError(f"calibrate: like must be a torch.nn.Module, got {type(like).__name__}")
+    if start not in STARTS:
+        raise ValueError(f"calibrate: start must be one of {', '.join(STARTS)}, got {start!r}")
+    if not isinstance(held_out, Real) or isinstance(held_out, bool):
+        raise TypeError(f"calibrate: held_out must be a share between 0 and 1, got {held_out!r}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"calibrate: held_out must be a share between 0 and 1, got {held_out}")
+
+
+def _needed(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ImportError(f"calibrate needs the extra: pip install 'ctxenc[train]' ({error})") from error
+
+
+def _places(model: nn.Module, like: nn.Module | None, start: str) -> list[_Place]:
+    """The patched blocks, each once. Without like, their SE blocks are copies, which may be called and moved."""
+    names: dict[ContextEncoding, str] = {}
+    for name, block in _patched_blocks(model):
+        names.setdefault(block, name)
+    if not names:
+        raise ValueError(f"calibrate: model must have blocks of patch_se_blocks, got {type(model).__name__} with none")
+    places = []
+    for block, name in names.items():
+        se = _undo_record(name, block) if like is None else _in_original(name, block, like)
+        if any(tensor.is_meta for module in (block, se) if module is not None for tensor in module.parameters()):
+            raise ValueError(f"calibrate: model must have values, got {name} on the meta device")
+        if start == "calibrated":
+            _check_norms(name, block)
+        if se is not None and like is None:
+            se = copy.deepcopy(se).to(block.fc.weight.device, block.fc.weight.dtype).eval()
+        places.append(_Place(name, block, se))
+    return places
+
+
+def _check_norms(name: str, block: ContextEncoding) -> None:
+    for part in ("norm", "norm_codes")[: 2 if block.pool == "mean" else 1]:
+        norm = getattr(block, part)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None or not norm.affine:
+            raise ValueError(
+                f"calibrate: {name}.{part} must be a BatchNorm with statistics and weights, got {norm}; calibrate before"
+                " fuse() and freezing"
+            )
+
+
+def _undo_record(name: str, block: ContextEncoding) -> nn.Module | None:
+    if block not in _originals:
+        raise RuntimeError(
+            f"calibrate: no undo record for {name}: the model was copied or unpickled after patching; give the original"
+            " network as like"
+        )
+    return _originals[block]
+
+
+def _in_original(name: str, block: ContextEncoding, like: nn.Module) -> nn.Module | None:
+    """The SE block of that name in like; None for an empty slot."""
+    channels = block.conv.in_channels
+    for found, se in named_blocks(like):
+        if found.name == name and found.channels == channels:
+            return se
+    if any(found.name == name for found, _ in empty_slots(like)):
+        return None
+    raise ValueError(
+        f"calibrate: like must have an SE block of {channels} channels at {name}, got {type(like).__name__} without it"
+    )
+
+
+@contextmanager
+def _random_states_kept(seed: int) -> Iterator[None]:
+    """Seeds what a loader of images may draw from, and puts the states back."""
+    import numpy as np  # which scikit-learn has brought
+
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _all_or_nothing(places: list[_Place], *models: nn.Module | None) -> Iterator[None]:
+    """Eval mode, and the modes back at the end; after an error the values of the blocks too."""
+    modes = {module: module.training for model in models if model is not None for module in model.modules()}
+    before = [{key: value.clone() for key, value in place.block.state_dict().items()} for place in places]
+    try:
+        for model in models:
+            if model is not None:
+                model.eval()
+        yield
+    except BaseException:
+        for place, values in zip(places, before, strict=True):
+            place.block.load_state_dict(values)
+        raise
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _images(
+    batches: Iterable[Any], held_out: float, seed: int, block: ContextEncoding
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The images to fit to and those held out, in batches, in the block's dtype."""
+    if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"calibrate: batches must be an iterable of batches, got {type(batches).__name__}")
+    images = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in batches]
+    for batch in images:
+        if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() < 2:
+            got = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise TypeError(f"calibrate: batches must hold images (B, C, H, W) of floats, got {got}")
+    total = sum(map(len, images))
+    held = round(total * held_out)
+    if min(held, total - held) < 2:
+        raise ValueError(
+            f"calibrate: batches must hold two images to fit and two to hold out, got {total} with held_out={held_out}"
+        )
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:held]] = True
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for batch, is_held in zip(images, chosen.split([len(batch) for batch in images]), strict=True):
+        for part, mask in zip(parts, (~is_held, is_held), strict=True):
+            if mask.any():
+                part.append(batch[mask.to(batch.device)])
+    return parts
+
+
+def _on(model: nn.Module, images: Tensor) -> Tensor:
+    """Images where the network is and in its precision."""
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return images.to(like.device, like.dtype)
+
+
+@contextmanager
+def _hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    hooks = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_order(model: nn.Module, places: list[_Place], image: Tensor) -> list[_Place]:
+    """The places in the order of execution."""
+    calls: list[_Place] = []
+
+    def counter(place: _Place) -> Any:
+        return place.block.register_forward_pre_hook(lambda *_: calls.append(place))
+
+    with _hooked(map(counter, places)):
+        model(_on(model, image))
+    for place in places:
+        if (count := calls.count(place)) != 1:
+            raise ValueError(f"calibrate: model must call {place.name} once in a forward pass, got {count} calls")
+    return calls
+
+
+@contextmanager
+def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """What each module is called on, (B, the rest) and wide enough to compute with."""
+    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def recorder(name: str, module: nn.Module) -> Any:
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept[name].append(_wide(args[0].flatten(1)).clone())  # the module may work in place
+
+        return module.register_forward_pre_hook(record)
+
+    with _hooked(recorder(*item) for item in modules.items()):
+        yield kept
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def _original(model: nn.Module, like: nn.Module | None, places: list[_Place]) -> Iterator[tuple[nn.Module, Any]]:
+    """The original network, and the logits of its SE blocks as they come.
+
+    That is `like`, or the patched one, in which the output of each block is replaced by that of the SE block.
+    """
+
+    def replacer(place: _Place) -> Any:
+        se = place.se
+        return place.block.register_forward_hook(lambda _, args, __: args[0] if se is None else se(args[0]))
+
+    gates = {place.name: place.gate for place in places if place.gate is not None}
+    with _recorded(gates) as logits, _hooked(map(replacer, places) if like is None else ()):
+        yield model if like is None else like, logits
+
+
+def _original_logits(
+    model: nn.Module, like: nn.Module | None, places: list[_Place], batches: list[Tensor]
+) -> dict[str, Tensor]:
+    """The logits (n, C) of every SE block of the original network."""
+    with _original(model, like, places) as (network, kept):
+        for images in batches:
+            network(_on(network, images))
+    count = sum(map(len, batches))
+    logits = {name: torch.cat(found) for name, found in kept.items()}
+    for place in places:
+        weight = place.block.fc.weight
+        found = logits.get(place.name)
+        logits[place.name] = (
+            _wide(weight.new_full((count, len(weight)), OPEN)) if found is None else found.to(weight.device)
+        )
+        _check_finite(place.name, logits[place.name])
+    return logits
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"calibrate: batches must give finite features, got NaN or infinity at {name}")
+
+
+class _Seen(Exception):  # noqa: N818
+    """Ends a forward pass at the layer whose input or output was wanted."""
+
+
+def _seen(
+    model: nn.Module, layer: nn.Module, batches: list[Tensor], take: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """take(input, output) of a layer for every batch."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(take(args[0], output))
+        raise _Seen
+
+    with _hooked([layer.register_forward_hook(stop)]):
+        for images in batches:
+            with suppress(_Seen):
+                model(_on(model, images))
+    return found
+
+
+def _fit(model: nn.Module, place: _Place, batches: list[Tensor], logits: Tensor, seed: int) -> None:
+    """Start a block: two forward passes as far as to it, and what starts.py makes of them."""
+    generator = torch.Generator().manual_seed(seed)
+    share = -(-PIXELS // sum(map(len, batches)))
+
+    def some_pixels(x: Tensor, _: Tensor) -> Tensor:
+        x = x.flatten(2)
+        drawn = torch.randperm(x.shape[2], generator=generator)[:share]
+        return _wide(x[:, :, drawn.to(x.device)].mT)  # (B, N, C)
+
+    pixels = _seen(model, place.block.conv, batches, some_pixels)
+    for each in pixels:
+        _check_finite(place.name, each)
+    wide = copy.deepcopy(place.block).to(logits.dtype)  # in which half precision is computed in fp32
+    with torch.autocast(logits.device.type, enabled=False):
+        starts.start_codebook(wide, pixels, starts.first_layer(place.se), seed)
+    place.block.load_state_dict(wide.state_dict())
+    encodings = torch.cat(_seen(model, place.block.encoding, batches, lambda _, encoding: encoding))
+    with torch.autocast(logits.device.type, enabled=False):
+        starts.fit_gate(wide, encodings.to(logits.dtype), logits)
+    place.block.load_state_dict(wide.state_dict())
+
+
+def _measured(
+    model: nn.Module, like: nn.Module | None, places: list[_Place], batches: list[Tensor], start: str, fitted: int
+) -> Calibration:
+    """The report: the original network and this one on the same images, batch by batch."""
+    used = {place.name: torch.zeros(place.block.num_codes, dtype=torch.bool) for place in places}
+    gates: dict[str, list[tuple[Tensor, Tensor]]] = {place.name: [] for place in places}
+    predictions: list[tuple[Tensor, Tensor]] = []
+
+    def user(place: _Place) -> Any:
+        def record(encoding: Any, args: tuple[Tensor, ...]) -> None:
+            weights = assign(args[0], encoding.codewords, encoding.smoothing)  # (B, K, H, W)
+            used[place.name][weights.argmax(1).unique().cpu()] = True
+
+        return place.block.encoding.register_forward_pre_hook(record)
+
+    for images in batches:
+        with _original(model, like, places) as (network, wanted):
+            original = network(_on(network, images))
+        with _recorded({place.name: place.block.gate for place in places}) as own, _hooked(map(user, places)):
+            output = model(_on(model, images))
+        for place in places:
+            if place.name in wanted:
+                logits = (own[place.name][0], wanted[place.name][0].to(own[place.name][0]))
+                gates[place.name].append(tuple(place.block.gate(each) for each in logits))
+        if all(isinstance(each, Tensor) and each.dim() > 1 for each in (output, original)):
+            predictions.append(_compared(output, original.to(output.device)))
+    blocks = (
+        BlockCalibration(place.name, _r2(gates[place.name]), int(used[place.name].sum()), place.block.num_codes)
+        for place in places
+    )
+    agreement, kl = (
+        (float(torch.cat(each).mean()) for each in zip(*predictions, strict=True)) if predictions else (None,) * 2
+    )
+    return Calibration(start, fitted, sum(map(len, batches)), tuple(blocks), agreement, kl)
+
+
+def _compared(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each prediction (the mean over those of an image): is it the original's, and its divergence from that."""
+    same = (output.argmax(1) == original.argmax(1)).double()
+    own, wanted = (each.double().log_softmax(1) for each in (output, original))
+    divergence = (wanted.exp() * (wanted - own)).sum(1)
+    return same.flatten(1).mean(1) if same.dim() > 1 else same, divergence.flatten(1).mean(
+        1
+    ) if same.dim() > 1 else divergence
+
+
+def _r2(gates: list[tuple[Tensor, Tensor]]) -> float | None:
+    """Of pairs of own and wanted gates (B, C)."""
+    if not gates:
+        return None
+    own, wanted = (torch.cat(each).double() for each in zip(*gates, strict=True))
+    spread = (wanted - wanted.mean(0)).square().sum()
+    return float(1 - (wanted - own).square().sum() / spread) if spread > 0 else None
