@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import context_scenes, encode, swap
+from benchmarks import context_scenes, encode, swap, warm_start
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,7 +24,8 @@ def test_python_snippet_runs(snippet, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "benchmark"), [("encode_cpu", encode), ("swap_cpu", swap), ("context_scenes", context_scenes)]
+    ("name", "benchmark"),
+    [("encode_cpu", encode), ("swap_cpu", swap), ("warm_start", warm_start), ("context_scenes", context_scenes)],
 )
 def test_tables_are_the_committed_results(name, benchmark):
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
