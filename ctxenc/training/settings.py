@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from timm.optim import list_optimizers
 
+from ctxenc.calibration import STARTS
 from ctxenc.training.config import MODEL_KWARGS_RULE
 from ctxenc.training.console import UserError, add_swap_arguments, near_names, positive_int
 
@@ -159,6 +160,7 @@ class Settings(TrainingSettings):
         "random_erase": UP_TO_1,
         "mixup": AT_LEAST_0,
         "cutmix": AT_LEAST_0,
+        "init": (", ".join(STARTS), lambda value: value in STARTS),
     }
 
     data: str = option(
@@ -175,6 +177,12 @@ class Settings(TrainingSettings):
         metadata={"help": "further arguments of timm.create_model, a JSON object", "type": json_object},
     )
     pretrained: bool = flag("start from timm's pretrained weights")
+    init: str | None = option(
+        None,
+        "how blocks in the place of SE blocks begin: calibrated to what these say of 256 training images, neutral (their mean"
+        " gate) or random (default: calibrated with --pretrained, else random)",
+        choices=STARTS,
+    )
     arms: str = option("context", "what to train: the SE network, the swapped one, or both", choices=tuple(ARMS))
     num_codes: int = 16
     smoothing: str | float = "learned"
@@ -202,6 +210,11 @@ class Settings(TrainingSettings):
     def arm_names(self) -> tuple[str, ...]:
         """The arms in the order of training."""
         return ARMS[self.arms]
+
+    @property
+    def start(self) -> str:
+        """How blocks in the place of SE blocks begin."""
+        return self.init or ("calibrated" if self.pretrained else "random")
 
     @property
     def swap(self) -> dict[str, Any]:

@@ -11,13 +11,19 @@ from accelerate import Accelerator
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import Subset
 from tqdm import tqdm
 
+from ctxenc.calibration import calibrate
+from ctxenc.training.config import atomic
+from ctxenc.training.console import UserError, one_line
 from ctxenc.training.data import Datasets, Samples, eval_transform, seeded, train_transform
-from ctxenc.training.loop import Loop, in_format, make_optimizer
+from ctxenc.training.loop import Loop, in_format, make_optimizer, worker_errors
 from ctxenc.training.metrics import balanced_accuracy
 from ctxenc.training.runs import SCORE, RunConfig, build_model
 from ctxenc.training.settings import Settings
+
+CALIBRATED_ON = 256  # images, of which a quarter is held out for the report
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,31 @@ class Trainer(Loop):
         self.val_loader = self.accelerator.prepare(self.loader(val, train=False))
 
     def build(self, fresh: bool) -> nn.Module:
-        """The network of the configuration."""
-        return build_model(self.config, self.settings.pretrained and fresh)
+        """The network of the configuration, its blocks begun as --init says."""
+        network = build_model(self.config, self.settings.pretrained and fresh)
+        if fresh and self.config.swap is not None and self.settings.start != "random":
+            self._calibrate(network.to(self.accelerator.device))
+        return network
+
+    def _calibrate(self, network: nn.Module) -> None:
+        """Starts the blocks from training images, and writes how near they are to the SE blocks.
+
+        Raises:
+            UserError: The network or its data cannot be calibrated.
+        """
+        images = Samples(self.datasets.train, eval_transform(self.config.data_config), self.seed)
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))[:CALIBRATED_ON]
+        batches = self.loader(Subset(images, chosen.tolist()), train=False)
+        start = self.settings.start
+        shown = self.accelerator.is_main_process
+        try:
+            with worker_errors():
+                found = calibrate(network, batches, start=start, seed=self.seed, progress=shown)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--init {start}: {one_line(error)}") from error
+        if shown:
+            with atomic(self.arm / "calibration.txt") as path:
+                path.write_text(f"{found}\n", encoding="utf-8")
 
     def make_optimizer(self) -> Optimizer:
         """The optimiser of the network."""
