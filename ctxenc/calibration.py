@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxenc import starts
+from ctxenc.calibration_report import BlockCalibration, Calibration, compared, gate_r2
 from ctxenc.context import ContextEncoding
 from ctxenc.functional import assign
 from ctxenc.patching import _originals, _patched_blocks
@@ -27,56 +28,6 @@ STARTS = ("calibrated", "neutral", "random")
 PIXELS = 16_384
 # The logit of a slot that was empty, where the plain network's gate is 1: sigmoid(4) = 0.982, and still has a gradient.
 OPEN = 4.0
-
-
-@dataclass(frozen=True)
-class BlockCalibration:
-    """How well a block's gate follows that of the SE block on the held-out images.
-
-    Attributes:
-        name: qualified name in the model.
-        gate_r2: 1 - sum (gate - SE gate)^2 / sum (SE gate - its mean over the images, channel by channel)^2; None where the SE
-            gate is the same for all images, as in a slot that was empty.
-        codewords_used: codewords to which some pixel is assigned more than to any other.
-        num_codes: K.
-    """
-
-    name: str
-    gate_r2: float | None
-    codewords_used: int
-    num_codes: int
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibrate() reports. All but `fitted` is about the held-out images.
-
-    Attributes:
-        start: "calibrated", "neutral" or "random".
-        fitted: number of images that the blocks were fitted to.
-        held_out: number of images that were measured.
-        blocks: a record a block, in the order of execution.
-        agreement: share of predicted classes that are those of the original network; None where its output is no (B, classes, ...).
-        kl: Kullback-Leibler divergence of the predicted classes from the original network's, in nats, a mean; None likewise.
-    """
-
-    start: str
-    fitted: int
-    held_out: int
-    blocks: tuple[BlockCalibration, ...]
-    agreement: float | None
-    kl: float | None
-
-    def __str__(self) -> str:
-        width = max(len(block.name) for block in self.blocks)
-        lines = [f"{self.start} start, {self.fitted} images fitted, {self.held_out} held out"]
-        lines.append(f"{'block':{width}}  R2 of gate  codewords used")
-        for block in self.blocks:
-            r2 = "constant" if block.gate_r2 is None else f"{block.gate_r2:.3f}"
-            lines.append(f"{block.name:{width}}  {r2:>10}  {f'{block.codewords_used} of {block.num_codes}':>14}")
-        if self.agreement is not None:
-            lines.append(f"{100 * self.agreement:.1f} % predicted as by the original network, KL {self.kl:.4f}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -140,7 +91,7 @@ def calibrate(
     _needed("sklearn")
     places = _places(model, like, start)
     with _random_states_kept(seed), _all_or_nothing(places, model, like):
-        fitted, kept = _images(batches, held_out, seed, places[0].block)
+        fitted, kept = _images(batches, held_out, seed)
         places = _in_order(model, places, fitted[0][:1])
         if start != "random":
             logits = _original_logits(model, like, places, fitted)
@@ -259,10 +210,8 @@ def _all_or_nothing(places: list[_Place], *models: nn.Module | None) -> Iterator
             module.training = training
 
 
-def _images(
-    batches: Iterable[Any], held_out: float, seed: int, block: ContextEncoding
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The images to fit to and those held out, in batches, in the block's dtype."""
+def _images(batches: Iterable[Any], held_out: float, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The images to fit to and those held out, in batches."""
     if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches must be an iterable of batches, got {type(batches).__name__}")
     images = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in batches]
@@ -355,7 +304,11 @@ def _original(model: nn.Module, like: nn.Module | None, places: list[_Place]) ->
 def _original_logits(
     model: nn.Module, like: nn.Module | None, places: list[_Place], batches: list[Tensor]
 ) -> dict[str, Tensor]:
-    """The logits (n, C) of every SE block of the original network."""
+    """The logits (n, C) of every SE block of the original network.
+
+    What the SE blocks say of the patched network's own maps would do as well: in the measurement of starts.py the gates' R^2 was
+    0.88 in place of 0.87, agreement the same.
+    """
     with _original(model, like, places) as (network, kept):
         for images in batches:
             network(_on(network, images))
@@ -445,31 +398,12 @@ def _measured(
                 logits = (own[place.name][0], wanted[place.name][0].to(own[place.name][0]))
                 gates[place.name].append(tuple(place.block.gate(each) for each in logits))
         if all(isinstance(each, Tensor) and each.dim() > 1 for each in (output, original)):
-            predictions.append(_compared(output, original.to(output.device)))
+            predictions.append(compared(output, original.to(output.device)))
     blocks = (
-        BlockCalibration(place.name, _r2(gates[place.name]), int(used[place.name].sum()), place.block.num_codes)
+        BlockCalibration(place.name, gate_r2(gates[place.name]), int(used[place.name].sum()), place.block.num_codes)
         for place in places
     )
     agreement, kl = (
         (float(torch.cat(each).mean()) for each in zip(*predictions, strict=True)) if predictions else (None,) * 2
     )
     return Calibration(start, fitted, sum(map(len, batches)), tuple(blocks), agreement, kl)
-
-
-def _compared(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each prediction (the mean over those of an image): is it the original's, and its divergence from that."""
-    same = (output.argmax(1) == original.argmax(1)).double()
-    own, wanted = (each.double().log_softmax(1) for each in (output, original))
-    divergence = (wanted.exp() * (wanted - own)).sum(1)
-    return same.flatten(1).mean(1) if same.dim() > 1 else same, divergence.flatten(1).mean(
-        1
-    ) if same.dim() > 1 else divergence
-
-
-def _r2(gates: list[tuple[Tensor, Tensor]]) -> float | None:
-    """Of pairs of own and wanted gates (B, C)."""
-    if not gates:
-        return None
-    own, wanted = (torch.cat(each).double() for each in zip(*gates, strict=True))
-    spread = (wanted - wanted.mean(0)).square().sum()
-    return float(1 - (wanted - own).square().sum() / spread) if spread > 0 else None
