@@ -140,7 +140,7 @@ def fit_gate(block: ContextEncoding, encodings: Tensor, logits: Tensor) -> None:
     mean, deviation = features.mean(0), features.std(0)
     deviation = torch.where(deviation > 0, deviation, 1)
     ridge = RidgeCV([penalty * len(features) for penalty in PENALTIES])
-    ridge.fit(*(each.double().cpu().numpy() for each in ((features - mean) / deviation, logits)))
+    ridge.fit(*(each.double().cpu().numpy() for each in ((features - mean) / deviation, moving(block.gate, logits))))
     weight = torch.from_numpy(ridge.coef_).to(features) / deviation  # (C, features)
     block.fc.weight.copy_(weight)
     block.fc.bias.copy_(torch.from_numpy(ridge.intercept_).to(features) - weight @ mean)
@@ -154,16 +154,30 @@ def pooled(block: ContextEncoding, encodings: Tensor) -> Tensor:
 
 
 def neutral_gate(block: ContextEncoding, logits: Tensor) -> None:
-    """Make the gate the mean of the gates of logits (n, C), channel by channel, whatever the image.
+    """Make the gate the mean of the gates of logits (n, C), channel by channel, whatever the image."""
+    mean = block.gate(logits.clone()).mean(0)  # a gate may work in place
+    block.fc.weight.zero_()
+    block.fc.bias.copy_(_logits_of(block.gate, mean, logits.amin(0), logits.amax(0)))
 
-    Its logit lies between the least and the largest of a channel, and is found by halving: any gate that is monotone will do.
-    """
-    wanted = block.gate(logits.clone()).mean(0)  # a gate may work in place
-    low, high = logits.amin(0), logits.amax(0)
-    falls = block.gate(low.clone()) > block.gate(high.clone())
+
+def _logits_of(gate: nn.Module, wanted: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The logits between low and high at which a gate that is monotone has the wanted values, found by halving."""
+    falls = gate(low.clone()) > gate(high.clone())
     for _ in range(40):
         middle = (low + high) / 2
-        over = (block.gate(middle.clone()) > wanted) ^ falls
+        over = (gate(middle.clone()) > wanted) ^ falls
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    block.fc.weight.zero_()
-    block.fc.bias.copy_((low + high) / 2)
+    return (low + high) / 2
+
+
+def moving(gate: nn.Module, logits: Tensor) -> Tensor:
+    """The logits, those beyond which the gate moves by less than a hundredth of its range brought back to there.
+
+    Squares count the logits where the gate is shut or open all the same: a few images with logits of 50 took the held-out R^2 of a
+    hard sigmoid's gate from 0.78 to -0.44.
+    """
+    low, high = logits.amin(), logits.amax()
+    first, last = gate(low.clone()), gate(high.clone())
+    margin = (last - first) / 100
+    ends = [_logits_of(gate, wanted, low, high) for wanted in (first + margin, last - margin)]
+    return logits.clamp(*ends)

@@ -157,10 +157,14 @@ class Last(nn.Module):
 )
 def test_whole_networks(build: Any) -> None:
     torch.manual_seed(0)
-    network = patch_se_blocks(build().eval())
-    report = calibrated(network, IMAGES[:64].repeat(1, 1, 2, 2).split(32))
-    assert len(report.blocks) == len(ctxenc.find_context_blocks(network))
-    assert report.kl < calibrated(ctxenc.patch_se_blocks(ctxenc.restore_se_blocks(network)), start="random").kl
+    network = build().eval()
+    batches = IMAGES[:64].repeat(1, 1, 2, 2).split(32)
+    ours, plain = (calibrated(swapped(network), batches, start=start) for start in ("calibrated", "random"))
+    assert [block.name for block in ours.blocks] == [block.name for block in ctxenc.find_se_blocks(network)]
+    pairs = [(own.gate_r2, other.gate_r2) for own, other in zip(ours.blocks, plain.blocks, strict=True)]
+    moving = [(own, other) for own, other in pairs if own is not None]  # a fresh network's later maps may be constant
+    assert moving
+    assert all(own > other for own, other in moving)
 
 
 def test_empty_slots_open() -> None:
@@ -427,3 +431,26 @@ def test_projection_keeps_what_the_first_layer_looks_at() -> None:
     basis = torch.linalg.svd(responses - responses.mean(0)).Vh[:2] @ first
     kept = torch.linalg.lstsq(fewer.mT, basis.mT)
     torch.testing.assert_close(fewer.mT @ kept.solution, basis.mT, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "hard_sigmoid", "tanh", "identity"])
+def test_logits_stay_where_the_gate_moves(gate: str) -> None:
+    logits = torch.cat([torch.linspace(-2, 2, 41), torch.tensor([-60.0, 45.0])])[:, None]
+    layer = ctxenc.ContextEncoding(1, gate_layer=gate).gate
+    moved, values = starts.moving(layer, logits), layer(logits.clone())
+    assert torch.equal(moved[:41], logits[:41])
+    assert (layer(moved.clone()) - values).abs().max() <= 0.0101 * (values.max() - values.min())
+    assert (moved.abs().max() < 6) == (gate != "identity")
+
+
+def test_images_of_huge_logits_do_not_spoil_the_fit() -> None:
+    torch.manual_seed(0)
+    block = ctxenc.ContextEncoding(4, 8, rd_channels=8, pool="concat", gate_layer="hard_sigmoid").eval()
+    encodings = torch.randn(200, 8, 8)
+    with torch.no_grad():
+        features = starts.pooled(block, encodings)
+        logits = 1.5 * features @ torch.randn(64, 4)
+        logits[:6] = 60 * torch.randn(6, 4).sign()
+        starts.fit_gate(block, encodings, logits)
+        own, wanted = block.gate(block.fc(features[6:])), block.gate(logits[6:].clone())
+    assert calibration.gate_r2([(own, wanted)]) > 0.8
