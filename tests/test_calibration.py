@@ -91,7 +91,7 @@ def test_a_calibrated_network_is_right_before_any_step() -> None:
     plain = accuracy(model)
     report = calibrated(model, IMAGES[FIT].split(100))
     assert accuracy(model) > before - 0.03
-    assert plain < before - 0.1
+    assert plain < before - 0.05
     assert report.agreement > 0.95
     assert (report.fitted, report.held_out) == (750, 250)
 

@@ -40,7 +40,15 @@ def test_another_model_drops_the_arguments_of_the_embedded_one():
 def test_every_setting_has_an_option():
     values = {
         **{str: "cifar10", float: "0.5", int: "3", dict: '{"drop_rate": 0.1}', bool: None},
-        **{"keep": "5", "arms": "se", "pool": "concat", "opt": "sgd", "sched": "tanh", "amp": "bf16"},
+        **{
+            "keep": "5",
+            "arms": "se",
+            "pool": "concat",
+            "opt": "sgd",
+            "sched": "tanh",
+            "amp": "bf16",
+            "init": "neutral",
+        },
     }
     usual = Settings().as_dict()
     for field in fields(Settings):
