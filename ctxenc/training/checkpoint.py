@@ -1,7 +1,7 @@
 """What a training writes as it goes: checkpoints to go on from, and the files that others read.
 
 ARM/checkpoints/epoch-00003-step-0000120/   model, ema, best (safetensors), optimizer.pt, processes.pt, progress.json, manifest.json
-ARM/                                        last.safetensors, best.safetensors, metrics.csv, timings.csv, predictions.csv
+ARM/                                        last, best (safetensors), metrics.csv, timings.csv, codebooks.csv, predictions.csv
 
 A checkpoint is named by its finished epochs and the steps after them. The files in ARM follow from the newest checkpoint.
 """
@@ -9,7 +9,7 @@ A checkpoint is named by its finished epochs and the steps after them. The files
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from ctxenc.training import codebooks
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.durable import damage, keep_newest, write_folder
 from ctxenc.training.processes import agree
@@ -27,8 +28,9 @@ from ctxenc.training.rng import rng_state, set_rng_state
 from ctxenc.training.runs import SCORE, atomic, save_weights
 
 Row = dict[str, Any]
-Prediction = tuple[str, int, int]  # name, target, prediction
+Prediction = tuple[Any, ...]  # a sample's name, and what was predicted of it
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
+PREDICTIONS = ("name", "target", "prediction", "loss")
 SPEED = "images_per_s"
 FOLDER = "checkpoints"
 
@@ -40,7 +42,9 @@ class Progress:
     Args:
         rows: The metrics of each finished epoch.
         timings: What depends on the clock, of each finished epoch.
+        codebooks: The health of each codebook after each finished epoch.
         predictions: Those of the last finished epoch.
+        confusion: Of the last finished epoch, how many pixels of each class were taken for each; classifications have none.
         score: The column of the metrics by which the best epoch is chosen.
         step: The steps done in the epoch that is under way.
         skipped: The steps left out because their loss was not finite, in all.
@@ -52,7 +56,9 @@ class Progress:
 
     rows: list[Row] = field(default_factory=list)
     timings: list[Row] = field(default_factory=list)
+    codebooks: list[Row] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
+    confusion: list[list[int]] = field(default_factory=list)
     score: str = SCORE
     step: int = 0
     skipped: int = 0
@@ -72,9 +78,10 @@ class Progress:
         scores = [row[self.score] for row in self.rows]
         return bool(scores) and scores.index(max(scores)) == len(scores) - 1
 
-    def finish_epoch(self, measures: Mapping[str, float], loss: float, speed: float) -> None:
+    def finish_epoch(self, measures: Mapping[str, float], codebooks: Iterable[Row], loss: float, speed: float) -> None:
         """Adds the rows of the epoch under way, and begins the next."""
         epoch = {"epoch": self.epoch + 1}
+        self.codebooks += [{**epoch, **row} for row in codebooks]
         self.rows.append({**epoch, "lr": self.lr, "train_loss": loss, **measures})
         self.timings.append({**epoch, SPEED: speed, "seconds": self.seconds})
         self.step = self.finite = self.images = 0
@@ -196,20 +203,25 @@ def load_state(accelerator: Accelerator, folder: Path, state: State) -> Progress
     return progress
 
 
-def publish(arm: Path, progress: Progress, network: nn.Module) -> None:
-    """Writes the weights of ``network``, the metrics and the predictions where the other commands look for them."""
+def publish(arm: Path, progress: Progress, network: nn.Module, predicted: Sequence[str] = PREDICTIONS) -> None:
+    """Writes the weights of ``network``, the metrics and the predictions where the other commands look for them.
+
+    ``predicted`` names the columns of the predictions.
+    """
     if not progress.epoch:
         return
     save_weights(arm / "last.safetensors", network)
     if progress.last_is_best:
         save_weights(arm / "best.safetensors", network)
-    _publish_rows(arm, progress)
+    _publish_rows(arm, progress, predicted)
 
 
-def publish_again(arm: Path, progress: Progress, network: nn.Module, folder: Path | None) -> None:
+def publish_again(
+    arm: Path, progress: Progress, network: nn.Module, folder: Path | None, predicted: Sequence[str] = PREDICTIONS
+) -> None:
     """Puts the published files back to what they were at the checkpoint ``folder``, from which training goes on."""
     if not progress.epoch:
-        for name in ("metrics.csv", "timings.csv"):
+        for name in ("metrics.csv", "timings.csv", codebooks.FILE):
             (arm / name).unlink(missing_ok=True)
         return
     if not progress.step:
@@ -217,12 +229,15 @@ def publish_again(arm: Path, progress: Progress, network: nn.Module, folder: Pat
     if folder is not None and (folder / "best.safetensors").is_file():
         with atomic(arm / "best.safetensors") as path:
             path.write_bytes((folder / "best.safetensors").read_bytes())
-    _publish_rows(arm, progress)
+    _publish_rows(arm, progress, predicted)
 
 
-def _publish_rows(arm: Path, progress: Progress) -> None:
+def _publish_rows(arm: Path, progress: Progress, predicted: Sequence[str]) -> None:
     if progress.predictions:
-        write_predictions(arm / "predictions.csv", progress.predictions)
+        table = [dict(zip(predicted, each, strict=True)) for each in progress.predictions]
+        write_rows(arm / "predictions.csv", predicted, table)
+    if progress.codebooks:
+        write_rows(arm / codebooks.FILE, codebooks.COLUMNS, progress.codebooks)
     write_rows(arm / "metrics.csv", list(progress.rows[0]), progress.rows)
     if progress.timings:
         write_rows(arm / "timings.csv", list(progress.timings[0]), progress.timings)
@@ -251,13 +266,8 @@ def read_results(arm: Path) -> list[Row]:
     return [{**row, SPEED: timing[SPEED]} for row, timing in pairs]
 
 
-def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Writes name, target and prediction of each validation sample."""
-    columns = ("name", "target", "prediction")
-    write_rows(path, columns, [dict(zip(columns, each, strict=True)) for each in predictions])
-
-
 def read_predictions(path: Path) -> list[Prediction]:
-    """Reads a file of write_predictions."""
+    """Reads the predictions.csv of a classification: name, target, prediction and loss of each validation sample."""
     with open(path, newline="", encoding="utf-8") as file:
-        return [(row["name"], int(row["target"]), int(row["prediction"])) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [(row["name"], int(row["target"]), int(row["prediction"]), float(row["loss"])) for row in rows]

@@ -6,7 +6,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,12 +22,23 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ctxenc.training import signals
-from ctxenc.training.checkpoint import Progress, State, load_state, newest_state, publish, publish_again, save_state
+from ctxenc.training import pictures, signals
+from ctxenc.training.checkpoint import (
+    PREDICTIONS,
+    Progress,
+    State,
+    load_state,
+    newest_state,
+    publish,
+    publish_again,
+    save_state,
+)
+from ctxenc.training.codebooks import codebook_health, draw_codebooks
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.nonfinite import Before, first_nonfinite
 from ctxenc.training.runs import SCORE, pick_device
 from ctxenc.training.settings import TrainingSettings
+from ctxenc.training.tensorboard import Board
 
 NAMED = 16  # images that an error tells of
 
@@ -103,11 +114,15 @@ class Loop(ABC):
 
     score: ClassVar[str] = SCORE  # the column of metrics.csv by which the best epoch is chosen
     score_label: ClassVar[str] = "accuracy"
+    predicted: ClassVar[tuple[str, ...]] = PREDICTIONS  # the columns of predictions.csv
     poly_power: float = 0.9
     ema_decay: float | None = None  # of a moving average of the weights
     network: Any
     samples: Any
+    val: Any  # the samples to evaluate on
+    val_batch: int | None = None  # how many at a time where that is not the batch size: 1 where they differ in size
     ema: ModelEmaV3 | None = None
+    board: Board | None = None  # on the main process, where it is asked for
 
     def __init__(self, settings: Any, arm: Path, seed: int) -> None:
         self.settings, self.arm, self.seed = settings, arm, seed
@@ -147,7 +162,8 @@ class Loop(ABC):
         if checkpoint is not None:
             self.progress = load_state(self.accelerator, checkpoint, self.state)
         if self.accelerator.is_main_process:
-            publish_again(arm, self.progress, self.evaluated, checkpoint)
+            publish_again(arm, self.progress, self.evaluated, checkpoint, self.predicted)
+            self.board = Board(arm, self.progress, self.updates_per_epoch) if settings.tensorboard else None
 
     @abstractmethod
     def build(self, fresh: bool) -> nn.Module:
@@ -171,7 +187,19 @@ class Loop(ABC):
 
     def publish(self) -> None:
         """Writes what an epoch leaves for others; on the main process."""
-        publish(self.arm, self.progress, self.evaluated)
+        publish(self.arm, self.progress, self.evaluated, self.predicted)
+        if self.board is not None:
+            self.board.epoch(self.progress)
+
+    def finish(self) -> None:
+        """Writes pictures of what the trained network does; on the main process, when the last epoch is over."""
+        if self.progress.codebooks:
+            pictures.save(self.arm, pictures.CODEBOOKS, draw_codebooks(self.progress.codebooks))
+
+    def codebooks(self) -> list[dict[str, Any]]:
+        """The health of the codebooks of the network that is evaluated."""
+        size = self.val_batch or self.settings.batch_size
+        return codebook_health(self.accelerator, self.evaluated, self.val, size, self.settings.channels_last)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -204,6 +232,7 @@ class Loop(ABC):
         done = progress.epoch * self.updates_per_epoch + progress.step
         with (
             worker_errors(),
+            nullcontext() if self.board is None else closing(self.board),
             signals.noted() as self.noted,
             tqdm(total=total, initial=done, desc=label, disable=not main) as bar,
         ):
@@ -211,7 +240,7 @@ class Loop(ABC):
                 loss = self._train_epoch(bar)
                 measures = self.evaluate()
                 images = progress.images * self.accelerator.num_processes
-                progress.finish_epoch(measures, loss, images / max(progress.seconds, 1e-9))
+                progress.finish_epoch(measures, self.codebooks(), loss, images / max(progress.seconds, 1e-9))
                 self.state.loss.zero_()
                 if main:
                     self.publish()
@@ -219,6 +248,8 @@ class Loop(ABC):
                 score = f"{100 * measures[self.score]:.1f} %"
                 bar.set_postfix({"epoch": progress.epoch, "loss": f"{loss:.3f}", self.score_label: score})
                 self.stop_if_told()
+            if main and self.seed == self.settings.seed:
+                self.finish()
         self.accelerator.free_memory()
 
     def _train_epoch(self, bar: tqdm) -> float:
@@ -275,6 +306,8 @@ class Loop(ABC):
                 self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
             self.optimizer.step()
             self.state.loss.add_(loss.detach())
+            if self.board is not None:
+                self.board.step(update, loss.item(), progress.lr)
             progress.finite += 1
         if self.scheduler is not None:
             self.scheduler.step_update(update)

@@ -1,9 +1,9 @@
-"""What a finished run says of itself: the table, report.md, curves.png and the metrics of all arms in one file."""
+"""What a finished run says of itself: the table, report.md, report.html, curves.png and the metrics of all arms in one file."""
 
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from ctxenc.training import photographs
 from ctxenc.training.checkpoint import COLUMNS, SPEED, Row, read_predictions, read_results, write_rows
 from ctxenc.training.console import text_table
 from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
+from ctxenc.training.page import write_page
 from ctxenc.training.runs import SCORE, RunConfig, atomic, build_model
-from ctxenc.training.settings import PHOTOGRAPHS, Settings
+from ctxenc.training.settings import PHOTOGRAPHS, Settings, TrainingSettings
 
 NETWORKS = {"se": "SE", "context": "ContextEncoding"}
 COLOURS = {"se": "tab:orange", "context": "tab:blue"}
+CURVES = "![score and loss by epoch](curves.png)"
 HEADER = ("network", "parameters", "balanced accuracy", "95 % interval", "each seed", "images/s", "ratio")
 
 
@@ -63,7 +65,7 @@ class Arm:
 def read_arm(run: Path, name: str, config: RunConfig, seeds: Sequence[int]) -> Arm:
     """Reads the results of arm ``name`` back from the folder ``run``."""
     folders = [run / f"{name}-{seed}" for seed in seeds]
-    predictions = [torch.tensor([row[1:] for row in read_predictions(each / "predictions.csv")]) for each in folders]
+    predictions = [torch.tensor([row[1:3] for row in read_predictions(each / "predictions.csv")]) for each in folders]
     targets = predictions[0][:, 0]
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
@@ -78,7 +80,7 @@ def read_arm(run: Path, name: str, config: RunConfig, seeds: Sequence[int]) -> A
 
 
 def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, seconds: float) -> str:
-    """Writes metrics.csv, curves.png and report.md into ``run``.
+    """Writes metrics.csv, curves.png, report.md and report.html into ``run``.
 
     Args:
         run: A folder in which every arm has finished.
@@ -103,8 +105,11 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     cells = table_rows(arms, colour)
     notes = remarks(arms, settings)
     config = next(iter(configs.values()))
+    title, made = f"{config.model} on {settings.data}", how_made(config.versions, seconds)
     with atomic(run / "report.md") as path:
-        path.write_text(markdown(cells, notes, settings, config, seconds), encoding="utf-8")
+        path.write_text(markdown(title, HEADER, cells, [*notes, CURVES, made], settings), encoding="utf-8")
+    folders = {f"{arm.name}-{settings.seed}": f"{NETWORKS[arm.name]}, seed {settings.seed}" for arm in arms}
+    write_page(run, title, HEADER, cells, [*notes, made], folders, settings.as_dict())
     return "\n".join([text_table(HEADER, cells, right=(HEADER[1], *HEADER[5:])), "", *notes])
 
 
@@ -153,24 +158,21 @@ def remarks(arms: Sequence[Arm], settings: Settings) -> list[str]:
 
 
 def markdown(
-    cells: Sequence[tuple[str, ...]], notes: Sequence[str], settings: Settings, config: RunConfig, seconds: float
+    title: str, header: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str], settings: TrainingSettings
 ) -> str:
-    """The text of report.md."""
+    """The text of report.md: a table, what must be said beside it, and every setting."""
 
-    def line(row: Sequence[str]) -> str:
-        return f"| {' | '.join(row)} |"
+    def table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+        return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells))
 
-    listing = [f"| `{name}` | `{value}` |" for name, value in settings.as_dict().items()]
-    versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
-    parts = [
-        f"# {config.model} on {settings.data}",
-        "\n".join([line(HEADER), line(["---"] * len(HEADER)), *map(line, cells)]),
-        *notes,
-        "![accuracy and loss by epoch](curves.png)",
-        f"Machine: {machine()}. The command took {seconds:.0f} s. Versions: {versions}.",
-        "\n".join(["| setting | value |", "| --- | --- |", *listing]),
-    ]
-    return "\n\n".join(parts) + "\n"
+    listing = [(f"`{name}`", f"`{value}`") for name, value in settings.as_dict().items()]
+    return "\n\n".join([f"# {title}", table(header, cells), *notes, table(("setting", "value"), listing)]) + "\n"
+
+
+def how_made(versions: Mapping[str, str], seconds: float) -> str:
+    """The machine, the time and the versions that made a run."""
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"Machine: {machine()}. The command took {seconds:.0f} s. Versions: {listed}."
 
 
 def machine() -> str:

@@ -17,6 +17,7 @@ from ctxenc.training.config import read_config, write_config
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.loop import make_accelerator
 from ctxenc.training.processes import agree, speaks
+from ctxenc.training.tensorboard import check_tensorboard
 
 UNFINISHED = re.compile(r"\.config\.\d+\.json")  # what a kill in the writing of the first configuration leaves
 
@@ -97,6 +98,8 @@ def _run(args: argparse.Namespace, training: Training) -> None:
     settings = options.resolve(chosen) if stored is None else options.resumed(stored.settings, chosen)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if settings.tensorboard:
+        check_tensorboard()
     accelerator = make_accelerator(settings)
     with accelerator.local_main_process_first():
         datasets = training.build_datasets(settings)
@@ -122,7 +125,7 @@ def _run(args: argparse.Namespace, training: Training) -> None:
         raise
     if accelerator.is_main_process:
         table = training.write_report(folder, configs, settings, time.perf_counter() - started)
-        print(f"\n{table}\n\n{folder / 'report.md'}")
+        print(f"\n{table}\n\n{folder / 'report.html'}")
     accelerator.end_training()
 
 

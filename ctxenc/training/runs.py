@@ -1,7 +1,8 @@
 """Run folders: where the weights lie, and how a model is built again from them.
 
-RUN/config.json  metrics.csv  report.md  curves.png
-RUN/<arm>-<seed>/config.json  metrics.csv  timings.csv  last.safetensors  best.safetensors  checkpoints/
+RUN/config.json  metrics.csv  report.html  report.md  curves.png
+RUN/<arm>-<seed>/config.json  metrics.csv  timings.csv  codebooks.csv  predictions.csv  last, best (.safetensors)  checkpoints/
+RUN/<arm>-<first seed>/pictures/
 """
 
 import csv

@@ -19,7 +19,10 @@ SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
 PHOTOGRAPHS = "photographs"
 MAX_SEED = 2**32 - 1  # numpy's
 # What --resume may change.
-MOVABLE = ("data", "data_dir", "download", "device", "workers", "threads", "checkpoint_every", "keep", "skip_nonfinite")
+MOVABLE = (
+    *("data", "data_dir", "download", "device", "workers", "threads", "checkpoint_every", "keep", "skip_nonfinite"),
+    "tensorboard",
+)
 Rules = dict[str, tuple[str, Callable[[Any], bool]]]
 Kind = TypeVar("Kind")
 
@@ -116,6 +119,7 @@ class TrainingSettings:
     keep: int = option(3, "checkpoints to keep", type=positive_int, metavar="N")
     skip_nonfinite: int = option(0, "steps to leave out whose loss is NaN or infinite", type=int, metavar="N")
     threads: int | None = option(None, "CPU threads of each process (default: PyTorch's)", type=positive_int)
+    tensorboard: bool = flag("log to ARM/tensorboard: pip install 'ctxenc[tensorboard]'")
     device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", metavar="DEVICE")
     amp: str | None = option(
         None, "mixed precision (default: none, or what accelerate launch names)", choices=("bf16", "fp16")

@@ -12,9 +12,11 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Subset
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm import tqdm
 
 from ctxenc.calibration import calibrate
+from ctxenc.training import pictures
 from ctxenc.training.config import atomic
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.data import Datasets, Samples, eval_transform, seeded, train_transform
@@ -33,14 +35,19 @@ class Evaluation:
     Args:
         targets: (N,) int64 on the CPU.
         predictions: (N,) int64 on the CPU.
-        loss: Mean cross entropy.
+        losses: (N,) fp32 on the CPU, cross entropies.
         num_classes: Number of classes.
     """
 
     targets: Tensor
     predictions: Tensor
-    loss: float
+    losses: Tensor
     num_classes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return float(self.losses.mean())
 
     @property
     def balanced_accuracy(self) -> float:
@@ -67,7 +74,7 @@ def evaluate(
         gathered = accelerator.gather_for_metrics((labels, logits.argmax(dim=1), loss))
         kept.append(tuple(each.cpu() for each in gathered))
     targets, predictions, losses = (torch.cat(each) for each in zip(*kept, strict=True))
-    return Evaluation(targets, predictions, float(losses.mean()), logits.shape[1])
+    return Evaluation(targets, predictions, losses, logits.shape[1])
 
 
 class Trainer(Loop):
@@ -89,9 +96,9 @@ class Trainer(Loop):
         self.ema_decay = settings.ema_decay if settings.model_ema else None
         self.samples = Samples(datasets.train, train_transform(settings, config.data_config), seed)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else settings.label_smoothing)
+        self.val = Samples(datasets.val, eval_transform(config.data_config), seed)
         super().__init__(settings, arm, seed)
-        val = Samples(datasets.val, eval_transform(config.data_config), seed)
-        self.val_loader = self.accelerator.prepare(self.loader(val, train=False))
+        self.val_loader = self.accelerator.prepare(self.loader(self.val, train=False))
 
     def build(self, fresh: bool) -> nn.Module:
         """The network of the configuration, its blocks begun as --init says."""
@@ -140,9 +147,29 @@ class Trainer(Loop):
         batches = self.until_told(self.val_loader, len(self.val_loader))
         model = self.model if self.ema is None else self.ema.module
         result = evaluate(self.accelerator, model, batches, self.settings.channels_last)
-        names = map(self.datasets.val.name, range(len(result.targets)))
-        self.progress.predictions = list(zip(names, result.targets.tolist(), result.predictions.tolist(), strict=True))
+        names = map(self.val.name, range(len(result.targets)))
+        columns = (each.tolist() for each in (result.targets, result.predictions, result.losses))
+        self.progress.predictions = list(zip(names, *columns, strict=True))
         return {"val_loss": result.loss, SCORE: result.balanced_accuracy, "top1": result.top1}
+
+    def finish(self) -> None:
+        """Writes which classes are confused, the images of the largest losses, and what two blocks see."""
+        super().finish()
+        classes, rows = self.config.classes, self.progress.predictions
+        colours = {key: self.config.data_config[key] for key in ("mean", "std")}
+        targets, predictions = (torch.tensor([row[column] for row in rows]) for column in (1, 2))
+        matrix = multiclass_confusion_matrix(predictions, targets, len(classes))
+        pictures.save(self.arm, pictures.CONFUSION, pictures.draw_confusion(matrix, classes))
+        worst = sorted(range(len(rows)), key=lambda index: -rows[index][3])[: pictures.WORST_SHOWN]
+        captions = [
+            f"{classes[target]},\nseen as {classes[prediction]} ({loss:.1f})"
+            for _, target, prediction, loss in (rows[index] for index in worst)
+        ]
+        images = [pictures.photograph(self.val[each][0], **colours) for each in worst]
+        pictures.save(self.arm, pictures.WORST, pictures.draw_worst(images, captions))
+        shown = pictures.evenly(len(rows), pictures.LOOKED_AT)
+        names = [classes[rows[each][1]] for each in shown]
+        pictures.draw_assignments(self.arm, self.evaluated, [self.val[each][0] for each in shown], names, colours)
 
 
 def mixup_of(settings: Settings, num_classes: int) -> Mixup | None:

@@ -297,4 +297,9 @@ def _labels(caller: str, seen: Look, names: Sequence[str] | None) -> list[str]:
 
 
 def _short(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return literal(text if len(text) <= limit else f"{text[: limit - 1]}…")
+
+
+def literal(text: str) -> str:
+    """A name as matplotlib is to draw it: what stands between two dollars is no formula."""
+    return text.replace("$", r"\$")

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -83,19 +85,43 @@ def _reading(given: dict[str, Any]) -> dict[str, Any]:
     return {"mean": None, "std": None, "image_size": IMAGE_SIZE} | given
 
 
+@dataclass(frozen=True)
+class UsageSum:
+    """What a Usage is computed from, which adds up over images and processes.
+
+    Attributes:
+        weights: (K,) fp64 on the CPU, the sum over the pixels.
+        bits: the sum over the pixels of the entropy of a pixel's weights.
+        pixels: their number.
+    """
+
+    weights: Tensor
+    bits: float
+    pixels: int
+
+    @classmethod
+    def of(cls, weights: Tensor) -> "UsageSum":
+        """The sums over the pixels of weights (B, K, *spatial)."""
+        flat = weights.flatten(2)
+        if flat.device.type != "mps":  # which has no fp64
+            flat = flat.double()
+        return cls(flat.sum((0, 2)).cpu().double(), _bits(flat, dim=1).sum().item(), flat.shape[0] * flat.shape[2])
+
+    def __add__(self, other: "UsageSum") -> "UsageSum":
+        return UsageSum(self.weights + other.weights, self.bits + other.bits, self.pixels + other.pixels)
+
+    def usage(self) -> Usage:
+        """The use of the codebook."""
+        shares = self.weights / self.pixels
+        dead = (shares < DEAD / len(shares)).nonzero().flatten().tolist()
+        return Usage(shares, _bits(shares, dim=0).item(), self.bits / self.pixels, dead)
+
+
 def usage_of(weights: Iterable[Tensor]) -> Usage:
     """The use of the codebook that weights (K, h, w) of one image or more were taken with."""
-    sums, bits, pixels = torch.zeros(()), 0.0, 0
-    for each in weights:
-        flat = each.flatten(1).double()
-        sums = sums + flat.sum(1)
-        bits += _bits(flat).sum().item()
-        pixels += flat.shape[1]
-    shares = sums / pixels
-    dead = (shares < DEAD / len(shares)).nonzero().flatten().tolist()
-    return Usage(shares, _bits(shares).item(), bits / pixels, dead)
+    return reduce(add, (UsageSum.of(each[None]) for each in weights)).usage()
 
 
-def _bits(weights: Tensor) -> Tensor:
-    """The entropy over the first dimension."""
-    return torch.special.entr(weights).sum(0) / math.log(2)
+def _bits(weights: Tensor, dim: int) -> Tensor:
+    """The entropy over a dimension."""
+    return torch.special.entr(weights).sum(dim) / math.log(2)

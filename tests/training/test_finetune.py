@@ -33,8 +33,16 @@ class TestRun:
             if path.is_file() and "checkpoints" not in path.parts
         }
         own = ("best.safetensors", "config.json", "last.safetensors", "metrics.csv", "predictions.csv", "timings.csv")
-        shared = {"config.json", "curves.png", "metrics.csv", "report.md"}
-        assert files == shared | {f"{arm}/{name}" for arm in arms for name in own}
+        shared = {"config.json", "curves.png", "metrics.csv", "report.html", "report.md"}
+        files_of_arms = {f"{arm}/{name}" for arm in arms for name in own}
+        files_of_arms |= {
+            f"{arm}-0/pictures/{name}.png" for arm in ("se", "context") for name in ("confusion", "worst")
+        }
+        seen = ("pictures/codebooks.png", "pictures/assignment-*.png")
+        context = {str(path.relative_to(done)) for name in seen for path in done.glob(f"context-0/{name}")}
+        assert len(context) == 3
+        context |= {f"context-{seed}/codebooks.csv" for seed in (0, 1)}
+        assert files == shared | files_of_arms | context
         for arm in arms:
             assert checkpoints(done / arm) == ["epoch-00001-step-0000000", "epoch-00002-step-0000000"]
         assert len({path.stat().st_mode for path in done.rglob("*") if path.is_file()}) == 1
@@ -68,10 +76,12 @@ class TestRun:
 
     def test_predictions_are_those_of_the_last_epoch(self, done, image_folder):
         rows = read_predictions(done / "se-1" / "predictions.csv")
-        assert [target for _, target, _ in rows] == [0] * 6 + [1] * 3 + [2]
+        assert [row[1] for row in rows] == [0] * 6 + [1] * 3 + [2]
         assert rows[0][0] == str(image_folder / "val" / "cat" / "0.png")
-        top1 = sum(target == prediction for _, target, prediction in rows) / len(rows)
+        top1 = sum(target == prediction for _, target, prediction, _ in rows) / len(rows)
         assert top1 == pytest.approx(metrics(done / "se-1")[-1]["top1"])
+        loss = sum(row[3] for row in rows) / len(rows)
+        assert loss == pytest.approx(metrics(done / "se-1")[-1]["val_loss"])
 
     def test_a_second_run_is_the_same(self, done, finetune, tmp_path):
         code, out, _ = finetune(
@@ -310,7 +320,7 @@ def test_launchers(launcher, processes, tmp_path, image_folder):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report.md") == 1
+    assert done.stdout.count("report.html") == 1
     assert len(read_predictions(run / "context-0" / "predictions.csv")) == 10
     assert json.loads((run / "config.json").read_text())["classes"] == ["cat", "dog", "newt"]
     states = torch.load(run / "context-0" / "checkpoints" / "epoch-00001-step-0000000" / "processes.pt")

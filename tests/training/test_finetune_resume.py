@@ -68,9 +68,9 @@ class TestResume:
         os.utime(tmp_path / "runs" / "001" / "config.json", (0, 0))
         (tmp_path / "runs" / "002" / "report.md").unlink()
         code, out, _ = finetune("--resume", "auto")
-        assert (code, "runs/002/report.md" in out) == (0, True)
+        assert (code, "runs/002/report.html" in out) == (0, True)
         code, out, _ = finetune("--resume", "auto", "--out", "runs/001")
-        assert (code, "runs/001/report.md" in out) == (0, True)
+        assert (code, "runs/001/report.html" in out) == (0, True)
 
     @pytest.mark.parametrize("written", [0, 1, 2])
     def test_auto_after_a_kill_between_the_configurations(self, finetune, tmp_path, monkeypatch, written):

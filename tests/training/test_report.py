@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ctxenc.training import report, runs
-from ctxenc.training.checkpoint import COLUMNS, read_rows, write_predictions, write_rows
+from ctxenc.training.checkpoint import COLUMNS, PREDICTIONS, read_rows, write_rows
 from ctxenc.training.settings import Settings
 
 TARGETS = [0] * 6 + [1] * 3 + [2]
@@ -25,9 +25,10 @@ def finished(tmp_path, config):
         folder.mkdir()
         hits = [index < count for size, count in zip((6, 3, 1), counts, strict=True) for index in range(size)]
         predictions = [
-            (f"{i}", t, t if hit else (t + 1) % 3) for i, (t, hit) in enumerate(zip(TARGETS, hits, strict=True))
+            dict(zip(PREDICTIONS, (f"{i}", t, t if hit else (t + 1) % 3, 0.5), strict=True))
+            for i, (t, hit) in enumerate(zip(TARGETS, hits, strict=True))
         ]
-        write_predictions(folder / "predictions.csv", predictions)
+        write_rows(folder / "predictions.csv", PREDICTIONS, predictions)
         score = sum(count / size for size, count in zip((6, 3, 1), counts, strict=True)) / 3
         values = [(1.0, 0.1), (score, 0.2)]
         rows = [

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from ctxenc.training.checkpoint import SPEED, Row, read_results, write_rows
 from ctxenc.training.config import atomic
 from ctxenc.training.console import text_table
-from ctxenc.training.report import machine
+from ctxenc.training.page import write_page
+from ctxenc.training.report import CURVES, how_made, markdown
 from ctxenc.training.segmentation.networks import ARMS, SegmentConfig, build_network
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
 
@@ -34,7 +35,7 @@ def mean_iou(row: Row, classes: Sequence[str]) -> float:
 
 
 def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: SegmentSettings, seconds: float) -> str:
-    """Writes metrics.csv, curves.png and report.md into ``folder``, in which every arm has finished.
+    """Writes metrics.csv, curves.png, report.md and report.html into ``folder``, in which every arm has finished.
 
     Returns:
         The table and what goes with it, as printed.
@@ -52,18 +53,11 @@ def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: S
     header, cells = table(results, configs, ambiguous_classes(settings.data))
     notes = remarks(settings)
     config = next(iter(configs.values()))
-    listing = [f"| `{name}` | `{value}` |" for name, value in settings.as_dict().items()]
-    versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
-    parts = [
-        f"# EncNet on {settings.data}",
-        "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)),
-        *notes,
-        "![mean IoU and loss by epoch](curves.png)",
-        f"Machine: {machine()}. The command took {seconds:.0f} s. Versions: {versions}.",
-        "\n".join(["| setting | value |", "| --- | --- |", *listing]),
-    ]
+    title, made = f"EncNet on {settings.data}", how_made(config.versions, seconds)
     with atomic(folder / "report.md") as path:
-        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        path.write_text(markdown(title, header, cells, [*notes, CURVES, made], settings), encoding="utf-8")
+    arms = {f"{arm}-{settings.seed}": f"{ARMS[arm][0]}, seed {settings.seed}" for arm in configs}
+    write_page(folder, title, header, cells, [*notes, made], arms, settings.as_dict())
     return "\n".join([text_table(header, cells, right=header[1:]), "", *notes])
 
 

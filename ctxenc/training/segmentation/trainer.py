@@ -1,10 +1,12 @@
 """The training of one segmentation network with one seed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from ctxenc.integrations.encnet import EncNet
 from ctxenc.integrations.losses import EncNetLoss
-from ctxenc.training import loop
+from ctxenc.training import loop, pictures
 from ctxenc.training.config import atomic
 from ctxenc.training.console import UserError
 from ctxenc.training.loop import Loop, in_format
@@ -25,6 +27,7 @@ from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
 
 SCORE = "mean_iou"  # the column of metrics.csv by which the best epoch and the best arm are chosen
 SHOWN = 4  # validation samples in the picture of each epoch
+WORST = 6  # in that of the worst
 
 
 def make_optimizer(network: EncNet, settings: SegmentSettings) -> Optimizer:
@@ -61,6 +64,7 @@ class SegmentTrainer(Loop):
 
     score = SCORE
     score_label = "mIoU"
+    predicted = ("name", "wrong")
     settings: SegmentSettings
 
     def __init__(
@@ -69,6 +73,7 @@ class SegmentTrainer(Loop):
         self.config, self.poly_power = config, settings.poly_power
         self.samples, self.val = samples_of(datasets, settings, config.mean, config.std, seed)
         self.criterion = EncNetLoss(settings.aux_weight, settings.se_weight)
+        self.val_batch = None if settings.data == SCENES else 1  # images differ in size
         super().__init__(settings, arm, seed)
         self.criterion.to(self.accelerator.device)
 
@@ -88,24 +93,34 @@ class SegmentTrainer(Loop):
         return self.criterion(self.model(images), targets)
 
     def _val_loader(self) -> DataLoader:
-        """This process's share of the validation samples: each is in one share, and images differ in size."""
+        """This process's share of the validation samples: each is in one share."""
         share = range(self.accelerator.process_index, len(self.val), self.accelerator.num_processes)
-        one_size = self.settings.data == SCENES
-        return self.loader(Subset(self.val, share), train=False, batch_size=None if one_size else 1)
+        return self.loader(Subset(self.val, share), train=False, batch_size=self.val_batch)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Pixel accuracy, mean IoU and Dice and those of each class, over the pixels of all validation masks."""
+        """Pixel accuracy, mean IoU and Dice and those of each class, over the pixels of all validation masks.
+
+        The share of each image that is wrong, and the confusion of classes, go into the progress.
+        """
         self.model.eval()
         metrics = SegmentationMetrics(len(self.config.classes)).to(self.accelerator.device)
         metrics.distributed_available_fn = lambda: False  # the sum over processes is taken below
         loader = self._val_loader()
         common = len(self.val) // self.accelerator.num_processes // (loader.batch_size or 1)
         bar = tqdm(loader, "evaluating", delay=1, leave=False, disable=not self.accelerator.is_main_process)
+        wrong: list[float] = []
         for images, masks in self.until_told(bar, common):
             masks = masks.to(self.accelerator.device)
-            metrics.update(self._logits(images, masks.shape[1:]).argmax(1), masks)
+            predictions = self._logits(images, masks.shape[1:]).argmax(1)
+            metrics.update(predictions, masks)
+            wrong += share_wrong(predictions, masks).tolist()
         metrics.matrix = self.accelerator.reduce(metrics.matrix, "sum")
+        self.progress.confusion = metrics.matrix.tolist()
+        shares = gather_object([wrong])
+        self.progress.predictions = [
+            (self.val.name(index), shares[index % len(shares)][index // len(shares)]) for index in range(len(self.val))
+        ]
         return as_floats(metrics.compute(), self.config.classes)
 
     def _logits(self, images: Tensor, size: torch.Size) -> Tensor:
@@ -118,23 +133,35 @@ class SegmentTrainer(Loop):
         return logits
 
     def publish(self) -> None:
-        """Writes what an epoch leaves for others, a picture among it; on the main process."""
+        """Writes what an epoch leaves for others, a picture of some validation samples among it; on the main process."""
         super().publish()
-        self.draw()
+        self._save_sheet(f"epoch-{self.progress.epoch:03d}.png", pictures.evenly(len(self.val), SHOWN))
+
+    def finish(self) -> None:
+        """Writes which classes are confused, the images of which most is wrong, and what two blocks see."""
+        super().finish()
+        matrix = torch.tensor(self.progress.confusion)
+        pictures.save(self.arm, pictures.CONFUSION, pictures.draw_confusion(matrix, self.config.classes))
+        rows = self.progress.predictions
+        worst = sorted(range(len(rows)), key=lambda index: -rows[index][1])[:WORST]
+        self._save_sheet(pictures.WORST, worst)
+        shown = pictures.evenly(len(rows), pictures.LOOKED_AT)
+        names = [Path(rows[index][0]).stem for index in shown]
+        colours = {"mean": self.config.mean, "std": self.config.std}
+        pictures.draw_assignments(self.arm, self.network, [self.val[index][0] for index in shown], names, colours)
 
     @torch.no_grad()
-    def draw(self) -> None:
+    def _save_sheet(self, name: str, chosen: Sequence[int]) -> None:
         """Writes a picture of some validation samples: image, mask and prediction.
 
         Raises:
             UserError: The file cannot be written.
         """
         self.network.eval()
-        path = self.arm / "pictures" / f"epoch-{self.progress.epoch:03d}.png"
+        path = self.arm / pictures.FOLDER / name
         rows = []
-        count = min(SHOWN, len(self.val))
-        for index in range(count):
-            image, mask = self.val[index * (len(self.val) - 1) // max(1, count - 1)]
+        for index in chosen:
+            image, mask = self.val[index]
             prediction = self._logits(image[None], mask.shape)[0].argmax(0).cpu()
             rows.append((self._photograph(image, mask.shape), mask, prediction))
         try:
@@ -149,3 +176,10 @@ class SegmentTrainer(Loop):
         mean, std = (torch.tensor(each)[:, None, None] for each in (self.config.mean, self.config.std))
         resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         return ((resized * std + mean) * 255).round().clamp(0, 255).byte()
+
+
+def share_wrong(predictions: Tensor, masks: Tensor, ignore_index: int = 255) -> Tensor:
+    """The share of the labelled pixels of each mask (B, H, W) that is predicted wrong, (B,) fp64; 0 where none is labelled."""
+    counted = masks != ignore_index
+    wrong = (predictions != masks) & counted
+    return wrong.flatten(1).sum(1).cpu().double() / counted.flatten(1).sum(1).clamp_min(1).cpu()

@@ -1,0 +1,137 @@
+"""The health of the codebooks in training: how many codewords are dead, how evenly they are used, how hard the assignment is.
+
+It is taken after each epoch, of the network that is evaluated, on a sample of the validation images.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+import matplotlib
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ctxenc.context import ContextEncoding
+from ctxenc.encoding import Encoding
+from ctxenc.functional import assign
+from ctxenc.viz.observing import encoding_blocks
+from ctxenc.viz.usage import UsageSum
+
+IMAGES = 64  # of the validation set, evenly spaced: the shares of its codewords change little with more
+COLUMNS = ("epoch", "block", "codewords", "dead", "entropy", "pixel_entropy", "smoothing_min", "smoothing_max")
+FILE = "codebooks.csv"
+Row = dict[str, Any]
+
+
+@torch.no_grad()
+def codebook_health(
+    accelerator: Accelerator, network: nn.Module, samples: Dataset[Any], batch_size: int, channels_last: bool = False
+) -> list[Row]:
+    """How a network uses its codebooks. Called on all processes, each of which takes its share of the images.
+
+    Args:
+        accelerator: Of the training.
+        network: Not wrapped; left in eval mode.
+        samples: Validation samples, whose first item is an image (C, H, W).
+        batch_size: Images a batch; 1 where they differ in size.
+        channels_last: Whether the network is in this memory format.
+
+    Returns:
+        A row for each block, in the order of the network's modules; none where it has no block:
+        "block", its name; "codewords", K; "dead", how many have a share below 1 % of 1 / K; "entropy" of the shares and
+        "pixel_entropy", the mean of that of a pixel's weights, in bits, at most log2(K); "smoothing_min" and "smoothing_max".
+    """
+    blocks = {
+        name: block.encoding if isinstance(block, ContextEncoding) else block
+        for name, block in encoding_blocks(network).items()
+    }
+    if not blocks:
+        return []
+    total = len(samples)  # type: ignore[arg-type]
+    chosen = sorted({number * total // IMAGES for number in range(IMAGES)})
+    own = chosen[accelerator.process_index :: accelerator.num_processes]
+    found: dict[str, list[UsageSum]] = {name: [] for name in blocks}
+
+    def watch(sums: list[UsageSum]) -> Callable[[Encoding, tuple[Tensor, ...]], None]:
+        return lambda encoding, inputs: sums.append(
+            UsageSum.of(assign(inputs[0], encoding.codewords, encoding.smoothing))
+        )
+
+    handles = [block.register_forward_pre_hook(watch(found[name])) for name, block in blocks.items()]
+    network.eval()
+    try:
+        for images, *_ in DataLoader(Subset(samples, own), batch_size=batch_size):
+            images = images.to(accelerator.device)
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with accelerator.autocast():
+                network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    gathered: list[dict[str, list[UsageSum]]] = gather_object([found])
+    return [_row(name, block, [each for part in gathered for each in part[name]]) for name, block in blocks.items()]
+
+
+def _row(name: str, block: Encoding, sums: Sequence[UsageSum]) -> Row:
+    usage = reduce(add, sums).usage()
+    smoothing = block.smoothing.detach().float()
+    return {
+        "block": name,
+        "codewords": block.num_codes,
+        "dead": len(usage.dead),
+        "entropy": usage.entropy,
+        "pixel_entropy": usage.pixel_entropy,
+        "smoothing_min": smoothing.min().item(),
+        "smoothing_max": smoothing.max().item(),
+    }
+
+
+def draw_codebooks(rows: Sequence[Row]) -> Figure:
+    """Dead codewords, both entropies and the smoothing of each block by epoch; lines from the first block (dark) to the last.
+
+    Args:
+        rows: Those of codebook_health with their epochs, one at least.
+    """
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    dead, entropy, pixel, smoothing = figure.subplots(1, 4)
+    names = list(dict.fromkeys(row["block"] for row in rows))
+    colours = matplotlib.colormaps["cividis"].resampled(max(2, len(names)))
+    for number, name in enumerate(names):
+        own = [row for row in rows if row["block"] == name]
+        colour = colours(number)
+        _line(dead, own, lambda row: 100 * row["dead"] / row["codewords"], colour, name)
+        _line(entropy, own, lambda row: row["entropy"], colour, name)
+        _line(pixel, own, lambda row: row["pixel_entropy"], colour, name)
+        _line(smoothing, own, lambda row: row["smoothing_min"], colour, name)
+        _line(smoothing, own, lambda row: row["smoothing_max"], colour, None)
+    bits = math.log2(max(row["codewords"] for row in rows))
+    for axes, label in (
+        (dead, "dead codewords (%)"),
+        (entropy, f"entropy of the shares (bits, of {bits:.3g})"),
+        (pixel, "entropy of a pixel's weights (bits)"),
+        (smoothing, "smoothing, lowest and highest"),
+    ):
+        axes.set(xlabel="epoch", title=label)
+        axes.title.set_fontsize("medium")
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    dead.set_ylim(-2, 102)
+    for axes in (entropy, pixel):
+        axes.set_ylim(0, 1.05 * max(bits, 1))
+    few = names if len(names) <= 6 else [names[0], names[-1]]
+    handles = {handle.get_label(): handle for handle in dead.get_lines()}
+    figure.legend([handles[name] for name in few], few, loc="outside lower center", ncols=6, fontsize="small")
+    return figure
+
+
+def _line(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float], colour: Any, label: str | None) -> None:
+    epochs = [row["epoch"] for row in rows]
+    axes.plot(epochs, [value(row) for row in rows], color=colour, label=label, marker="." if len(rows) < 3 else None)

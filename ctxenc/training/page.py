@@ -1,0 +1,101 @@
+"""report.html: what a finished run says of itself, on one page that needs no network and no other file."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from ctxenc.training import pictures
+from ctxenc.training.config import atomic
+
+FILE = "report.html"
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em; }
+h1, h2, h3 { line-height: 1.2; }
+h2 { margin-top: 2em; border-bottom: 1px solid #8884; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { padding: .3em .8em; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+nav a { margin-right: 1em; }
+figure { margin: 1em 0; }
+figcaption { font-size: 14px; opacity: .8; }
+img { max-width: 100%; background: white; }
+"""
+# Nothing is fetched and nothing runs, whatever a class or a file is called.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write_page(
+    run: Path,
+    title: str,
+    header: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    arms: Mapping[str, str],
+    settings: Mapping[str, object],
+) -> None:
+    """Writes report.html into ``run``.
+
+    Args:
+        run: The folder of a finished run, with its curves.
+        title: Of the page.
+        header: Of the table of results.
+        cells: Under it.
+        notes: What must be said beside the table; a paragraph each.
+        arms: What each arm is called, by the folder whose pictures are shown.
+        settings: Every setting of the run.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    sections = {"Results": _results(run, header, cells, notes)}
+    for folder, name in arms.items():
+        sections[name] = _arm(run / folder / pictures.FOLDER)
+    sections["Settings"] = _table(("setting", "value"), [(key, str(value)) for key, value in settings.items()])
+    with atomic(run / FILE) as path:
+        path.write_text(_page(title, sections), encoding="utf-8")
+
+
+def _results(run: Path, header: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return _table(header, cells) + paragraphs + _picture(run / "curves.png", "The score and the loss by epoch")
+
+
+def _arm(folder: Path) -> str:
+    """The pictures of an arm, those that there are."""
+    captions = {
+        pictures.CONFUSION: "Classes that are taken for others: the share of each true class, after the last epoch",
+        pictures.WORST: "The images of which most is wrong, after the last epoch; of a segmentation with mask and prediction",
+        pictures.CODEBOOKS: "The health of the codebooks by epoch",
+    }
+    parts = [_picture(folder / name, caption) for name, caption in captions.items() if (folder / name).is_file()]
+    for path in sorted(folder.glob(pictures.ASSIGNMENT.format("*"))):
+        parts.append(_picture(path, "Which codeword owns which pixel, and what the gates let through"))
+    return "".join(parts)
+
+
+def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(each)}</th>" for each in header)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _picture(path: Path, caption: str) -> str:
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    text = escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{content}"><figcaption>{text}</figcaption></figure>\n'
+
+
+def _page(title: str, sections: Mapping[str, str]) -> str:
+    links = "".join(f'<a href="#section-{number}">{escape(name)}</a>' for number, name in enumerate(sections))
+    body = "".join(
+        f'<h2 id="section-{number}">{escape(name)}</h2>\n{content}\n'
+        for number, (name, content) in enumerate(sections.items())
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
+        f"<body><h1>{escape(title)}</h1><nav>{links}</nav>\n{body}</body></html>\n"
+    )

@@ -1,0 +1,114 @@
+"""Pictures of what a trained network does: which classes it confuses, its worst images, and what its blocks see."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ctxenc.training.config import atomic
+from ctxenc.training.console import UserError
+from ctxenc.viz import encoding_blocks, look, overview
+from ctxenc.viz.figures import literal
+
+FOLDER = "pictures"
+CONFUSION, WORST, CODEBOOKS, ASSIGNMENT = "confusion.png", "worst.png", "codebooks.png", "assignment-{}.png"
+WORST_SHOWN, LOOKED_AT, BLOCKS = 12, 3, 2
+LABELLED = 40  # classes; of more the names would overlap
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """So many indices, evenly from 0 to ``total`` - 1; all of them where there are fewer."""
+    if count >= total:
+        return list(range(total))
+    return [round(number * (total - 1) / max(1, count - 1)) for number in range(count)]
+
+
+def save(arm: Path, name: str, figure: Figure) -> None:
+    """Writes a figure into the pictures of an arm.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    folder = arm / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    with atomic(folder / name) as path:
+        figure.savefig(path, dpi=90, format="png")
+
+
+def photograph(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The picture (H, W, 3) in [0, 1] of a normalised image (3, H, W)."""
+    shift, scale = (image.new_tensor(each)[:, None, None] for each in (mean, std))
+    return (image * scale + shift).clamp(0, 1).permute(1, 2, 0)
+
+
+def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
+    """How often each class is taken for each: the shares of a row, in per cent.
+
+    Args:
+        matrix: Of class i the samples that were taken for class j, (classes, classes); a row may be empty.
+        classes: Their names.
+    """
+    shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
+    size = len(classes)
+    side = min(11.0, max(5.0, 1.6 + 0.42 * size))
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=100)
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="% of the true class")
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(literal(_most_confused(shares, classes)), fontsize="medium", wrap=True)
+    if size <= LABELLED:
+        names = [literal(each) for each in classes]
+        axes.set_xticks(range(size), names, rotation=90, fontsize="small")
+        axes.set_yticks(range(size), names, fontsize="small")
+    if size <= LABELLED // 2:
+        for row in range(size):
+            for column in range(size):
+                if (share := float(shares[row, column])) >= 0.5:
+                    colour = "black" if share > 50 else "white"
+                    axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize="x-small")
+    return figure
+
+
+def _most_confused(shares: Tensor, classes: Sequence[str], count: int = 3) -> str:
+    """The pairs of a true class and another that it is most often taken for, in words."""
+    others = shares.clone().fill_diagonal_(0)
+    values, places = others.flatten().topk(min(count, others.numel()))
+    pairs = [
+        f"{classes[place // len(classes)]} as {classes[place % len(classes)]} ({value:.0f} %)"
+        for value, place in zip(values.tolist(), places.tolist(), strict=True)
+        if value
+    ]
+    return f"most often: {', '.join(pairs)}" if pairs else "no class is taken for another"
+
+
+def draw_worst(images: Sequence[Tensor], captions: Sequence[str], columns: int = 6) -> Figure:
+    """Images (H, W, 3) in [0, 1] with what is to be said of each below it."""
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(11, 2.5 * rows), layout="constrained")
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.imshow(image.numpy())
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlabel(literal(caption), fontsize="small")
+    return figure
+
+
+def draw_assignments(
+    arm: Path, network: nn.Module, images: Sequence[Tensor], names: Sequence[str], colours: dict[str, Any]
+) -> None:
+    """Writes what the first and the last block of a network see in some normalised images; nothing where it has no block.
+
+    ``colours`` holds mean and std, by which the images were normalised.
+    """
+    blocks = list(encoding_blocks(network))
+    chosen = [blocks[number] for number in evenly(len(blocks), BLOCKS)]
+    if chosen:
+        seen = look(network, images, chosen, **colours)
+        for block in chosen:
+            save(arm, ASSIGNMENT.format(block), overview(seen, block, names))

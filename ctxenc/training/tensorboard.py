@@ -1,0 +1,56 @@
+"""Curves for TensorBoard, where they are asked for."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ctxenc.training.checkpoint import Progress
+from ctxenc.training.console import UserError
+
+FOLDER = "tensorboard"
+HEALTH = ("dead", "entropy", "pixel_entropy", "smoothing_min", "smoothing_max")
+
+
+def check_tensorboard() -> None:
+    """Raises UserError unless the package is there."""
+    if find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package that is not here: pip install 'ctxenc[tensorboard]'")
+
+
+class Board:
+    """Writes the event files of one arm; everything stands at the number of its update.
+
+    Args:
+        arm: The folder of the arm.
+        progress: Where training begins or goes on: what an interrupted run has logged after it is cut.
+        updates_per_epoch: Updates of an epoch.
+    """
+
+    def __init__(self, arm: Path, progress: Progress, updates_per_epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and the package
+
+        self.updates_per_epoch = updates_per_epoch
+        done = progress.epoch * updates_per_epoch + progress.step
+        self.writer: Any = SummaryWriter(arm / FOLDER, purge_step=done + 1)
+
+    def step(self, update: int, loss: float, lr: float) -> None:
+        """Logs a step: the loss of this process, and the learning rate."""
+        self.writer.add_scalar("step/loss", loss, update)
+        self.writer.add_scalar("step/lr", lr, update)
+
+    def epoch(self, progress: Progress) -> None:
+        """Logs the last finished epoch: its metrics, its speed, and the health of the codebooks."""
+        update = progress.epoch * self.updates_per_epoch
+        for group, row in (("epoch", progress.rows[-1]), ("speed", progress.timings[-1])):
+            for name, value in row.items():
+                if name != "epoch":
+                    self.writer.add_scalar(f"{group}/{name}", value, update)
+        for row in progress.codebooks:
+            if row["epoch"] == progress.epoch:
+                for name in HEALTH:
+                    self.writer.add_scalar(f"codewords {name}/{row['block']}", row[name], update)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self.writer.close()

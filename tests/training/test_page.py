@@ -1,0 +1,167 @@
+"""report.html: what stands on the page, that nothing on it can fetch or run, and how a real browser shows it."""
+
+import base64
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import ctxenc
+from ctxenc.__main__ import main
+from ctxenc.training import pictures
+from ctxenc.training.page import write_page
+from tests.training.small_runs import SEGMENT, make_pairs
+
+HOSTILE = '<script>alert("x")</script> & <img src="http://example.invalid/x.png">'
+VOID = ("meta", "link", "img")
+
+
+class Page(HTMLParser):
+    """The elements of a page, which must be closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *each) for each in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def picture(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (300, 100), colour).save(path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose settings and results hold what a page must not take for its own."""
+    picture(tmp_path / "curves.png", "red")
+    picture(tmp_path / "context-0" / "pictures" / "confusion.png", "green")
+    picture(tmp_path / "context-0" / "pictures" / "assignment-layer1.0.se.png", "blue")
+    (tmp_path / "se-0").mkdir()
+    arms = {"se-0": "SE", "context-0": f"ContextEncoding {HOSTILE}"}
+    settings = {"data": HOSTILE, "lr": 0.1}
+    write_page(tmp_path, HOSTILE, ("network", "score"), [("SE", "1 %"), (HOSTILE, "2 %")], [HOSTILE], arms, settings)
+    return tmp_path
+
+
+@pytest.fixture
+def page(run):
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_pictures_are_inside(run, page):
+    sources = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
+    colours = []
+    for source in sources:
+        head, _, content = source.partition(",")
+        assert head == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
+            colours.append(image.getpixel((0, 0)))
+    assert colours == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+
+
+def test_names_are_text(page):
+    assert not page.open
+    assert not {"script", "iframe", "object", "form"} & set(page.tags)
+    text = "".join(page.text)
+    assert text.count(HOSTILE) == 7  # title twice, table, note, an arm's heading and its link, a setting
+    assert all(name == "content" or "://" not in value for _, name, value in page.attributes if value)
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+
+
+def test_links_lead_somewhere(page):
+    targets = {value for _, name, value in page.attributes if name == "id"}
+    links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
+    assert len(links) == 4
+    assert all(link[0] == "#" and link[1:] in targets for link in links)
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"), [(10, 4, [0, 3, 6, 9]), (2, 4, [0, 1]), (5, 1, [0]), (0, 3, [])]
+)
+def test_evenly(total, count, expected):
+    assert pictures.evenly(total, count) == expected
+
+
+def test_confusion_shows_the_shares_of_the_true_class():
+    figure = pictures.draw_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 10, 10]]), ["cat", "dog", "newt"])
+    axes = figure.axes[0]
+    assert np.asarray(axes.images[0].get_array()).tolist() == [[75, 25, 0], [0, 0, 0], [0, 50, 50]]
+    assert [text.get_text() for text in axes.texts] == ["75", "25", "50", "50"]
+    assert axes.get_title() == "most often: newt as dog (50 %), cat as dog (25 %)"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "newt"]
+
+
+def test_many_classes_have_no_labels():
+    axes = pictures.draw_confusion(torch.eye(200), [f"class {number}" for number in range(200)]).axes[0]
+    assert not axes.texts
+    assert axes.get_title() == "no class is taken for another"
+
+
+def test_names_are_no_formulas(tmp_path):
+    names = [r"$\frac$", "$^$"]
+    pictures.save(tmp_path, "confusion.png", pictures.draw_confusion(torch.ones(2, 2), names))
+    pictures.save(tmp_path, "worst.png", pictures.draw_worst([torch.zeros(4, 4, 3)], ["$^$ taken for $_$"]))
+    network = ctxenc.patch_se_blocks(timm.create_model("test_efficientnet"))
+    colours = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    pictures.draw_assignments(tmp_path, network, [torch.zeros(3, 32, 32)], ["$^$"], colours)
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
+
+
+def test_a_photograph_has_its_colours_back():
+    image = torch.rand(3, 4, 5)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    normalised = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert torch.allclose(pictures.photograph(normalised, mean, std), image.permute(1, 2, 0), atol=1e-6)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("command", ["finetune", "segment"])
+def test_a_browser_shows_it(command, finetune, tmp_path):
+    """In headless Chromium: every picture loads, the console is clean, and nothing is wider than the window."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    run = tmp_path / "run"
+    if command == "finetune":
+        assert finetune("--out", run, "--arms", "both", "--epochs", 2)[0] == 0
+    else:
+        pairs = str(make_pairs(tmp_path / "data"))
+        assert main(["segment", "train", "--data", pairs, *SEGMENT, "--out", str(run)]) == 0
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
+    for argument in ("headless", "no-sandbox", "disable-gpu", "window-size=1100,1400", "disable-background-networking"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        driver.get((run / "report.html").as_uri())
+        assert driver.get_log("browser") == []
+        widths = driver.execute_script("return [...document.images].map(i => i.complete ? i.naturalWidth : 0)")
+        assert len(widths) == len(re.findall("<img", (run / "report.html").read_text()))
+        assert min(widths) > 300
+        assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        height = driver.execute_script("return document.documentElement.scrollHeight")
+        driver.set_window_size(1100, height)
+        assert driver.get_screenshot_as_file(str(tmp_path / "report.png"))
+    finally:
+        driver.quit()
+    with Image.open(tmp_path / "report.png") as image:
+        assert image.height > 1400
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 1000  # pictures, not a blank page
