@@ -15,6 +15,9 @@ from PIL import Image
 import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.training import pictures
+from ctxenc.training.checkpoint import read_predictions
+from ctxenc.training.config import read_config
+from ctxenc.training.data import eval_transform, open_image
 from ctxenc.training.page import write_page
 from tests.training.small_runs import SEGMENT, make_pairs
 
@@ -165,3 +168,19 @@ def test_a_browser_shows_it(command, finetune, tmp_path):
     with Image.open(tmp_path / "report.png") as image:
         assert image.height > 1400
         assert len(image.convert("RGB").getcolors(1 << 24)) > 1000  # pictures, not a blank page
+
+
+def test_the_worst_images_are_those_of_the_largest_loss(finetune, tmp_path, monkeypatch):
+    shown = []
+    real = pictures.draw_worst
+    monkeypatch.setattr(pictures, "draw_worst", lambda *given: (shown.append(given), real(*given))[1])
+    monkeypatch.setattr(pictures, "WORST_SHOWN", 4)
+    assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
+    rows = sorted(read_predictions(tmp_path / "run" / "context-0" / "predictions.csv"), key=lambda row: -row[3])[:4]
+    ((images, captions),) = shown
+    classes = ("cat", "dog", "newt")
+    assert captions == [f"{classes[true]},\nseen as {classes[said]} ({loss:.1f})" for _, true, said, loss in rows]
+    config = read_config(tmp_path / "run" / "context-0").data_config
+    for row, image in zip(rows, images, strict=True):
+        normalised = eval_transform(config)(open_image(row[0]))
+        assert torch.allclose(image, pictures.photograph(normalised, config["mean"], config["std"]))

@@ -1,6 +1,8 @@
 """What the trainer of segmentation does in a step, in an epoch and in evaluation, one thing at a time."""
 
+import csv
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,15 @@ from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
 
+from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet
+from ctxenc.training.checkpoint import read_rows
 from ctxenc.training.segmentation import predict, report, trainer
 from ctxenc.training.segmentation.data import Datasets
 from ctxenc.training.segmentation.networks import ARMS, PooledContext, arm_configs
 from ctxenc.training.segmentation.settings import SegmentSettings
+from ctxenc.training.segmentation.trainer import share_wrong
+from tests.training.small_runs import SEGMENT, make_pairs
 
 
 class Halves:
@@ -183,3 +189,25 @@ def test_predict_normalises_and_takes_the_likeliest_class(tmp_path, monkeypatch)
     mask = np.asarray(Image.open(tmp_path / "out" / "white.mask.png"))
     assert (mask[:, :10] == 0).all()
     assert (mask[:, 10:] == (128, 0, 0)).all()
+
+
+def test_the_share_of_an_image_that_is_wrong():
+    masks = torch.tensor([[[0, 1], [2, 255]], [[255, 255], [255, 255]], [[1, 1], [1, 1]]])
+    predictions = torch.tensor([[[0, 0], [2, 1]], [[0, 1], [0, 1]], [[0, 0], [0, 1]]])
+    assert share_wrong(predictions, masks).tolist() == [1 / 3, 0, 0.75]
+
+
+def test_each_validation_image_has_its_share(tmp_path):
+    pairs = make_pairs(tmp_path / "data")
+    command = ["segment", "train", "--data", str(pairs), *SEGMENT, "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    arm = tmp_path / "run" / "encnet-0"
+    with open(arm / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["name"]).name for row in rows] == ["0.png", "1.png"]
+    pixels = [(30 + 4 * number - 1) * 44 for number in range(2)]  # a row of each mask is ignored
+    wrong = sum(float(row["wrong"]) * count for row, count in zip(rows, pixels, strict=True)) / sum(pixels)
+    assert 1 - wrong == pytest.approx(read_rows(arm / "metrics.csv")[-1]["pixel_accuracy"])
+    assert {"confusion.png", "worst.png", "codebooks.png", "epoch-001.png"} < {
+        path.name for path in (arm / "pictures").iterdir()
+    }

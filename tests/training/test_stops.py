@@ -276,7 +276,9 @@ class TestNonfinite:
         monkeypatch.setattr(trainer.Samples, "__getitem__", lambda own, i: (seen.append(own.name(i)), real(own, i))[1])
         broken(3 + step, 4 + step)
         line = refused("--out", tmp_path / "run", *self.ARGUMENTS)
-        first = 6 + 2 * 10 + 2 * (step - 1)  # after an epoch of training, its validation, and the health of its codebooks
+        first = (
+            6 + 2 * 10 + 2 * (step - 1)
+        )  # after an epoch of training, its validation, and the health of its codebooks
         assert f"step {step} of epoch 2 is nan, on {', '.join(seen[first : first + 2])};" in line
 
     def test_the_state_before_is_saved_as_it_was(self, finetune, refused, tmp_path, broken):
