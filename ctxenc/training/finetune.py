@@ -39,7 +39,7 @@ def arm_configs(settings: Settings, datasets: Datasets, fresh: bool) -> dict[str
     """The configuration of each arm. What training needs of it is made and run once, so that what is wrong shows here.
 
     Raises:
-        UserError: The model is unknown, does not take its arguments or the images, has no pretrained weights to be had
+        UserError: The model is unknown, does not take its arguments or the images, has no weights to start from
             where the run is ``fresh`` and asks for them, or has nothing to swap; or the optimiser or the transform cannot be made.
     """
     check_model_name(settings.model)
@@ -59,7 +59,9 @@ def arm_configs(settings: Settings, datasets: Datasets, fresh: bool) -> dict[str
             versions=installed_versions(),
         )
         train_transform(settings, configs[arm].data_config)
-        network = build_model(configs[arm], settings.pretrained and fresh)
+        network = build_model(
+            configs[arm], settings.pretrained and fresh, settings.initial_checkpoint if fresh else None
+        )
         make_optimizer(network, settings)
         # A norm over one image refuses a map of one pixel, in training alone.
         check_forward(network.train(settings.batch_size == 1), configs[arm])

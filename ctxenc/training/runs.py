@@ -14,13 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_IMODE
+from typing import Any
 
 import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
-from torch import nn
+from timm.models import get_arch_pretrained_cfgs, load_state_dict, split_model_name_tag
+from torch import Tensor, nn
 
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training.config import RunConfig, atomic, read_config, write_config
@@ -77,15 +78,16 @@ def unknown_model(name: str, known: Sequence[str]) -> UserError:
     return UserError(f"unknown model {name!r}; {near_names(name, known)}")
 
 
-def build_model(config: RunConfig, pretrained: bool = False) -> nn.Module:
+def build_model(config: RunConfig, pretrained: bool = False, initial: str | None = None) -> nn.Module:
     """Build the timm model of config and swap its SE blocks if the configuration says so.
 
     Args:
         config: The run's configuration.
         pretrained: Start from timm's pretrained weights (may download); they are loaded before the swap.
+        initial: Start from these weights, likewise; see load_initial.
 
     Raises:
-        UserError: Unknown model, arguments that it does not take, no weights to be had, or nothing to swap.
+        UserError: Unknown model, arguments that it does not take, no weights to be had or not of this model, or nothing to swap.
     """
     check_model_name(config.model)
     try:
@@ -94,12 +96,48 @@ def build_model(config: RunConfig, pretrained: bool = False) -> nn.Module:
         )
     except Exception as error:  # timm's builders and the hub raise a dozen kinds, down to bare assertions
         raise UserError(f"cannot build {config.model}: {type(error).__name__}: {one_line(error)}") from error
+    if initial is not None:
+        load_initial(model, Path(initial))
     if config.swap is not None:
         try:
             patch_se_blocks(model, **config.swap)
         except (ValueError, TypeError, RuntimeError) as error:  # the last where the memory does not hold the codewords
             raise UserError(f"{config.model}: {one_line(error)}") from error
     return model
+
+
+def load_initial(model: nn.Module, path: Path) -> None:
+    """Load weights to start from into a timm model; a classifier of another number of classes is left as it is.
+
+    Args:
+        model: Not swapped yet.
+        path: A run of finetune (of its arms the best SE network), safetensors, or a checkpoint of timm's train.py, of which
+            averaged weights are preferred. Read as data, never run.
+
+    Raises:
+        UserError: There is no such file, it cannot be read, or it is of another model. The model is then unchanged.
+    """
+    if path.is_dir():
+        path = resolve(path, preferred="se") / "best.safetensors"
+    try:
+        weights = load_state_dict(str(path), weights_only=True)
+    except OSError as error:
+        raise UserError(f"--initial-checkpoint {path} cannot be read: {error.strerror or 'no such file'}") from error
+    except Exception as error:  # pickle, zip and safetensors each raise their own
+        raise UserError(f"--initial-checkpoint {path} is no file of weights: {one_line(error)}") from error
+    own = model.state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(each, Tensor) for each in weights.values()):
+        raise UserError(f"--initial-checkpoint {path} is no file of weights: it must hold a tensor for each name")
+    classifiers: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{each}." for each in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    other = [
+        name for name in own if name in weights and name.startswith(prefixes) and weights[name].shape != own[name].shape
+    ]
+    weights |= {name: own[name] for name in other}
+    shapes, wanted = ({name: tuple(each.shape) for name, each in table.items()} for table in (weights, own))
+    if problem := _mismatch(shapes, wanted, aliases={}):
+        raise UserError(f"--initial-checkpoint {path} does not fit the model: {problem}")
+    model.load_state_dict(weights)
 
 
 def save_weights(path: Path, model: nn.Module) -> None:

@@ -181,10 +181,16 @@ class Settings(TrainingSettings):
         metadata={"help": "further arguments of timm.create_model, a JSON object", "type": json_object},
     )
     pretrained: bool = flag("start from timm's pretrained weights")
+    initial_checkpoint: str | None = option(
+        None,
+        "start from the weights of a network with SE blocks: a run of finetune, a file of safetensors, or a checkpoint of timm's"
+        " train.py; a classifier of another number of classes begins anew (default: none)",
+        metavar="PATH",
+    )
     init: str | None = option(
         None,
         "how blocks in the place of SE blocks begin: calibrated to what these say of 256 training images, neutral (their mean"
-        " gate) or random (default: calibrated with --pretrained, else random)",
+        " gate) or random (default: calibrated with --pretrained or --initial-checkpoint, else random)",
         choices=STARTS,
     )
     arms: str = option("context", "what to train: the SE network, the swapped one, or both", choices=tuple(ARMS))
@@ -209,6 +215,8 @@ class Settings(TrainingSettings):
         super().__post_init__()
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UserError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
+        if self.pretrained and self.initial_checkpoint:
+            raise UserError(f"--pretrained and --initial-checkpoint {self.initial_checkpoint}: take one of them")
 
     @property
     def arm_names(self) -> tuple[str, ...]:
@@ -218,7 +226,7 @@ class Settings(TrainingSettings):
     @property
     def start(self) -> str:
         """How blocks in the place of SE blocks begin."""
-        return self.init or ("calibrated" if self.pretrained else "random")
+        return self.init or ("calibrated" if self.pretrained or self.initial_checkpoint else "random")
 
     @property
     def swap(self) -> dict[str, Any]:

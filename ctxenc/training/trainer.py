@@ -102,8 +102,11 @@ class Trainer(Loop):
 
     def build(self, fresh: bool) -> nn.Module:
         """The network of the configuration, its blocks begun as --init says."""
-        network = build_model(self.config, self.settings.pretrained and fresh)
-        if fresh and self.config.swap is not None and self.settings.start != "random":
+        settings = self.settings
+        network = build_model(
+            self.config, settings.pretrained and fresh, settings.initial_checkpoint if fresh else None
+        )
+        if fresh and self.config.swap is not None and settings.start != "random":
             self._calibrate(network.to(self.accelerator.device))
         return network
 

@@ -3,11 +3,14 @@
 import re
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ctxenc
 from ctxenc.__main__ import main
+from ctxenc.training import runs
 from ctxenc.training.console import UserError
 from ctxenc.training.settings import resolve
 from tests.training.small_runs import SMALL, assert_same_run
@@ -67,7 +70,10 @@ def test_the_se_arm_is_left_alone_and_equal_runs_are_equal(finetune):
 def test_pretrained_weights_are_calibrated_to_unless_told_otherwise():
     assert resolve({}).start == "random"
     assert resolve({"pretrained": True}).start == "calibrated"
+    assert resolve({"initial_checkpoint": "x"}).start == "calibrated"
     assert resolve({"pretrained": True, "init": "random"}).start == "random"
+    with pytest.raises(UserError, match="--pretrained and --initial-checkpoint x: take one"):
+        resolve({"pretrained": True, "initial_checkpoint": "x"})
     with pytest.raises(UserError, match="--init must be calibrated, neutral, random, got warm"):
         resolve({"init": "warm"})
 
@@ -93,3 +99,74 @@ def test_too_few_images(image_folder, tmp_path, capsys):
     ]
     assert main([*command, "--out", str(tmp_path / "run")]) == 2
     assert "--init calibrated: calibrate: batches must hold two images to fit" in capsys.readouterr().err
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """The weights of an SE network of five classes."""
+    torch.manual_seed(0)
+    path = tmp_path / "se.safetensors"
+    save_file(timm.create_model("test_efficientnet", num_classes=5).state_dict(), path)
+    return path
+
+
+class TestInitialCheckpoint:
+    @pytest.fixture
+    def model(self):
+        return timm.create_model("test_efficientnet", num_classes=2)
+
+    def test_all_but_the_classifier_of_other_classes_is_taken(self, weights, model):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        runs.load_initial(model, weights)
+        stored = load_file(weights)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, (before if name.startswith("classifier.") else stored)[name]), name
+
+    def test_that_of_as_many_classes_is_taken_too(self, weights):
+        model = timm.create_model("test_efficientnet", num_classes=5)
+        runs.load_initial(model, weights)
+        stored = load_file(weights)
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+
+    def test_the_averaged_weights_of_a_checkpoint_of_timm(self, tmp_path, model):
+        average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+        plain = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({"epoch": 3, "state_dict": plain, "state_dict_ema": average}, tmp_path / "last.pth.tar")
+        runs.load_initial(model, tmp_path / "last.pth.tar")
+        assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
+
+    def test_a_run_goes_on_from_the_se_network_of_another(self, finetune):
+        first = finetune("first", "--arms", "both", "--lr", "1e-2")
+        second = finetune("second", "--arms", "both", "--initial-checkpoint", first)
+        began, went_on = (load_file(run / "se-0" / "best.safetensors") for run in (first, second))
+        assert all(
+            torch.allclose(went_on[name], began[name], atol=1e-6) for name in began if name.endswith(("weight", "bias"))
+        )
+        assert (second / "context-0" / "calibration.txt").exists()
+
+    def test_resuming_does_not_need_it(self, finetune, weights):
+        run = finetune("run", "--initial-checkpoint", weights, "--init", "random")
+        weights.unlink()
+        assert main(["finetune", "--resume", str(run)]) == 0
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "cannot be read: "),
+            (b"no weights", "is no file of weights: "),
+            ({"conv_stem.weight": torch.zeros(3)}, "does not fit the model: "),
+            ({"conv_stem.weight": 3}, "must hold a tensor for each name"),
+            ([1, 2], "is no file of weights: "),
+        ],
+    )
+    def test_what_is_refused(self, content, message, tmp_path, model):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        path = tmp_path / "weights.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            runs.load_initial(model, path)
+        assert f"--initial-checkpoint {path} " in str(caught.value)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
