@@ -66,7 +66,7 @@ def _arm(folder: Path) -> str:
     """The pictures of an arm, those that there are."""
     captions = {
         pictures.CONFUSION: "Classes that are taken for others: the share of each true class, after the last epoch",
-        pictures.WORST: "The images of which most is wrong, after the last epoch (in brackets the loss; of a segmentation mask and prediction)",
+        pictures.WORST: "The worst images after the last epoch (in brackets the loss; of a segmentation mask and prediction)",
         pictures.CODEBOOKS: "The health of the codebooks by epoch",
     }
     parts = [_picture(folder / name, caption) for name, caption in captions.items() if (folder / name).is_file()]
