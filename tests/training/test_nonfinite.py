@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ctxenc.training import loop, trainer
+from ctxenc.training import trainer
 from ctxenc.training.nonfinite import nonfinite_gradients
+from tests.curves import fp16_on_the_cpu
 from tests.training.small_runs import SMALL, checkpoints
 
 ARGUMENTS = ("--model", "test_resnet", "--fill-empty", "--epochs", 2, "--checkpoint-every", 1)
@@ -141,20 +142,8 @@ def test_a_norm_beyond_fp32_is_not_finite_either(refused, tmp_path, broken):
 
 @pytest.fixture
 def fp16(monkeypatch):
-    """Makes runs to come do on the CPU what they do with --amp fp16 on a GPU, with this scale at first."""
-    real = loop.make_accelerator
-
-    def install(scale):
-        def make(settings, seed=0):
-            accelerator = real(settings, seed)
-            accelerator.state._mixed_precision = "fp16"
-            accelerator.native_amp = True
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-            return accelerator
-
-        monkeypatch.setattr(loop, "make_accelerator", make)
-
-    return install
+    """Makes runs to come train in fp16, with this scale at first."""
+    return lambda scale: fp16_on_the_cpu(monkeypatch, scale)
 
 
 def saved(run, name):
