@@ -1,8 +1,8 @@
 """Resident memory stays flat over training steps, and over swaps and their undo.
 
-Judged by the slope of the resident set over the second half of the turns, least squares. Before each look at it garbage is collected
-and the C library gives back what is free, in which a leak could hide. The slope may be LEAK / 4 bytes a turn at most, and its standard
-error LEAK / 8, so that a leak of LEAK bytes a turn, which is tried too, lies six standard errors above what passes.
+Judged by the slope of the resident set over the second half of the turns, least squares. Before each look at it garbage is
+collected and the C library gives back what is free, in which a leak could hide. The slope may be LEAK / 4 bytes a turn at most, and
+its standard error LEAK / 8, so that a leak of LEAK bytes a turn, which is tried too, lies six standard errors above what passes.
 """
 
 import ctypes
