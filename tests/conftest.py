@@ -1,6 +1,9 @@
 import pytest
 import timm
+from hypothesis import settings
 from torch import nn
+
+settings.register_profile("nightly", max_examples=10_000)  # see tests/draws.py
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from ctxenc.integrations.checkpoints import METADATA
 from ctxenc.training.config import RunConfig, read_config
 from ctxenc.training.console import UserError
 from ctxenc.training.segmentation.networks import SegmentConfig
+from tests.draws import examples
 
-EXAMPLES = int(os.environ.get("CTXENC_EXAMPLES", "500"))
 patient = settings(
-    max_examples=EXAMPLES,
+    max_examples=examples(500),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -1,11 +1,12 @@
-"""Any sequence of patching, restoring, training, saving, copying, casting and fusing leaves the model as the rules say.
+"""Any sequence of patching, restoring, training, saving, copying, casting, moving, converting and fusing leaves the model as the
+rules say.
 
-After it restore_se_blocks gives back the very SE modules, with the values that they had when they were taken out, in the model's
-present dtype; or, for a copy, a RuntimeError, and the copy as it was.
+After it restore_se_blocks gives back the very SE modules, with the values that they had when they were taken out, on the model's
+present device and in its dtype; or, for a copy, a RuntimeError, and the copy as it was. The meta device is the second one, where
+values are lost, but neither modules nor dtypes.
 """
 
 import copy
-import os
 import pickle
 from typing import Any
 
@@ -14,13 +15,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from timm.layers import SEModule
+from timm.layers import SEModule, convert_sync_batchnorm
 from torch import nn
 
 import ctxenc
+from tests.draws import examples
 from tests.toys import Toy
 
-EXAMPLES = int(os.environ.get("CTXENC_EXAMPLES", "200"))
 X = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -28,17 +29,22 @@ def values_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
+def dtypes_of(module: nn.Module) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()}
+
+
 class Model(RuleBasedStateMachine):
     """A network with two SE blocks, one of them reached by two names, and what its state ought to be."""
 
-    @initialize(shared=st.booleans())
-    def build(self, shared: bool) -> None:
-        second = Toy().requires_grad_(True)
+    @initialize(shared=st.booleans(), ends_on_meta=st.booleans())
+    def build(self, shared: bool, ends_on_meta: bool) -> None:
+        second = Toy(SEModule(32, rd_channels=8, norm_layer=nn.BatchNorm2d))
         self.net: Any = Toy(more=second)
         if shared:
             second.se = self.net.se
         self.blocks = [self.net.se, second.se]
-        self.patched = self.copied = self.lost = False
+        self.patched = self.copied = False
+        self.ends_on_meta = ends_on_meta
         self.dtype = torch.float32
         self.taken: list[dict[str, torch.Tensor]] = []  # values of the SE blocks when they were taken out
 
@@ -77,8 +83,9 @@ class Model(RuleBasedStateMachine):
         if self.patched:
             for block, values in zip(self.blocks, self.taken, strict=True):
                 for name, value in block.state_dict().items():
-                    assert value.dtype == self.dtype
-                    torch.testing.assert_close(value, values[name].to(self.dtype), rtol=0, atol=0)
+                    wanted = values[name].to(self.dtype) if value.is_floating_point() else values[name]
+                    assert value.dtype == wanted.dtype
+                    assert value.is_meta or torch.equal(value, wanted)
         self.patched = False
 
     @rule()
@@ -106,7 +113,7 @@ class Model(RuleBasedStateMachine):
         else:  # its SE blocks are the ones that are to come back from now on
             self.blocks = self.slots()
 
-    @rule(dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+    @rule(dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
     def cast(self, dtype: torch.dtype) -> None:
         self.net.to(dtype)
         self.dtype = dtype
@@ -118,6 +125,21 @@ class Model(RuleBasedStateMachine):
     @rule(channels_last=st.booleans())
     def memory_format(self, channels_last: bool) -> None:
         self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    @rule()
+    def away_and_back(self) -> None:
+        """As a large model is loaded: without memory first, then with the values of a state dict."""
+        values = values_of(self.net)
+        self.net.to("meta").to_empty(device="cpu")
+        self.net.load_state_dict(values, strict=True)
+
+    @rule(convert=st.sampled_from([nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm]))
+    def convert(self, convert: Any) -> None:
+        """Norms become such as count all processes' batches; with one process they run on a CPU too."""
+        values = values_of(self.net)
+        self.net = convert(self.net)
+        assert not any(type(module) is nn.BatchNorm2d for module in self.net.modules())
+        assert all(torch.equal(value, values[name]) for name, value in self.net.state_dict().items())
 
     @precondition(lambda self: self.patched)
     @rule()
@@ -137,9 +159,7 @@ class Model(RuleBasedStateMachine):
         assert all(type(block) is kind for block in self.slots())
         assert len(ctxenc.find_context_blocks(self.net)) == (2 if self.patched else 0)
         assert hasattr(self.net, "no_weight_decay") is self.patched
-        assert all(
-            tensor.dtype == self.dtype for block in self.blocks if not self.patched for tensor in block.parameters()
-        )
+        assert self.patched or all(dtypes_of(block) == {self.dtype} for block in self.blocks)
         was = self.net.training
         output = self.net.eval()(X.to(self.dtype))
         self.net.train(was)
@@ -147,13 +167,17 @@ class Model(RuleBasedStateMachine):
         assert output.isfinite().all()
 
     def teardown(self) -> None:
-        if hasattr(self, "net"):
-            self.restore()
+        if not hasattr(self, "net"):
+            return
+        if self.ends_on_meta:
+            self.net.to("meta")
+        self.restore()
+        assert all(tensor.is_meta is self.ends_on_meta for tensor in self.net.state_dict().values())
 
 
 TestModel = Model.TestCase
 TestModel.settings = settings(
-    max_examples=EXAMPLES,
+    max_examples=examples(200),
     stateful_step_count=12,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -47,7 +47,7 @@ class Progress:
         confusion: Of the last finished epoch, how many pixels of each class were taken for each; classifications have none.
         score: The column of the metrics by which the best epoch is chosen.
         step: The steps done in the epoch that is under way.
-        skipped: The steps left out because their loss was not finite, in all.
+        skipped: The steps left out because their loss or gradient was not finite, in all.
         finite: The other steps of the epoch under way.
         lr: The learning rate of the last of them.
         images: Images seen in the epoch under way, by this process.

@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -35,7 +36,7 @@ from ctxenc.training.checkpoint import (
 )
 from ctxenc.training.codebooks import codebook_health, draw_codebooks
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.nonfinite import Before, first_nonfinite
+from ctxenc.training.nonfinite import Before, first_nonfinite, nonfinite_gradients
 from ctxenc.training.runs import SCORE, pick_device
 from ctxenc.training.settings import TrainingSettings
 from ctxenc.training.tensorboard import Board
@@ -224,7 +225,7 @@ class Loop(ABC):
         """Trains the epochs that are left; each ends with an evaluation, the published files, and a checkpoint.
 
         Raises:
-            UserError: A loss is not finite, an image is broken, or a file cannot be written.
+            UserError: A loss or its gradient is not finite, an image is broken, or a file cannot be written.
             Stopped: A signal came; the last step is in a checkpoint.
         """
         progress, main = self.progress, self.accelerator.is_main_process
@@ -295,15 +296,19 @@ class Loop(ABC):
         images = in_format(images, settings.channels_last)
         self.before.note()
         loss = self.loss(images, targets)
-        broken, told = self._any(not bool(loss.isfinite()), self.noted.signal is not None)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.unscale_gradients()
+        norm = get_total_norm([each.grad for each in self.network.parameters() if each.grad is not None])
+        finite = torch.stack([loss.detach().float(), norm]).isfinite().tolist()  # together: each look waits for a GPU
+        broken_loss, broken_gradient, told = self._any(not finite[0], not finite[1], self.noted.signal is not None)
+        broken = broken_loss or (broken_gradient and not self._scaled())
         progress.lr = self.optimizer.param_groups[0]["lr"]
         if broken:
-            self._skip_or_stop(loss.item(), images)
+            self._skip_or_stop(loss.item(), images, broken_loss)
         else:
-            self.optimizer.zero_grad()
-            self.accelerator.backward(loss)
             if settings.clip_grad is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+                clip_grads_with_norm_(self.network.parameters(), settings.clip_grad, norm)
             self.optimizer.step()
             self.state.loss.add_(loss.detach())
             if self.board is not None:
@@ -315,6 +320,10 @@ class Loop(ABC):
             self.ema.update(self.network, update)
         return told
 
+    def _scaled(self) -> bool:
+        """Whether the loss is scaled up, for fp16: its scaler then leaves out what is not finite, and scales less."""
+        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
+
     def _any(self, *mine: bool) -> list[bool]:
         """Whether each holds on any process."""
         if self.accelerator.num_processes == 1:
@@ -322,17 +331,22 @@ class Loop(ABC):
         counts = torch.tensor(mine, dtype=torch.float32, device=self.accelerator.device)
         return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
 
-    def _skip_or_stop(self, loss: float, images: Tensor) -> None:
-        """Leaves a step out whose loss is not finite, or stops where that has been too often."""
+    def _skip_or_stop(self, loss: float, images: Tensor, broken_loss: bool) -> None:
+        """Leaves a step out whose loss or gradient is not finite, or stops where that has been too often."""
         progress = self.progress
-        own = [(loss, [] if math.isfinite(loss) else self._batch_names())]
-        found = [each for each in gather_object(own) if not math.isfinite(each[0])]
+        mine = not broken_loss or not math.isfinite(loss)  # the gradient is that of all processes
+        found = [each for each in gather_object([(loss, self._batch_names() if mine else [])]) if each[1]]
         names = [name for _, names in found for name in names]
         step = f"step {progress.step + 1} of epoch {progress.epoch + 1}"
-        text = f"the loss of {step} is {found[0][0]}, on {', '.join(names[:NAMED])}"
+        what = f"the loss of {step} is {found[0][0]}" if broken_loss else f"the gradient of {step} is not finite"
+        text = f"{what}, on {', '.join(names[:NAMED])}"
+        if not broken_loss:
+            text = f"{text}; {nonfinite_gradients(self.network, NAMED)}"
         if progress.skipped < self.settings.skip_nonfinite:
             progress.skipped += 1
             self.before.restore(generators=False)  # running statistics that this batch may have spoilt
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()  # it takes the next gradient only then
             if self.accelerator.is_main_process:
                 print(
                     f"{text}; left out, {progress.skipped} of {self.settings.skip_nonfinite} that may be",
@@ -340,10 +354,12 @@ class Loop(ABC):
                 )
             return
         self.before.restore()
-        with self.accelerator.autocast():
-            layer = first_nonfinite(self.network, lambda: self.network(images))
-        self.before.restore()
-        raise UserError(f"{text}; it first arises in {layer}; the state before it is {self.save()}")
+        if broken_loss:
+            with self.accelerator.autocast():
+                layer = first_nonfinite(self.network, lambda: self.network(images))
+            self.before.restore()
+            text = f"{text}; it first arises in {layer}"
+        raise UserError(f"{text}; the state before it is {self.save()}")
 
     def _batch_names(self) -> list[str]:
         """The names of this process's images of the step under way."""

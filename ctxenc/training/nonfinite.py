@@ -1,4 +1,4 @@
-"""Where a loss that is not finite came from."""
+"""Where a loss or a gradient that is not finite came from."""
 
 from collections.abc import Callable
 from typing import Any
@@ -65,3 +65,13 @@ def first_nonfinite(network: nn.Module, forward: Callable[[], Any]) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "the loss itself: every layer's output is finite"
+
+
+@torch.no_grad()
+def nonfinite_gradients(network: nn.Module, most: int) -> str:
+    """The parameters of ``network`` whose gradient is not finite, in words, ``most`` of them by name."""
+    names = [name for name, each in network.named_parameters() if each.grad is not None and not is_finite(each.grad)]
+    if not names:
+        return "each number of it is finite, but its norm is not"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"it is NaN or infinite in {', '.join(names[::-1][:most])}{more}, nearest the loss first"

@@ -117,7 +117,9 @@ class TrainingSettings:
         None, "steps between checkpoints in an epoch (default: one after each epoch)", type=positive_int, metavar="N"
     )
     keep: int = option(3, "checkpoints to keep", type=positive_int, metavar="N")
-    skip_nonfinite: int = option(0, "steps to leave out whose loss is NaN or infinite", type=int, metavar="N")
+    skip_nonfinite: int = option(
+        0, "steps to leave out whose loss or gradient is NaN or infinite", type=int, metavar="N"
+    )
     threads: int | None = option(None, "CPU threads of each process (default: PyTorch's)", type=positive_int)
     tensorboard: bool = flag("log to ARM/tensorboard: pip install 'ctxenc[tensorboard]'")
     device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", metavar="DEVICE")
