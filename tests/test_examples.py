@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib import pyplot
 from PIL import Image
 from timm.models import get_pretrained_cfg
 from torch.distributed.run import get_args_parser
@@ -84,6 +86,32 @@ def parsed(arguments):
     return name, args if options is None else options.resolve(options.given(args))
 
 
+def cells():
+    """The code cells of the tour."""
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text())
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+def test_the_tour_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pyplot.switch_backend("Agg")
+    names = {"__name__": "tour"}
+    for number, cell in enumerate(cells()):
+        exec(compile("".join(cell["source"]), f"tour.ipynb, code cell {number}", "exec"), names)
+    pyplot.close("all")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tour_is_committed_as_it_was_run():
+    assert (EXAMPLES / "tour.ipynb").stat().st_size < 400_000
+    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1))
+    outputs = [output for cell in cells() for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}  # no error
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)  # no warning
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+
+
 def test_every_script_is_known():
     assert sorted(path.name for path in EXAMPLES.glob("*.sh")) == sorted(SCRIPTS)
 
@@ -103,6 +131,20 @@ def test_further_options_reach_the_training(script, recorded):
     training = next(each for each in commands if each[-1] == "7")
     target, arguments, _ = program(training)
     assert target != "ctxenc" or parsed(arguments)[1].epochs == 7
+
+
+def test_lines_of_the_index(recorded, tmp_path):
+    text = (EXAMPLES / "README.md").read_text()
+    assert sorted(re.findall(r"^\| \[(.*?)\]\(\1\) \|", text, flags=re.M)) == sorted([*SCRIPTS, "tour.ipynb"])
+    (block,) = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    (tmp_path / "lines.sh").write_text(block)
+    found = [parsed(program(command)[1])[1] for command in recorded(tmp_path / "lines.sh")]
+    for each, parameters in zip(found, (16_788, 3_514), strict=True):
+        model = timm.create_model(each.model)
+        if "context" in each.arm_names:
+            ctxenc.patch_se_blocks(model, **each.swap)
+        assert round(sum(each.numel() for each in model.parameters()) / 1000) == parameters
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
