@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_pretrained_cfgs, load_state_dict, split_model_name_tag
 from torch import Tensor, nn
 
+import ctxenc.integrations.timm_models  # noqa: F401, so that timm knows the names of our networks
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training.config import RunConfig, atomic, read_config, write_config
 from ctxenc.training.console import UserError, near_names, one_line
@@ -54,8 +55,6 @@ CHECKPOINTS = ("best", "last")
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a run depends on."""
-    import ctxenc
-
     names = ("torch", "torchvision", "timm", "accelerate")
     versions = {"python": platform.python_version(), "ctxenc": ctxenc.__version__}
     for name in names:
