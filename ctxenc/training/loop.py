@@ -85,7 +85,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _, _, text = str(error).strip().rpartition("UserError: ")
+        _, _, text = str(error).strip().rpartition(f"{type(error).__name__}: ")
         raise UserError(text) from error
 
 
@@ -181,12 +181,13 @@ class Loop(ABC):
     def loader(self, samples: Dataset[Any], train: bool, batch_size: int | None = None) -> DataLoader:
         """Loads ``samples``, in a random order to ``train`` on."""
         full_batch = len(samples) >= self.settings.batch_size * self.accelerator.num_processes  # type: ignore[arg-type]
+        batches = -(-len(samples) // (batch_size or self.settings.batch_size))  # type: ignore[arg-type]
         return DataLoader(
             samples,
             batch_size=batch_size or self.settings.batch_size,
             shuffle=train,
             drop_last=train and full_batch,
-            num_workers=self.settings.workers,
+            num_workers=min(self.settings.workers, batches),
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=signals.ignored,
             generator=torch.Generator(),  # else each epoch draws from the process's, and one begun anew once more

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ctxenc.training import photographs
+from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import COLUMNS, SPEED, Row, read_predictions, read_results, write_rows
 from ctxenc.training.console import text_table
 from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
@@ -101,7 +102,7 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     with atomic(run / "curves.png") as path:
         draw_curves(arms, colour).savefig(path, dpi=120)
     cells = table_rows(arms, colour)
-    notes = remarks(arms, settings)
+    notes = [*remarks(arms, settings), *noted(run)]
     config = next(iter(configs.values()))
     with atomic(run / "report.md") as path:
         path.write_text(markdown(cells, notes, settings, config, seconds), encoding="utf-8")

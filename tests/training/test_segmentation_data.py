@@ -540,7 +540,7 @@ def test_a_large_set_is_not_read_beforehand(monkeypatch):
             read.append(index)
 
     read = []
-    monkeypatch.setattr(data, "VERIFIED_UP_TO", 5)
+    monkeypatch.setattr("ctxenc.training.data.VERIFIED_UP_TO", 5)
     for count, expected in ((2, [0, 1, 0, 1]), (3, [])):
         read.clear()
         sources = [Counting([("i", "m")] * count, ["x", "y"]) for _ in range(2)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import SPEED, Row, read_results, write_rows
 from ctxenc.training.config import atomic
 from ctxenc.training.console import text_table
@@ -50,7 +51,7 @@ def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: S
     with atomic(folder / "curves.png") as path:
         draw_curves(results).savefig(path, dpi=120)
     header, cells = table(results, configs, ambiguous_classes(settings.data))
-    notes = remarks(settings)
+    notes = [*remarks(settings), *noted(folder)]
     config = next(iter(configs.values()))
     listing = [f"| `{name}` | `{value}` |" for name, value in settings.as_dict().items()]
     versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())

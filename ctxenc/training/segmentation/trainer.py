@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ctxenc.integrations.encnet import EncNet
 from ctxenc.integrations.losses import EncNetLoss
 from ctxenc.training import loop
+from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
 from ctxenc.training.config import atomic
 from ctxenc.training.console import UserError
 from ctxenc.training.loop import Loop, in_format
@@ -68,6 +69,9 @@ class SegmentTrainer(Loop):
     ) -> None:
         self.config, self.poly_power = config, settings.poly_power
         self.samples, self.val = samples_of(datasets, settings, config.mean, config.std, seed)
+        if settings.on_bad_image == SKIP:
+            bad = BadImages(arm.parent / FILE, len(self.samples) + len(self.val))
+            self.samples, self.val = Intact(self.samples, bad, train=True), Intact(self.val, bad, train=False)
         self.criterion = EncNetLoss(settings.aux_weight, settings.se_weight)
         super().__init__(settings, arm, seed)
         self.criterion.to(self.accelerator.device)
