@@ -49,8 +49,10 @@ class BadImages:
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             with open(descriptor, "r+b", buffering=0) as file:
-                self.known = {*file.read().splitlines(), line}
-                file.write(line + b"\n")  # at the end, in one piece: O_APPEND
+                self.known = set(file.read().splitlines())
+                if line not in self.known:
+                    file.write(line + b"\n")  # at the end, in one piece: O_APPEND
+                    self.known.add(line)
         except OSError as problem:
             raise UserError(f"cannot write {self.path}: {problem.strerror}") from problem
         check_share(len(self.known), self.total, error)

@@ -31,6 +31,7 @@ Prediction = tuple[str, int, int]  # name, target, prediction
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
 SPEED = "images_per_s"
 FOLDER = "checkpoints"
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 @dataclass
@@ -138,7 +139,7 @@ def save_state(accelerator: Accelerator, arm: Path, progress: Progress, state: S
             return  # the one that training goes on from
         try:
             write_folder(target, _files(accelerator, arm, progress, state, processes))
-            keep_newest(target.parent, target.name, keep)
+            keep_newest(target.parent, target.name, keep, "*epoch-*-step-*")
         except OSError as error:
             before = sorted((arm / FOLDER).glob("epoch-*"))
             hint = f"; {before[-1].name} is intact, and --resume goes on from it" if before else ""
@@ -229,8 +230,8 @@ def _publish_rows(arm: Path, progress: Progress) -> None:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a CSV file with a header, whole or not at all."""
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    """Writes a CSV file with a header, whole or not at all. File names in it may be no text; they stay as they are."""
+    with atomic(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -259,5 +260,5 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """Reads a file of write_predictions."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", **TEXT) as file:
         return [(row["name"], int(row["target"]), int(row["prediction"])) for row in csv.DictReader(file)]

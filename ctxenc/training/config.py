@@ -18,7 +18,7 @@ from ctxenc.training.console import UserError, one_line
 FORMAT = 1
 SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")
 Config = TypeVar("Config")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")  # timm's
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # timm's
 CROP_MODES = ("center", "squash", "border")
 DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, ClassVar
 
 import torch
@@ -81,10 +82,17 @@ def in_format(images: Tensor, channels_last: bool) -> Tensor:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Strips the traceback that the loader puts into the text of an error from one of its workers."""
+    """Strips the traceback that the loader puts into the text of an error from one of its workers, and ends them.
+
+    The error and its frames hold each other and the loader. Were these left to the garbage collector, the loader's queues would go
+    before it tells its workers to end, and the process would wait for them at its exit.
+    """
     try:
         yield
-    except UserError as error:
+    except BaseException as error:
+        clear_frames(error.__traceback__)
+        if not isinstance(error, UserError):
+            raise
         _, _, text = str(error).strip().rpartition(f"{type(error).__name__}: ")
         raise UserError(text) from error
 

@@ -105,7 +105,7 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     notes = [*remarks(arms, settings), *noted(run)]
     config = next(iter(configs.values()))
     with atomic(run / "report.md") as path:
-        path.write_text(markdown(cells, notes, settings, config, seconds), encoding="utf-8")
+        path.write_text(markdown(cells, notes, settings, config, seconds), encoding="utf-8", errors="surrogateescape")
     return "\n".join([text_table(HEADER, cells, right=(HEADER[1], *HEADER[5:])), "", *notes])
 
 
@@ -178,7 +178,7 @@ def machine() -> str:
     """The processor, its cores that this process may use, and the GPU if there is one."""
     name = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux, or an architecture whose kernel gives no name

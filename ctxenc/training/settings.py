@@ -24,6 +24,7 @@ MOVABLE = (
     *("data", "data_dir", "download", "device", "workers", "threads"),
     *("checkpoint_every", "keep", "skip_nonfinite", "on_bad_image"),
 )
+MAX_INTEGER = 2**63 - 1  # torch's
 MAX_WORKERS = 256  # each is a process of some 300 MB
 Rules = dict[str, tuple[str, Callable[[Any], bool]]]
 Kind = TypeVar("Kind")
@@ -71,6 +72,8 @@ def _is_of(value: Any, kind: Any) -> bool:
     if isinstance(kind, UnionType):
         return any(_is_of(value, each) for each in get_args(kind))
     if isinstance(value, bool) and kind is not bool:
+        return False
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
         return False
     return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 

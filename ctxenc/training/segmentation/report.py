@@ -64,7 +64,7 @@ def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: S
         "\n".join(["| setting | value |", "| --- | --- |", *listing]),
     ]
     with atomic(folder / "report.md") as path:
-        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="surrogateescape")
     return "\n".join([text_table(header, cells, right=header[1:]), "", *notes])
 
 
