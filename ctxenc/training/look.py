@@ -14,7 +14,7 @@ from ctxenc.patching import patch_se_blocks
 from ctxenc.training import photographs
 from ctxenc.training.config import atomic, parse_json
 from ctxenc.training.console import UserError, near_names, one_line, positive_int, text_table
-from ctxenc.training.data import open_image
+from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import load_run, pick_device

@@ -3,7 +3,7 @@
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +61,13 @@ class Arm:
         return statistics.median(row[SPEED] for rows in self.rows for row in rows)
 
 
-def read_arm(run: Path, name: str, config: RunConfig, seeds: Sequence[int]) -> Arm:
-    """Reads the results of arm ``name`` back from the folder ``run``."""
+def read_arm(
+    run: Path, name: str, config: RunConfig, seeds: Sequence[int], samples: Container[str] | None = None
+) -> Arm:
+    """Reads the results of arm ``name`` back from the folder ``run``, those of these validation samples (default: all)."""
     folders = [run / f"{name}-{seed}" for seed in seeds]
-    predictions = [torch.tensor([row[1:] for row in read_predictions(each / "predictions.csv")]) for each in folders]
+    rows = [read_predictions(each / "predictions.csv") for each in folders]
+    predictions = [torch.tensor([row[1:] for row in each if samples is None or row[0] in samples]) for each in rows]
     targets = predictions[0][:, 0]
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
@@ -90,7 +93,11 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     Returns:
         The table and what goes with it, as printed.
     """
-    arms = [read_arm(run, name, config, settings.seed_list) for name, config in configs.items()]
+    every = [
+        read_predictions(run / f"{name}-{seed}" / "predictions.csv") for name in configs for seed in settings.seed_list
+    ]
+    common = set.intersection(*({name for name, _, _ in each} for each in every))  # some may have broken on the way
+    arms = [read_arm(run, name, config, settings.seed_list, common) for name, config in configs.items()]
     rows = [
         {"arm": arm.name, "seed": seed, **{column: row[column] for column in COLUMNS}}
         for arm in arms

@@ -51,17 +51,22 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def check_values(settings: Any) -> None:
-    """Raises UserError for the first of ``settings`` that argparse would not have given: those of a file may be anything."""
+def check_values(settings: Any, rules: Rules) -> None:
+    """Raises UserError for the first of ``settings`` that argparse would not have given: those of a file may be anything.
+
+    What has one of the ``rules`` is left to it, but for its type.
+    """
     kinds = get_type_hints(type(settings))
     for each in fields(settings):
         value, kind, choices = getattr(settings, each.name), kinds[each.name], each.metadata.get("choices")
         problem = None
         if not _is_of(value, kind):
             problem = f"of type {getattr(kind, '__name__', kind)}"
-        elif value is not None and choices and value not in choices:
+        elif value is None or each.name in rules:
+            continue
+        elif choices and value not in choices:
             problem = f"one of {', '.join(map(str, choices))}"
-        elif value is not None and each.metadata.get("type") is positive_int and value < 1:
+        elif each.metadata.get("type") is positive_int and value < 1:
             problem = "at least 1"
         if problem:
             raise UserError(f"{option_name(each.name)} must be {problem}, got {shortened(value)}")
@@ -80,7 +85,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def check_rules(settings: object, rules: Rules) -> None:
     """Raises UserError for the first of ``settings`` that breaks its rule; None breaks none."""
-    check_values(settings)
+    check_values(settings, rules)
     for name, (rule, holds) in rules.items():
         value = getattr(settings, name)
         if value is not None and not holds(value):

@@ -62,11 +62,8 @@ class TestPickles:
             with Watch(marker), pytest.raises(ValueError, match="load_encnet_checkpoint: ") as caught:
                 load_encnet_checkpoint(path)
             assert str(path) in str(caught.value), name
-            assert (
-                name.partition(",")[0] not in ("system", "eval")
-                or suffix == ".safetensors"
-                or "run code" in str(caught.value)
-            )
+            if suffix != ".safetensors" and name in ("system, zip 2", "system, legacy 2"):
+                assert "got posix.system, which could run code" in str(caught.value), name
 
     @pytest.mark.parametrize("command", ["convert", "segment predict", "look"])
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -320,9 +317,7 @@ class TestConfigurations:
         """Refused, or of no effect: JSON holds no code, and timm looks names up in tables of its own."""
         monkeypatch.chdir(tmp_path)
         with Watch(marker), suppress(UserError, ValueError):
-            runs.build_model(
-                runs.RunConfig(**vars(config) | {"model": model, "model_kwargs": arguments, "swap": None})
-            )
+            runs.build_model(runs.RunConfig(**vars(config) | {"model": model, "model_kwargs": arguments, "swap": None}))
         if {"pretrained", "cache"} & {each.partition("_")[0] for each in arguments} or "checkpoint_path" in arguments:
             with pytest.raises(ValueError, match="model_kwargs must be"):
                 runs.RunConfig(**vars(config) | {"model_kwargs": arguments})
@@ -411,7 +406,7 @@ def test_settings_of_any_type(options):
                 assert "--" in told and len(told) < 300 and "\n" not in told, (name, told)  # noqa: PT018
                 continue
             assert made is value
-            if usual is not None:
+            if usual is not None and name != "smoothing":  # a text or a number
                 assert isinstance(made, type(usual)) or (type(usual) is float and type(made) is int), (name, value)
                 assert isinstance(made, bool) == isinstance(usual, bool), (name, value)
 

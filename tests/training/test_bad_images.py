@@ -1,5 +1,6 @@
 """Images of every kind: what is read of them, and what is refused."""
 
+import errno
 import subprocess
 from contextlib import redirect_stdout
 
@@ -66,15 +67,26 @@ def test_a_file_that_is_not_there_is_no_broken_image(tmp_path):
         assert type(caught.value) is UserError
 
 
-@pytest.mark.parametrize(("kind", "broken"), [(RuntimeError, True), (TypeError, True), (MemoryError, False)])
-def test_whatever_a_decoder_raises(tmp_path, monkeypatch, kind, broken):
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("odd"), BrokenImageError),
+        (TypeError("odd"), BrokenImageError),
+        (OSError("odd"), BrokenImageError),
+        (OSError(errno.EINVAL, "odd"), BrokenImageError),  # a wrong offset in the file
+        (OSError(errno.EIO, "odd"), UserError),  # the disk
+        (MemoryError("odd"), MemoryError),
+    ],
+)
+def test_whatever_a_decoder_raises(tmp_path, monkeypatch, raised, expected):
     def fail(*_):
-        raise kind("odd")
+        raise raised
 
     path = put(tmp_path, "palette.png", READ)
     monkeypatch.setattr(Image.Image, "convert", fail)
-    with pytest.raises(BrokenImageError if broken else kind, match="odd"):
+    with pytest.raises(expected, match="odd") as caught:
         data.open_image(path)
+    assert type(caught.value) is expected
 
 
 def test_a_large_image_is_read_without_a_warning(tmp_path, monkeypatch):

@@ -95,6 +95,14 @@ class TestNotes:
         with pytest.raises(UserError, match=f"at most {limit} of {total} images, got {limit + 1}; the last: {limit}$"):
             BadImages(tmp_path / "bad.txt", total).add(BrokenImageError(str(limit)))
 
+    def test_what_a_report_says(self, tmp_path):
+        assert bad_images.noted(tmp_path) == []
+        path = tmp_path / bad_images.FILE
+        path.write_text("a\na\n")  # two processes at once
+        assert bad_images.noted(tmp_path) == ["1 image could not be read and was left out: bad_images.txt."]
+        path.write_text("a\nb\n")
+        assert bad_images.noted(tmp_path) == ["2 images could not be read and were left out: bad_images.txt."]
+
     def test_cannot_be_written(self, tmp_path):
         with pytest.raises(UserError, match=r"cannot write .*bad\.txt: No such file"):
             BadImages(tmp_path / "none" / "bad.txt", 9).add(BrokenImageError("a"))
@@ -214,7 +222,9 @@ class TestFinetune:
         assert "none of the 5 validation images can be read" in line
 
     def test_blocks_are_calibrated_on_others(self, finetune, damaged, tmp_path):
-        code, _, err = finetune("--out", tmp_path / "run", "--epochs", 1, "--init", "calibrated", "--num-codes", 2, *SKIP, data=damaged)
+        code, _, err = finetune(
+            "--out", tmp_path / "run", "--epochs", 1, "--init", "calibrated", "--num-codes", 2, *SKIP, data=damaged
+        )
         assert code == 0, err
 
 
