@@ -33,6 +33,7 @@ COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
 PREDICTIONS = ("name", "target", "prediction", "loss")
 SPEED = "images_per_s"
 FOLDER = "checkpoints"
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 @dataclass
@@ -145,7 +146,7 @@ def save_state(accelerator: Accelerator, arm: Path, progress: Progress, state: S
             return  # the one that training goes on from
         try:
             write_folder(target, _files(accelerator, arm, progress, state, processes))
-            keep_newest(target.parent, target.name, keep)
+            keep_newest(target.parent, target.name, keep, "*epoch-*-step-*")
         except OSError as error:
             before = sorted((arm / FOLDER).glob("epoch-*"))
             hint = f"; {before[-1].name} is intact, and --resume goes on from it" if before else ""
@@ -244,8 +245,8 @@ def _publish_rows(arm: Path, progress: Progress, predicted: Sequence[str]) -> No
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a CSV file with a header, whole or not at all."""
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    """Writes a CSV file with a header, whole or not at all. File names in it may be no text; they stay as they are."""
+    with atomic(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -268,6 +269,6 @@ def read_results(arm: Path) -> list[Row]:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """Reads the predictions.csv of a classification: name, target, prediction and loss of each validation sample."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", **TEXT) as file:
         rows = list(csv.DictReader(file))
     return [(row["name"], int(row["target"]), int(row["prediction"]), float(row["loss"])) for row in rows]

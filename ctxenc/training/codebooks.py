@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ctxenc.context import ContextEncoding
 from ctxenc.encoding import Encoding
 from ctxenc.functional import assign
+from ctxenc.training.data import LEFT_OUT
+from ctxenc.training.segmentation.pairs import IGNORED
 from ctxenc.viz.observing import encoding_blocks
 from ctxenc.viz.usage import UsageSum
 
@@ -39,7 +41,7 @@ def codebook_health(
     Args:
         accelerator: Of the training.
         network: Not wrapped; left in eval mode.
-        samples: Validation samples, whose first item is an image (C, H, W).
+        samples: Validation samples: an image (C, H, W), and a class or a mask (H, W). Stand-ins of broken images do not count.
         batch_size: Images a batch; 1 where they differ in size.
         channels_last: Whether the network is in this memory format.
 
@@ -67,8 +69,11 @@ def codebook_health(
     handles = [block.register_forward_pre_hook(watch(found[name])) for name, block in blocks.items()]
     network.eval()
     try:
-        for images, *_ in DataLoader(Subset(samples, own), batch_size=batch_size):
-            images = images.to(accelerator.device)
+        for batch in DataLoader(Subset(samples, own), batch_size=batch_size, collate_fn=list):
+            intact = [image for image, target in batch if not left_out(target)]
+            if not intact:
+                continue
+            images = torch.stack(intact).to(accelerator.device)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with accelerator.autocast():
@@ -78,6 +83,12 @@ def codebook_health(
             handle.remove()
     gathered: list[dict[str, list[UsageSum]]] = gather_object([found])
     return [_row(name, block, [each for part in gathered for each in part[name]]) for name, block in blocks.items()]
+
+
+def left_out(target: int | Tensor) -> bool:
+    """Whether a class or a mask is that of an image that could not be read."""
+    mask = torch.as_tensor(target)
+    return bool((mask == (IGNORED if mask.dim() else LEFT_OUT)).all())
 
 
 def _row(name: str, block: Encoding, sums: Sequence[UsageSum]) -> Row:

@@ -18,6 +18,8 @@ from ctxenc.training.console import UserError, one_line
 FORMAT = 1
 SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")
 Config = TypeVar("Config")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # timm's
+CROP_MODES = ("center", "squash", "border")
 DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -54,12 +56,13 @@ class RunConfig:
         for name, (rule, holds) in _RULES.items():
             value = getattr(self, name)
             if not holds(value):
-                raise ValueError(f"config: {name} must be {rule}, got {_short(value)}")
+                raise ValueError(f"config: {name} must be {rule}, got {shortened(value)}")
         for key in ("input_size", "mean", "std"):  # tuples, as timm gives them
             self.data_config[key] = tuple(self.data_config[key])
 
 
-def _short(value: object, limit: int = 120) -> str:
+def shortened(value: object, limit: int = 120) -> str:
+    """The value as an error shows it."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -95,7 +98,8 @@ def _is_data_config(value: Any) -> bool:
         and all(each > 0 for each in std)
         and _is_number(value["crop_pct"])
         and value["crop_pct"] > 0
-        and all(isinstance(value[key], str) for key in ("interpolation", "crop_mode"))
+        and value["interpolation"] in INTERPOLATIONS
+        and value["crop_mode"] in CROP_MODES
     )
 
 
@@ -113,7 +117,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "swap": (f"null or keyword arguments among {', '.join(SWAP_KEYS)}", _is_swap),
     "data_config": (
-        "input_size (C, H, W), mean and std of C numbers, interpolation, crop_pct and crop_mode",
+        f"input_size (C, H, W), mean and std of C numbers, crop_pct, interpolation ({', '.join(INTERPOLATIONS)}) and crop_mode"
+        f" ({', '.join(CROP_MODES)})",
         _is_data_config,
     ),
     "settings": ("a table of settings", _is_mapping),
@@ -122,6 +127,30 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: _is_mapping(value) and all(isinstance(each, str) for each in value.values()),
     ),
 }
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text holds.
+
+    Raises:
+        ValueError: It is no JSON, names a key twice, holds NaN or infinity, or is nested too deeply.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(
+                f"the key {shortened(next(name for name in names if names.count(name) > 1))} stands there twice"
+            )
+        return table
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+        json.dumps(value, allow_nan=False)  # Python reads NaN and 1e999, which no configuration may hold
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
 
 
 @contextmanager
@@ -171,15 +200,17 @@ def read_config(run: Path, kind: Callable[..., Config] = RunConfig) -> Config:  
     """
     path = run / "config.json"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(table, dict):
-        raise UserError(f"{path} must hold a table, got {_short(table)}")
+        raise UserError(f"{path} must hold a table, got {shortened(table)}")
     if table.get("format") != FORMAT:
-        raise UserError(f"{path}: format must be {FORMAT}, got {_short(table.get('format'))}: made by another ctxenc")
+        raise UserError(
+            f"{path}: format must be {FORMAT}, got {shortened(table.get('format'))}: made by another ctxenc"
+        )
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if wrong := sorted(names ^ table.keys()):
         state = "is missing" if wrong[0] in names else "is unknown"

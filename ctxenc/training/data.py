@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from ctxenc.training import photographs
+from ctxenc.training.bad_images import BrokenImageError, check_share
 from ctxenc.training.console import UserError, one_line
+from ctxenc.training.images import open_image
 from ctxenc.training.settings import PHOTOGRAPHS, Settings
 
 CIFAR = ("cifar10", "cifar100")
 IMAGENET = "imagenet"
 VERIFIED_UP_TO = 2000  # images: about ten seconds of decoding; a larger set fails at the broken image
+LEFT_OUT = -1  # in the place of a target: counts nowhere
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "eval", "test")
 
@@ -185,6 +188,10 @@ class Samples(Dataset[tuple[Tensor, int]]):
         with seeded(self.seed, self.epoch, index):
             return self.transform(self.source.image(index)), self.source.targets[index]
 
+    def blank(self) -> tuple[Tensor, int]:
+        """A sample that counts nowhere."""
+        return self.transform(Image.new("RGB", (1, 1))), LEFT_OUT
+
     def name(self, index: int) -> str:
         """What to call sample ``index``."""
         return self.source.name(index)
@@ -218,34 +225,6 @@ def seeded(*key: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         generator.set_state(state)
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """The image file at ``path``, to be decoded in the body.
-
-    Raises:
-        UserError: It cannot be read; the text holds the path.
-    """
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error).replace(repr(str(path)), "it")
-        raise UserError(f"broken image {path}: {reason}") from error
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The image at ``path``, decoded, as RGB.
-
-    Raises:
-        UserError: It cannot be read; the text holds the path.
-    """
-    with opened(path) as image:
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            # 16 bits a pixel, which convert() would clip at 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
 
 
 def build_datasets(settings: Settings) -> Datasets:
@@ -340,18 +319,34 @@ def stratified_split(source: Source, fraction: float, seed: int) -> tuple[list[i
     return sorted(train), sorted(val)
 
 
-def verify(datasets: Datasets, show_progress: bool = True) -> None:
+def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -> None:
     """Decodes every image of a small image folder, so that a broken one is told before training starts.
 
     Raises:
-        UserError: An image is broken; the text holds its path.
+        UserError: An image is broken, or with ``skip`` too many are; the text holds its path.
     """
     sources = [source for source in (datasets.train, datasets.val) if isinstance(_base(source), FolderSource)]
-    if sum(len(source.targets) for source in sources) > VERIFIED_UP_TO:
+    samples = [(source.image, index) for source in sources for index in range(len(source.targets))]
+    read_all(samples, "checking images", show_progress, skip)
+
+
+def read_all(samples: Sequence[tuple[Callable[[int], Any], int]], text: str, show_progress: bool, skip: bool) -> None:
+    """Reads the samples of a small set, each a function and what it takes.
+
+    Raises:
+        UserError: An image is broken, or with ``skip`` too many are.
+    """
+    if len(samples) > VERIFIED_UP_TO:
         return
-    for source in sources:
-        for index in tqdm(range(len(source.targets)), "checking images", delay=1, disable=not show_progress):
-            source.image(index)
+    broken = 0
+    for read, index in tqdm(samples, text, delay=1, disable=not show_progress):
+        try:
+            read(index)
+        except BrokenImageError as error:
+            if not skip:
+                raise
+            broken += 1
+            check_share(broken, len(samples), error)
 
 
 def _base(source: Source) -> Source:

@@ -71,9 +71,13 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def keep_newest(folders: Path, last: str, keep: int) -> None:
-    """Leaves of ``folders`` the newest ``keep`` by name up to ``last``; what cannot be removed stays."""
-    names = sorted(each.name for each in folders.iterdir() if not each.name.startswith(".") and each.name <= last)
-    for old in folders.iterdir():
+def keep_newest(folders: Path, last: str, keep: int, pattern: str = "*") -> None:
+    """Leaves of ``folders`` the newest ``keep`` by name up to ``last``; what cannot be removed stays, and what has another name.
+
+    The pattern matters: ``folders`` may be a link to a place where there is more.
+    """
+    found = list(folders.glob(pattern))
+    names = sorted(each.name for each in found if not each.name.startswith(".") and each.name <= last)
+    for old in found:
         if old.name not in names[-keep:]:
             shutil.rmtree(old, ignore_errors=True)

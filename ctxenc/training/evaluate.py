@@ -1,11 +1,13 @@
 """ctxenc evaluate RUN: the accuracy of a run's model on its validation data, or on another image folder."""
 
 import argparse
+import sys
 from typing import Any
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from ctxenc.training.bad_images import Intact
 from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, text_table
 from ctxenc.training.data import Samples, Source, eval_transform, validation_source
 from ctxenc.training.loop import make_accelerator, worker_errors
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: ctxenc evaluate runs/001 --checkpoint last --data photos/val"
     add_run_arguments(parser)
     parser.add_argument("--data", metavar="DIR", help="image folder of the run's classes (default: its own data)")
+    parser.add_argument("--skip-broken", action="store_true", help="name broken images on stderr and go on")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default: 0)")
     add_device_arguments(parser, batch_size=64)
 
@@ -34,8 +37,10 @@ def run(args: argparse.Namespace) -> None:
     )
     source = validation_source(settings, loaded.config.classes, args.data)
     accelerator = make_accelerator(settings)
-    result = evaluate_run(accelerator, loaded, source, settings)
+    result = evaluate_run(accelerator, loaded, source, settings, args.skip_broken)
     if accelerator.is_main_process:
+        for index in sorted(set(range(len(source.targets))) - set(result.indices.tolist())):
+            print(f"ctxenc: skipped broken image {source.name(index)}", file=sys.stderr)
         print(f"{loaded.folder}, {args.checkpoint} checkpoint, on {args.data or settings.data}")
         print(report(result))
 
@@ -54,14 +59,19 @@ def data_settings(loaded: LoadedRun) -> dict[str, Any]:
     return {name: stored[name] for name in DATA_SETTINGS}
 
 
-def evaluate_run(accelerator: Accelerator, loaded: LoadedRun, source: Source, settings: Settings) -> Evaluation:
+def evaluate_run(
+    accelerator: Accelerator, loaded: LoadedRun, source: Source, settings: Settings, skip_broken: bool = False
+) -> Evaluation:
     """Classify every image of the source, each once, over all processes.
 
     Raises:
-        UserError: An image is broken.
+        UserError: An image is broken, or with ``skip_broken`` all of them are.
     """
-    samples = Samples(source, eval_transform(loaded.config.data_config), settings.seed)
-    loader = DataLoader(samples, batch_size=settings.batch_size, num_workers=settings.workers)
+    samples: Any = Samples(source, eval_transform(loaded.config.data_config), settings.seed)
+    if skip_broken:
+        samples = Intact(samples, None, train=False)
+    workers = min(settings.workers, -(-len(samples) // settings.batch_size))
+    loader = DataLoader(samples, batch_size=settings.batch_size, num_workers=workers)
     model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
     with worker_errors():
         return evaluate(accelerator, model, accelerator.prepare(loader))

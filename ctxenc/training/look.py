@@ -1,7 +1,6 @@
 """ctxenc look MODEL IMAGE...: what the blocks of a network see, as pictures."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from torch import nn
 
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training import photographs
-from ctxenc.training.config import atomic
+from ctxenc.training.config import atomic, parse_json
 from ctxenc.training.console import UserError, near_names, one_line, positive_int, text_table
-from ctxenc.training.data import open_image
+from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import load_run, pick_device
@@ -165,7 +164,7 @@ def is_segmentation(path: Path) -> bool:
         return True
     for config in (path / "config.json", *sorted(path.glob("*/config.json"))):
         try:
-            table = json.loads(config.read_text(encoding="utf-8"))
+            table = parse_json(config.read_bytes())
         except (OSError, ValueError):
             continue
         if isinstance(table, dict):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, ClassVar
 
 import torch
@@ -93,11 +94,18 @@ def in_format(images: Tensor, channels_last: bool) -> Tensor:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Strips the traceback that the loader puts into the text of an error from one of its workers."""
+    """Strips the traceback that the loader puts into the text of an error from one of its workers, and ends them.
+
+    The error and its frames hold each other and the loader. Were these left to the garbage collector, the loader's queues would go
+    before it tells its workers to end, and the process would wait for them at its exit.
+    """
     try:
         yield
-    except UserError as error:
-        _, _, text = str(error).strip().rpartition("UserError: ")
+    except BaseException as error:
+        clear_frames(error.__traceback__)
+        if not isinstance(error, UserError):
+            raise
+        _, _, text = str(error).strip().rpartition(f"{type(error).__name__}: ")
         raise UserError(text) from error
 
 
@@ -210,12 +218,13 @@ class Loop(ABC):
     def loader(self, samples: Dataset[Any], train: bool, batch_size: int | None = None) -> DataLoader:
         """Loads ``samples``, in a random order to ``train`` on."""
         full_batch = len(samples) >= self.settings.batch_size * self.accelerator.num_processes  # type: ignore[arg-type]
+        batches = -(-len(samples) // (batch_size or self.settings.batch_size))  # type: ignore[arg-type]
         return DataLoader(
             samples,
             batch_size=batch_size or self.settings.batch_size,
             shuffle=train,
             drop_last=train and full_batch,
-            num_workers=self.settings.workers,
+            num_workers=min(self.settings.workers, batches),
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=signals.ignored,
             generator=torch.Generator(),  # else each epoch draws from the process's, and one begun anew once more

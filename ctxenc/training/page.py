@@ -54,7 +54,7 @@ def write_page(
         sections[name] = _arm(run / folder / pictures.FOLDER)
     sections["Settings"] = _table(("setting", "value"), [(key, str(value)) for key, value in settings.items()])
     with atomic(run / FILE) as path:
-        path.write_text(_page(title, sections), encoding="utf-8")
+        path.write_text(_page(title, sections), encoding="utf-8", errors="replace")  # names of files need not be text
 
 
 def _results(run: Path, header: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, positive_int, text_table
-from ctxenc.training.data import eval_transform, open_image
+from ctxenc.training.data import eval_transform
+from ctxenc.training.images import open_image
 from ctxenc.training.runs import LoadedRun, autocast, load_run
 
 

@@ -3,7 +3,7 @@
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ctxenc.training import photographs
+from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import COLUMNS, SPEED, Row, read_predictions, read_results, write_rows
 from ctxenc.training.console import text_table
 from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
@@ -62,10 +63,13 @@ class Arm:
         return statistics.median(row[SPEED] for rows in self.rows for row in rows)
 
 
-def read_arm(run: Path, name: str, config: RunConfig, seeds: Sequence[int]) -> Arm:
-    """Reads the results of arm ``name`` back from the folder ``run``."""
+def read_arm(
+    run: Path, name: str, config: RunConfig, seeds: Sequence[int], samples: Container[str] | None = None
+) -> Arm:
+    """Reads the results of arm ``name`` back from the folder ``run``, those of these validation samples (default: all)."""
     folders = [run / f"{name}-{seed}" for seed in seeds]
-    predictions = [torch.tensor([row[1:3] for row in read_predictions(each / "predictions.csv")]) for each in folders]
+    rows = [read_predictions(each / "predictions.csv") for each in folders]
+    predictions = [torch.tensor([row[1:3] for row in each if samples is None or row[0] in samples]) for each in rows]
     targets = predictions[0][:, 0]
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
@@ -91,7 +95,11 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     Returns:
         The table and what goes with it, as printed.
     """
-    arms = [read_arm(run, name, config, settings.seed_list) for name, config in configs.items()]
+    every = [
+        read_predictions(run / f"{name}-{seed}" / "predictions.csv") for name in configs for seed in settings.seed_list
+    ]
+    common = set.intersection(*({row[0] for row in each} for each in every))  # some may have broken on the way
+    arms = [read_arm(run, name, config, settings.seed_list, common) for name, config in configs.items()]
     rows = [
         {"arm": arm.name, "seed": seed, **{column: row[column] for column in COLUMNS}}
         for arm in arms
@@ -103,11 +111,12 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     with atomic(run / "curves.png") as path:
         draw_curves(arms, colour).savefig(path, dpi=120)
     cells = table_rows(arms, colour)
-    notes = remarks(arms, settings)
+    notes = [*remarks(arms, settings), *noted(run)]
     config = next(iter(configs.values()))
     title, made = f"{config.model} on {settings.data}", how_made(config.versions, seconds)
     with atomic(run / "report.md") as path:
-        path.write_text(markdown(title, HEADER, cells, [*notes, CURVES, made], settings), encoding="utf-8")
+        text = markdown(title, HEADER, cells, [*notes, CURVES, made], settings)
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
     folders = {f"{arm.name}-{settings.seed}": f"{NETWORKS[arm.name]}, seed {settings.seed}" for arm in arms}
     write_page(run, title, HEADER, cells, [*notes, made], folders, settings.as_dict())
     return "\n".join([text_table(HEADER, cells, right=(HEADER[1], *HEADER[5:])), "", *notes])

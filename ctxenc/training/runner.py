@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ctxenc.training import signals
+from ctxenc.training.bad_images import SKIP
 from ctxenc.training.config import read_config, write_config
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.loop import make_accelerator
@@ -32,7 +33,7 @@ class Training:
         config: The dataclass of an arm's configuration.
         options: The module of its settings: add_arguments, given, resolve, resumed.
         build_datasets: The datasets of some settings.
-        verify: Reads what can be broken in them; shows its progress where it is told to.
+        verify: Reads what can be broken in them; shows its progress, and passes over what is, where it is told to.
         describe: What is trained on, in a line.
         configs: The configuration of each arm, tried out; with pretrained weights where the run is fresh.
         trainer: Trains an arm with a seed; see Loop.
@@ -44,7 +45,7 @@ class Training:
     config: type
     options: Any
     build_datasets: Callable[[Any], Any]
-    verify: Callable[[Any, bool], None]
+    verify: Callable[[Any, bool, bool], None]
     describe: Callable[[Any, Any], str]
     configs: Callable[[Any, Any, bool], dict[str, Any]]
     trainer: Callable[..., Any]
@@ -105,7 +106,7 @@ def _run(args: argparse.Namespace, training: Training) -> None:
         datasets = training.build_datasets(settings)
     if stored is not None and stored.classes != datasets.classes:
         raise UserError(f"--resume: {difference(stored.classes, datasets.classes)}")
-    training.verify(datasets, accelerator.is_local_main_process)
+    training.verify(datasets, accelerator.is_local_main_process, settings.on_bad_image == SKIP)
     with accelerator.local_main_process_first():
         configs = training.configs(settings, datasets, stored is None)
     if folder is None:

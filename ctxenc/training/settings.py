@@ -1,18 +1,19 @@
 """The settings of a fine-tuning: their names, defaults, rules, and how the command line gives them."""
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from timm.optim import list_optimizers
 
 from ctxenc.calibration import STARTS
-from ctxenc.training.config import MODEL_KWARGS_RULE
-from ctxenc.training.console import UserError, add_swap_arguments, near_names, positive_int
+from ctxenc.training import bad_images
+from ctxenc.training.config import MODEL_KWARGS_RULE, parse_json, shortened
+from ctxenc.training.console import UserError, add_swap_arguments, near_names, one_line, positive_int
 
 ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
@@ -20,9 +21,11 @@ PHOTOGRAPHS = "photographs"
 MAX_SEED = 2**32 - 1  # numpy's
 # What --resume may change.
 MOVABLE = (
-    *("data", "data_dir", "download", "device", "workers", "threads", "checkpoint_every", "keep", "skip_nonfinite"),
-    "tensorboard",
+    *("data", "data_dir", "download", "device", "workers", "threads"),
+    *("checkpoint_every", "keep", "skip_nonfinite", "on_bad_image", "tensorboard"),
 )
+MAX_INTEGER = 2**63 - 1  # torch's
+MAX_WORKERS = 256  # each is a process of some 300 MB
 Rules = dict[str, tuple[str, Callable[[Any], bool]]]
 Kind = TypeVar("Kind")
 
@@ -39,15 +42,50 @@ def flag(text: str) -> Any:
 
 def json_object(text: str) -> dict[str, Any]:
     """An argparse type: a JSON object."""
-    value = json.loads(text)
-    json.dumps(value, allow_nan=False)  # Python reads NaN and 1e999, which no configuration may hold
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return value
 
 
+def check_values(settings: Any, rules: Rules) -> None:
+    """Raises UserError for the first of ``settings`` that argparse would not have given: those of a file may be anything.
+
+    What has one of the ``rules`` is left to it, but for its type.
+    """
+    kinds = get_type_hints(type(settings))
+    for each in fields(settings):
+        value, kind, choices = getattr(settings, each.name), kinds[each.name], each.metadata.get("choices")
+        problem = None
+        if not _is_of(value, kind):
+            problem = f"of type {getattr(kind, '__name__', kind)}"
+        elif value is None or each.name in rules:
+            continue
+        elif choices and value not in choices:
+            problem = f"one of {', '.join(map(str, choices))}"
+        elif each.metadata.get("type") is positive_int and value < 1:
+            problem = "at least 1"
+        if problem:
+            raise UserError(f"{option_name(each.name)} must be {problem}, got {shortened(value)}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a setting's type. An integer is a float too; True is no number."""
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, each) for each in get_args(kind))
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        return False
+    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
+
+
 def check_rules(settings: object, rules: Rules) -> None:
     """Raises UserError for the first of ``settings`` that breaks its rule; None breaks none."""
+    check_values(settings, rules)
     for name, (rule, holds) in rules.items():
         value = getattr(settings, name)
         if value is not None and not holds(value):
@@ -75,7 +113,7 @@ UP_TO_1 = ("in [0, 1]", _number(0, 1))
 FRACTION: tuple[str, Callable[[Any], bool]] = ("above 0 and below 1", lambda value: 0 < value < 1)
 _SHARED_RULES: Rules = {
     "val_fraction": FRACTION,
-    "workers": AT_LEAST_0,
+    "workers": (f"in [0, {MAX_WORKERS}]", _number(0, MAX_WORKERS)),
     "batch_size": AT_LEAST_1,
     "lr": POSITIVE,
     "weight_decay": AT_LEAST_0,
@@ -100,7 +138,12 @@ class TrainingSettings:
     rules: ClassVar[Rules] = {}
 
     val_fraction: float = option(0.2, "share of the images held out where a folder has no val", type=float)
-    workers: int = option(0, "processes that load images", type=int)
+    workers: int = option(0, "processes that load images, no more than an epoch has batches", type=int)
+    on_bad_image: str = option(
+        bad_images.FAIL,
+        "what to do where an image cannot be read: fail, or skip it: another takes its place, in validation it does not count",
+        choices=bad_images.CHOICES,
+    )
 
     epochs: int = option(30, "passes over the training set", type=positive_int)
     batch_size: int = option(64, "images a step and process", type=positive_int)

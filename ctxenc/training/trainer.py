@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from ctxenc.calibration import calibrate
 from ctxenc.training import pictures
+from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
 from ctxenc.training.config import atomic
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.data import Datasets, Samples, eval_transform, seeded, train_transform
+from ctxenc.training.data import LEFT_OUT, Datasets, Samples, Source, eval_transform, seeded, train_transform
 from ctxenc.training.loop import Loop, in_format, make_optimizer, worker_errors
 from ctxenc.training.metrics import balanced_accuracy
 from ctxenc.training.runs import SCORE, RunConfig, build_model
@@ -30,15 +31,17 @@ CALIBRATED_ON = 256  # images, of which a quarter is held out for the report
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of every validation sample, in order.
+    """Predictions of every validation sample whose image can be read, in order.
 
     Args:
+        indices: The samples, (N,) int64 on the CPU.
         targets: (N,) int64 on the CPU.
         predictions: (N,) int64 on the CPU.
         losses: (N,) fp32 on the CPU, cross entropies.
         num_classes: Number of classes.
     """
 
+    indices: Tensor
     targets: Tensor
     predictions: Tensor
     losses: Tensor
@@ -64,17 +67,24 @@ class Evaluation:
 def evaluate(
     accelerator: Accelerator, model: nn.Module, loader: Iterable[Any], channels_last: bool = False
 ) -> Evaluation:
-    """Runs ``model`` in eval mode over ``loader`` (prepared by ``accelerator``); each sample counts once."""
+    """Runs ``model`` in eval mode over ``loader`` (prepared by ``accelerator``); each sample counts once.
+
+    Raises:
+        UserError: No image can be read.
+    """
     model.eval()
     kept: list[tuple[Tensor, ...]] = []
     for images, labels in tqdm(loader, "evaluating", delay=1, leave=False, disable=not accelerator.is_main_process):
         with accelerator.autocast():
             logits = model(in_format(images, channels_last)).float()
-        loss = F.cross_entropy(logits, labels, reduction="none")
+        loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=LEFT_OUT)
         gathered = accelerator.gather_for_metrics((labels, logits.argmax(dim=1), loss))
         kept.append(tuple(each.cpu() for each in gathered))
     targets, predictions, losses = (torch.cat(each) for each in zip(*kept, strict=True))
-    return Evaluation(targets, predictions, losses, logits.shape[1])
+    indices = (targets != LEFT_OUT).nonzero()[:, 0]
+    if not len(indices):
+        raise UserError(f"none of the {len(targets)} validation images can be read")
+    return Evaluation(indices, targets[indices], predictions[indices], losses[indices], logits.shape[1])
 
 
 class Trainer(Loop):
@@ -92,13 +102,22 @@ class Trainer(Loop):
 
     def __init__(self, config: RunConfig, settings: Settings, datasets: Datasets, arm: Path, seed: int) -> None:
         self.config, self.datasets = config, datasets
+        self.settings, self.arm, self.seed = settings, arm, seed
         self.mixup = mixup_of(settings, len(config.classes))
         self.ema_decay = settings.ema_decay if settings.model_ema else None
-        self.samples = Samples(datasets.train, train_transform(settings, config.data_config), seed)
+        self.samples = self._intact(datasets.train, train_transform(settings, config.data_config))
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else settings.label_smoothing)
-        self.val = Samples(datasets.val, eval_transform(config.data_config), seed)
+        self.val = self._intact(datasets.val, eval_transform(config.data_config), train=False)
         super().__init__(settings, arm, seed)
         self.val_loader = self.accelerator.prepare(self.loader(self.val, train=False))
+
+    def _intact(self, source: Source, transform: Any, train: bool = True) -> Any:
+        """The samples of a source; without those that are broken, if these are to be skipped."""
+        samples = Samples(source, transform, self.seed)
+        if self.settings.on_bad_image != SKIP:
+            return samples
+        total = len(self.datasets.train.targets) + len(self.datasets.val.targets)
+        return Intact(samples, BadImages(self.arm.parent / FILE, total), train)
 
     def build(self, fresh: bool) -> nn.Module:
         """The network of the configuration, its blocks begun as --init says."""
@@ -116,7 +135,7 @@ class Trainer(Loop):
         Raises:
             UserError: The network or its data cannot be calibrated.
         """
-        images = Samples(self.datasets.train, eval_transform(self.config.data_config), self.seed)
+        images = self._intact(self.datasets.train, eval_transform(self.config.data_config))
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))[:CALIBRATED_ON]
         batches = self.loader(Subset(images, chosen.tolist()), train=False)
         start = self.settings.start
@@ -150,7 +169,7 @@ class Trainer(Loop):
         batches = self.until_told(self.val_loader, len(self.val_loader))
         model = self.model if self.ema is None else self.ema.module
         result = evaluate(self.accelerator, model, batches, self.settings.channels_last)
-        names = map(self.val.name, range(len(result.targets)))
+        names = map(self.datasets.val.name, result.indices.tolist())
         columns = (each.tolist() for each in (result.targets, result.predictions, result.losses))
         self.progress.predictions = list(zip(names, *columns, strict=True))
         return {"val_loss": result.loss, SCORE: result.balanced_accuracy, "top1": result.top1}
@@ -168,11 +187,13 @@ class Trainer(Loop):
             f"{classes[target]},\nseen as {classes[prediction]} ({loss:.1f})"
             for _, target, prediction, loss in (rows[index] for index in worst)
         ]
-        images = [pictures.photograph(self.val[each][0], **colours) for each in worst]
+        places = {self.datasets.val.name(index): index for index in range(len(self.val))}  # some may be left out
+        images = [pictures.photograph(self.val[places[rows[each][0]]][0], **colours) for each in worst]
         pictures.save(self.arm, pictures.WORST, pictures.draw_worst(images, captions))
         shown = pictures.evenly(len(rows), pictures.LOOKED_AT)
         names = [classes[rows[each][1]] for each in shown]
-        pictures.draw_assignments(self.arm, self.evaluated, [self.val[each][0] for each in shown], names, colours)
+        images = [self.val[places[rows[each][0]]][0] for each in shown]
+        pictures.draw_assignments(self.arm, self.evaluated, images, names, colours)
 
 
 def mixup_of(settings: Settings, num_classes: int) -> Mixup | None:

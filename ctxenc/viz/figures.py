@@ -301,5 +301,5 @@ def _short(text: str, limit: int) -> str:
 
 
 def literal(text: str) -> str:
-    """A name as matplotlib is to draw it: what stands between two dollars is no formula."""
-    return text.replace("$", r"\$")
+    """A name as matplotlib is to draw it: what stands between two dollars is no formula, and what is no text a question mark."""
+    return text.replace("$", r"\$").encode("utf-8", "replace").decode("utf-8")

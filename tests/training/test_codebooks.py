@@ -64,8 +64,23 @@ def test_processes_share_the_images_and_add_up(network, samples, accelerator, mo
 
 
 def test_fewer_images_than_the_sample(network, accelerator):
-    few = TensorDataset(torch.randn(2, 3, 32, 32))
+    few = TensorDataset(torch.randn(2, 3, 32, 32), torch.zeros(2))
     assert all(math.isfinite(row["entropy"]) for row in codebook_health(accelerator, network, few, batch_size=64))
+
+
+def test_broken_images_do_not_count(network, samples, accelerator):
+    for block in encoding_blocks(network).values():
+        block.encoding.smoothing.data.fill_(50.0)  # far from all alike
+    images, blank = samples.tensors[0][:6], torch.zeros(2, 3, 32, 32)
+    whole = codebook_health(accelerator, network, TensorDataset(images, torch.full((6,), 255)), batch_size=2)
+    classes = TensorDataset(torch.cat([blank, images]), torch.tensor([-1, -1, 255, 255, 255, 255, 255, 255]))
+    masks = torch.full((8, 4, 4), 255)
+    masks[2:, 0] = 1
+    for some in (classes, TensorDataset(torch.cat([blank, images]), masks)):
+        rows = codebook_health(accelerator, network, some, batch_size=2)
+        assert [row["entropy"] for row in rows] == pytest.approx([row["entropy"] for row in whole])
+    everything = codebook_health(accelerator, network, TensorDataset(classes.tensors[0], torch.zeros(8)), batch_size=2)
+    assert [row["entropy"] for row in everything] != pytest.approx([row["entropy"] for row in whole])
 
 
 def test_nothing_is_left_behind(network, samples, accelerator):

@@ -48,6 +48,7 @@ def test_every_setting_has_an_option():
             "sched": "tanh",
             "amp": "bf16",
             "init": "neutral",
+            "on_bad_image": "skip",
         },
     }
     usual = Settings().as_dict()
@@ -73,7 +74,9 @@ def test_settings_are_json():
         ("crop_scale", 0.0, "above 0"),
         ("label_smoothing", 1.5, "in [0, 1]"),
         ("mixup", -1.0, "at least 0"),
-        ("workers", -1, "at least 0"),
+        ("workers", -1, "in [0, 256]"),
+        ("workers", 10000, "in [0, 256]"),
+        ("on_bad_image", "ignore", "one of fail, skip"),
         ("clip_grad", 0.0, "a positive number"),
         ("clip_grad", float("inf"), "a positive number"),
         ("model_kwargs", {"num_classes": 5}, "without num_classes"),

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ctxenc.training import report, runs
-from ctxenc.training.checkpoint import COLUMNS, PREDICTIONS, read_rows, write_rows
+from ctxenc.training.checkpoint import COLUMNS, PREDICTIONS, read_predictions, read_rows, write_rows
 from ctxenc.training.settings import Settings
 
 TARGETS = [0] * 6 + [1] * 3 + [2]
@@ -122,3 +122,15 @@ def test_rows_come_back(tmp_path):
     rows = [dict(zip(COLUMNS, (1, 0.1, 2.0, 3.0, 1 / 3, 0.5), strict=True))]
     write_rows(tmp_path / "metrics.csv", COLUMNS, rows)
     assert read_rows(tmp_path / "metrics.csv") == rows
+
+
+def test_samples_that_some_runs_left_out_do_not_count(finished):
+    """As when an image breaks between two seeds and --on-bad-image is skip."""
+    run, configs, settings = finished
+    path = run / "se-1" / "predictions.csv"
+    kept = [row for row in read_predictions(path) if row[0] not in ("0", "9")]
+    write_rows(path, PREDICTIONS, [dict(zip(PREDICTIONS, row, strict=True)) for row in kept])
+    text = report.write_report(run, configs, settings, 12.0)
+    assert "mean over classes on 8 validation images" in text
+    se = next(line for line in text.splitlines() if line.startswith("SE "))
+    assert se.split()[-4:-2] == ["100.0,", "50.0"]  # the two classes that are left: 5 and 3 of 8 right, then 5 and 0

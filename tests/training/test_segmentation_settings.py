@@ -52,7 +52,7 @@ def test_every_setting_has_an_option():
     values = {
         **{str: "name", float: "0.7", int: "3", bool: None},
         **{"opt": "adamw", "sched": "tanh", "amp": "bf16", "output_stride": "16", "smoothing": "0.5"},
-        **{"aux": "no", "se_loss": "no", "arms": "all", "keep": "5"},
+        **{"aux": "no", "se_loss": "no", "arms": "all", "keep": "5", "on_bad_image": "skip"},
     }
     usual = SegmentSettings().as_dict()
     for field in fields(SegmentSettings):
@@ -83,7 +83,8 @@ def test_settings_are_json():
     [
         ("val_fraction", 0.0, "above 0 and below 1"),
         ("val_fraction", 1.0, "above 0 and below 1"),
-        ("workers", -1, "at least 0"),
+        ("workers", -1, "in [0, 256]"),
+        ("workers", 257, "in [0, 256]"),
         ("aux_weight", -0.1, "at least 0"),
         ("se_weight", float("nan"), "at least 0"),
         ("momentum", 1.0, "at least 0 and below 1"),

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from tqdm import tqdm
 
+from ctxenc.training.bad_images import SKIP, BrokenImageError
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, seeded
+from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, read_all, seeded
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
 from ctxenc.training.segmentation.scenes import TEST_SCENES, TRAIN_SCENES, Scenes
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
@@ -78,6 +80,12 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         with seeded(self.seed, self.epoch, index):
             return self.transform(*self.source.pair(index))
 
+    def blank(self) -> tuple[Tensor, Tensor]:
+        """A sample that counts nowhere."""
+        side = 32
+        mask = torch.full((side, side), IGNORED, dtype=torch.uint8)
+        return self.transform(tv_tensors.Image(torch.zeros(3, side, side, dtype=torch.uint8)), tv_tensors.Mask(mask))
+
     def name(self, index: int) -> str:
         """What to call sample ``index``."""
         return self.source.name(index)
@@ -112,7 +120,7 @@ def build_datasets(settings: SegmentSettings) -> Datasets:
         return Datasets(Scenes(True, TRAIN_SCENES, settings.seed), Scenes(False, TEST_SCENES))
     if settings.data in layouts:
         return layouts[settings.data](Path(settings.data_dir))
-    return folder(Path(settings.data), settings.val_fraction, settings.seed)
+    return folder(Path(settings.data), settings.val_fraction, settings.seed, settings.on_bad_image == SKIP)
 
 
 def samples_of(
@@ -125,18 +133,15 @@ def samples_of(
     return train, Samples(datasets.val, eval_transform(settings, mean, std), seed)
 
 
-def verify(datasets: Datasets, show_progress: bool = True) -> None:
+def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -> None:
     """Reads every pair of a small data set, so that a broken one is told before training starts.
 
     Raises:
-        UserError: See ``Pairs.pair``.
+        UserError: See ``Pairs.pair``; with ``skip`` broken files are none until they are too many.
     """
     sources = [source for source in (datasets.train, datasets.val) if isinstance(source, Pairs)]
-    if sum(map(len, sources)) > VERIFIED_UP_TO:
-        return
-    for source in sources:
-        for index in tqdm(range(len(source)), "checking masks", delay=1, disable=not show_progress):
-            source.pair(index)
+    samples = [(source.pair, index) for source in sources for index in range(len(source))]
+    read_all(samples, "checking masks", show_progress, skip)
 
 
 def voc(data_dir: Path) -> Datasets:
@@ -232,12 +237,13 @@ def _ade20k_names(path: Path) -> list[str]:
     return names
 
 
-def folder(root: Path, val_fraction: float, seed: int) -> Datasets:
+def folder(root: Path, val_fraction: float, seed: int, skip: bool = False) -> Datasets:
     """Plain folders: images and masks of one stem, under images/ and masks/.
 
     The layouts are ROOT/images/train with ROOT/masks/train, ROOT/train/images with ROOT/train/masks (the same for val), and
     ROOT/images with ROOT/masks. Where there is no val, some pairs are held out: the same for the same seed and files.
-    ROOT/classes.txt names the classes, one a line; without it they are the numbers up to the highest in any mask.
+    ROOT/classes.txt names the classes, one a line; without it they are the numbers up to the highest in any mask (with ``skip``,
+    in any that can be read).
 
     Raises:
         UserError: A folder or a mask is missing, there are too few images, or classes.txt does not name 2 to 255 classes.
@@ -254,7 +260,7 @@ def folder(root: Path, val_fraction: float, seed: int) -> Datasets:
             f"{root} must have a training folder ({', '.join(TRAIN_NAMES)}) beside that for validation, got none"
         )
     path = root / "classes.txt"
-    classes = _names(path) if path.is_file() else [str(label) for label in range(_highest(train + val, root) + 1)]
+    classes = _names(path) if path.is_file() else [str(label) for label in range(_highest(train + val, root, skip) + 1)]
     if not 2 <= len(classes) <= IGNORED:
         counted = f"{path} must name" if path.is_file() else f"the masks of {root} must hold"
         raise UserError(f"{counted} 2 to {IGNORED} classes ({IGNORED} is ignored), got {len(classes)}")
@@ -269,11 +275,16 @@ def _split(root: Path, names: Sequence[str]) -> Paths | None:
     return None
 
 
-def _highest(paths: Paths, root: Path) -> int:
+def _highest(paths: Paths, root: Path, skip: bool) -> int:
     """The highest number in any mask but IGNORED, or -1 where there is none."""
     highest = -1
     for _, mask in tqdm(paths, f"counting classes: no classes.txt in {root}", delay=1, disable=None):
-        numbers = read_mask(mask)
+        try:
+            numbers = read_mask(mask)
+        except BrokenImageError:
+            if not skip:
+                raise
+            continue
         highest = max(highest, int(numbers.max(initial=-1, where=numbers != IGNORED)))
         if highest > IGNORED:
             raise UserError(f"mask {mask} must hold class numbers below {IGNORED}, got {highest}")

@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
 from ctxenc.training.console import UserError
-from ctxenc.training.data import open_image, opened
+from ctxenc.training.images import open_image, opened
 
 IGNORED = 255  # in a mask: counts neither in the loss nor in a metric
 UNKNOWN = -1

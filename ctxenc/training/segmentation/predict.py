@@ -15,7 +15,7 @@ from ctxenc.integrations.encnet import EncNet
 from ctxenc.integrations.inference import predict
 from ctxenc.training.config import atomic, read_config
 from ctxenc.training.console import UserError, one_line, positive_int
-from ctxenc.training.data import open_image
+from ctxenc.training.images import open_image
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import autocast, load_weights, pick_device, resolve
 from ctxenc.training.segmentation.networks import IMAGENET, SegmentConfig, build_network

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import SPEED, Row, read_results, write_rows
 from ctxenc.training.config import atomic
 from ctxenc.training.console import text_table
@@ -51,11 +52,12 @@ def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: S
     with atomic(folder / "curves.png") as path:
         draw_curves(results).savefig(path, dpi=120)
     header, cells = table(results, configs, ambiguous_classes(settings.data))
-    notes = remarks(settings)
+    notes = [*remarks(settings), *noted(folder)]
     config = next(iter(configs.values()))
     title, made = f"EncNet on {settings.data}", how_made(config.versions, seconds)
     with atomic(folder / "report.md") as path:
-        path.write_text(markdown(title, header, cells, [*notes, CURVES, made], settings), encoding="utf-8")
+        text = markdown(title, header, cells, [*notes, CURVES, made], settings)
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
     arms = {f"{arm}-{settings.seed}": f"{ARMS[arm][0]}, seed {settings.seed}" for arm in configs}
     write_page(folder, title, header, cells, [*notes, made], arms, settings.as_dict())
     return "\n".join([text_table(header, cells, right=header[1:]), "", *notes])

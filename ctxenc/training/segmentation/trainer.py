@@ -1,5 +1,6 @@
 """The training of one segmentation network with one seed."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from ctxenc.integrations.encnet import EncNet
 from ctxenc.integrations.losses import EncNetLoss
 from ctxenc.training import loop, pictures
+from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
 from ctxenc.training.config import atomic
 from ctxenc.training.console import UserError
 from ctxenc.training.loop import Loop, in_format
@@ -71,7 +73,11 @@ class SegmentTrainer(Loop):
         self, config: SegmentConfig, settings: SegmentSettings, datasets: Datasets, arm: Path, seed: int
     ) -> None:
         self.config, self.poly_power = config, settings.poly_power
+        self.names = [datasets.val.name(index) for index in range(len(datasets.val))]
         self.samples, self.val = samples_of(datasets, settings, config.mean, config.std, seed)
+        if settings.on_bad_image == SKIP:
+            bad = BadImages(arm.parent / FILE, len(self.samples) + len(self.val))
+            self.samples, self.val = Intact(self.samples, bad, train=True), Intact(self.val, bad, train=False)
         self.criterion = EncNetLoss(settings.aux_weight, settings.se_weight)
         self.val_batch = None if settings.data == SCENES else 1  # images differ in size
         super().__init__(settings, arm, seed)
@@ -118,9 +124,8 @@ class SegmentTrainer(Loop):
         metrics.matrix = self.accelerator.reduce(metrics.matrix, "sum")
         self.progress.confusion = metrics.matrix.tolist()
         shares = gather_object([wrong])
-        self.progress.predictions = [
-            (self.val.name(index), shares[index % len(shares)][index // len(shares)]) for index in range(len(self.val))
-        ]
+        found = [(name, shares[index % len(shares)][index // len(shares)]) for index, name in enumerate(self.names)]
+        self.progress.predictions = [(name, share) for name, share in found if not math.isnan(share)]
         return as_floats(metrics.compute(), self.config.classes)
 
     def _logits(self, images: Tensor, size: torch.Size) -> Tensor:
@@ -142,13 +147,14 @@ class SegmentTrainer(Loop):
         super().finish()
         matrix = torch.tensor(self.progress.confusion)
         pictures.save(self.arm, pictures.CONFUSION, pictures.draw_confusion(matrix, self.config.classes))
+        places = {name: index for index, name in enumerate(self.names)}  # some may be left out
         rows = self.progress.predictions
-        worst = sorted(range(len(rows)), key=lambda index: -rows[index][1])[:WORST]
-        self._save_sheet(pictures.WORST, worst)
-        shown = pictures.evenly(len(rows), pictures.LOOKED_AT)
-        names = [Path(rows[index][0]).stem for index in shown]
+        worst = sorted(rows, key=lambda row: -row[1])[:WORST]
+        self._save_sheet(pictures.WORST, [places[name] for name, _ in worst])
+        names = [rows[index][0] for index in pictures.evenly(len(rows), pictures.LOOKED_AT)]
         colours = {"mean": self.config.mean, "std": self.config.std}
-        pictures.draw_assignments(self.arm, self.network, [self.val[index][0] for index in shown], names, colours)
+        images = [self.val[places[name]][0] for name in names]
+        pictures.draw_assignments(self.arm, self.network, images, [Path(name).stem for name in names], colours)
 
     @torch.no_grad()
     def _save_sheet(self, name: str, chosen: Sequence[int]) -> None:
@@ -179,7 +185,7 @@ class SegmentTrainer(Loop):
 
 
 def share_wrong(predictions: Tensor, masks: Tensor, ignore_index: int = 255) -> Tensor:
-    """The share of the labelled pixels of each mask (B, H, W) that is predicted wrong, (B,) fp64; 0 where none is labelled."""
+    """The share of the labelled pixels of each mask (B, H, W) that is predicted wrong, (B,) fp64; NaN where none is labelled."""
     counted = masks != ignore_index
     wrong = (predictions != masks) & counted
-    return wrong.flatten(1).sum(1).cpu().double() / counted.flatten(1).sum(1).clamp_min(1).cpu()
+    return wrong.flatten(1).sum(1).cpu().double() / counted.flatten(1).sum(1).cpu()

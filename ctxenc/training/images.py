@@ -1,0 +1,61 @@
+"""Image files as RGB images."""
+
+import errno
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ctxenc.training.bad_images import BrokenImageError
+from ctxenc.training.console import UserError, one_line
+
+# Pillow knows others too; of PostScript, whatever it is called, it would have Ghostscript run the program.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """The first image in the file at ``path``, to be decoded in the body.
+
+    Raises:
+        BrokenImageError: It is no image, is damaged, or has more than Pillow's 179 million pixels; the text holds the path.
+        UserError: The file is not there, or the system refuses it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata and large images: the pixels are whole
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        told = isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        )  # the latter of a wrong offset in the file
+        if told and not os.path.islink(path):
+            raise UserError(f"cannot read image {path}: {getattr(error, 'strerror', error)}") from error
+        reason = getattr(error, "strerror", None) or one_line(error).replace(repr(str(path)), "it")
+        raise BrokenImageError(f"broken image {path}: {reason}") from error
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image at ``path``, decoded, as RGB: 16 bits a channel become their upper 8, transparency is left out.
+
+    It is not turned as its EXIF orientation says, as timm and torchvision do not turn it.
+
+    Raises:
+        BrokenImageError: It is no image, is damaged, or has 32 bits a channel, whose white is not known; the text holds the path.
+        UserError: The file is not there, or the system refuses it.
+    """
+    with opened(path) as image:
+        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        if image.mode in ("I", "F") and not sixteen:
+            raise BrokenImageError(f"broken image {path}: must have 8 or 16 bits a channel, got 32 (mode {image.mode})")
+        if sixteen:  # which convert() would clip at 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
