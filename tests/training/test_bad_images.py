@@ -162,5 +162,5 @@ def test_odd_names_go_through_every_command(tmp_path, capsys):
             assert main(["predict", str(run), str(tmp_path / "data"), *layout]) == 0
         assert main(["evaluate", str(run)]) == 0
     assert b"no text \xff.png" in stdout.read_bytes()
-    found = {name.rpartition("/")[2] for name, _, _ in read_predictions(run / "context-0" / "predictions.csv")}
+    found = {row[0].rpartition("/")[2] for row in read_predictions(run / "context-0" / "predictions.csv")}
     assert found == set(names)

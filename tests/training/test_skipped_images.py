@@ -149,10 +149,10 @@ class TestFinetune:
         expected = sorted(map(str, (damaged / "val").glob("*/*.png")))
         assert names == [name for name in expected if not name.endswith("cat/3.png")]
         assert len(names) == 9
-        targets = [target for _, target, _ in read_predictions(whole / "context-0" / "predictions.csv")]
+        targets = [row[1] for row in read_predictions(whole / "context-0" / "predictions.csv")]
         assert targets == [0] * 5 + [1] * 3 + [2]
         rows = read_predictions(whole / "context-0" / "predictions.csv")
-        assert metrics(whole / "context-0")[-1]["top1"] == sum(a == b for _, a, b in rows) / 9
+        assert metrics(whole / "context-0")[-1]["top1"] == sum(row[1] == row[2] for row in rows) / 9
 
     def test_evaluate_says_the_same(self, damaged, whole, capsys):
         run = str(whole / "context-0")
