@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import nn
 
-import ctxenc.integrations.timm_models  # noqa: F401, so that timm knows the names of our networks
+import ctxenc.integrations.timm_models  # so that timm knows the names of our networks
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training.config import RunConfig, atomic, read_config, write_config
 from ctxenc.training.console import UserError, near_names, one_line
