@@ -140,11 +140,11 @@ def test_lines_of_the_index(recorded, tmp_path):
     (tmp_path / "examples").symlink_to(EXAMPLES)
     (tmp_path / "lines.sh").write_text(block)
     found = [parsed(program(command)[1])[1] for command in recorded(tmp_path / "lines.sh")]
-    for each, parameters in zip(found, (16_788, 3_514), strict=True):
-        model = timm.create_model(each.model)
-        if "context" in each.arm_names:
-            ctxenc.patch_se_blocks(model, **each.swap)
-        assert round(sum(each.numel() for each in model.parameters()) / 1000) == parameters
+    for options, thousands in zip(found, (16_788, 3_514), strict=True):
+        model = timm.create_model(options.model)
+        if "context" in options.arm_names:
+            ctxenc.patch_se_blocks(model, **options.swap)
+        assert round(sum(each.numel() for each in model.parameters()) / 1000) == thousands
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_pretrained_cfgs, load_state_dict, split_model_name_tag
 from torch import Tensor, nn
 
-import ctxenc.integrations.timm_models
+import ctxenc.integrations.timm_models  # so that timm knows the names of our networks
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training.config import RunConfig, atomic, read_config, write_config
 from ctxenc.training.console import UserError, near_names, one_line
