@@ -20,9 +20,7 @@ recipe=(
     --opt momentum --lr 0.1 # timm's "sgd" would be Nesterov's
     # The default of the authors' code, whose help text says 1e-4. timm's optimizers leave biases, norms and codewords undecayed.
     --weight-decay 5e-4
-    # Not as in the paper, which pads by 4 pixels and crops. What such a crop shows of the image is at least 77 % of it; these crops
-    # show 75 % or more, but are enlarged to 32 x 32.
-    --crop-scale 0.75 --color-jitter 0
+    --crop-padding 4 --color-jitter 0 # and timm mirrors half of the images
 )
 python -m ctxenc finetune --data cifar10 --data-dir "$data" "${network[@]}" "${recipe[@]}" \
     --out runs/cifar10 --resume auto "$@"

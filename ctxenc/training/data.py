@@ -16,6 +16,7 @@ from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import Compose, RandomCrop, Resize
 from tqdm import tqdm
 
 from ctxenc.training import photographs
@@ -359,11 +360,16 @@ def train_transform(settings: Settings, data_config: dict[str, Any]) -> Any:
     Raises:
         UserError: The policy of --auto-augment is not one of timm's.
     """
+    _, height, width = data_config["input_size"]
+    padding, scale, ratio = settings.crop_padding, (settings.crop_scale, 1.0), None
+    if padding is not None:  # what timm then crops is all of it
+        scale, ratio = (1.0, 1.0), (width / height, width / height)
     try:
-        return create_transform(
+        transform = create_transform(
             input_size=data_config["input_size"],
             is_training=True,
-            scale=(settings.crop_scale, 1.0),
+            scale=scale,
+            ratio=ratio,
             color_jitter=settings.color_jitter,
             auto_augment=settings.auto_augment,
             re_prob=settings.random_erase,
@@ -376,6 +382,10 @@ def train_transform(settings: Settings, data_config: dict[str, Any]) -> Any:
             raise
         rule = "must be a policy of timm, such as rand-m9-mstd0.5"
         raise UserError(f"--auto-augment {rule}, got {settings.auto_augment!r}: {one_line(error)}") from error
+    if padding is None:
+        return transform
+    cropped = RandomCrop((height, width), padding=padding, pad_if_needed=True)
+    return Compose([Resize(max(height, width)), cropped, transform])
 
 
 def eval_transform(data_config: dict[str, Any]) -> Any:

@@ -205,6 +205,7 @@ class Settings(TrainingSettings):
         "label_smoothing": UP_TO_1,
         "ema_decay": UP_TO_1,
         "crop_scale": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+        "crop_padding": ("in [0, 512]", _number(0, 512)),
         "color_jitter": AT_LEAST_0,
         "random_erase": UP_TO_1,
         "mixup": AT_LEAST_0,
@@ -250,6 +251,11 @@ class Settings(TrainingSettings):
     ema_decay: float = option(0.999, "decay of that average", type=float)
 
     crop_scale: float = option(0.35, "smallest area of the random resized crop", type=float)
+    crop_padding: int | None = option(
+        None,
+        "pixels to pad an image by and crop it again, in place of that crop, as for CIFAR (default: none)",
+        type=int,
+    )
     color_jitter: float = option(0.4, "strength of the colour jitter", type=float)
     auto_augment: str | None = option(None, "a timm policy, such as rand-m9-mstd0.5", metavar="POLICY")
     random_erase: float = option(0.0, "probability of erasing a rectangle", type=float)

@@ -1,8 +1,9 @@
 """Seeing inside a network: which codeword owns which pixel, which codewords are in use, what the gates let through.
 
     import ctxenc.viz
+    import matplotlib.pyplot  # then a notebook shows figures
 
-    ctxenc.viz.assignment_map(model, "photograph.jpg")  # a matplotlib figure, for a notebook
+    ctxenc.viz.assignment_map(model, "photograph.jpg")
 
 `python -m ctxenc look` writes the same as PNGs.
 """

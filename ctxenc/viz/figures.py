@@ -52,7 +52,7 @@ def assignment_map(
         image_size: likewise.
 
     Returns:
-        A matplotlib figure, which pyplot does not know: a notebook shows it, `figure.savefig(path)` writes it.
+        A matplotlib figure: a notebook in which matplotlib.pyplot was imported shows it, `figure.savefig(path)` writes it.
 
     Raises:
         ValueError: as look.

@@ -300,3 +300,39 @@ class TestValidationSource:
         assert source.targets == [1, 1, 2]
         with pytest.raises(UserError, match="the class dog"):
             data.validation_source(Settings(), ["cat", "newt"], str(tmp_path))
+
+
+class TestCropPadding:
+    """Each pixel's red is its row and green its column, so that what is left of an image tells where it was cropped."""
+
+    CONFIG = DATA_CONFIG | {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+    def crops(self, padding, size=(32, 32)):
+        rows, columns = (100 + each for each in np.mgrid[: size[0], : size[1]])
+        image = Image.fromarray(np.stack([rows, columns, columns * 0], axis=2).astype(np.uint8))
+        settings = Settings(crop_padding=padding, color_jitter=0.0)
+        transform = data.train_transform(settings, self.CONFIG | {"input_size": (3, *size)})
+        for seed in range(60):
+            with data.seeded(seed):
+                yield (255 * transform(image)).round().int()
+
+    def test_images_are_shifted_and_mirrored_and_nothing_else(self):
+        shifts, mirrored = set(), 0
+        for crop in self.crops(4):
+            if bool((crop[1].diff(dim=1) < 0).sum() > 16 * 32):
+                crop, mirrored = crop.flip(2), mirrored + 1
+            inside = crop[0] > 0
+            top, left = crop[0][inside].min() - 100, crop[1][inside].min() - 100
+            down, right = inside.any(1).int().argmax(), inside.any(0).int().argmax()
+            shifts.add((int(down - top), int(right - left)))
+            height, width = int(inside.any(1).sum()), int(inside.any(0).sum())
+            expected = torch.arange(100 + top, 100 + top + height)[:, None].expand(height, width)
+            assert torch.equal(crop[0][inside].view(height, width), expected.int())
+        assert {shift for pair in shifts for shift in pair} == set(range(-4, 5))
+        assert 15 < mirrored < 45
+
+    def test_no_padding_leaves_the_image(self):
+        assert len({tuple(crop[0].flatten().tolist()) for crop in self.crops(0)}) == 1
+
+    def test_other_shapes(self):
+        assert {tuple(crop.shape) for crop in self.crops(4, (24, 40))} == {(3, 24, 40)}

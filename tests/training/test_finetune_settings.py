@@ -72,6 +72,7 @@ def test_settings_are_json():
         ("lr", float("nan"), "a positive number"),
         ("val_fraction", 1.0, "below 1"),
         ("crop_scale", 0.0, "above 0"),
+        ("crop_padding", -1, "in [0, 512]"),
         ("label_smoothing", 1.5, "in [0, 1]"),
         ("mixup", -1.0, "at least 0"),
         ("workers", -1, "in [0, 256]"),
