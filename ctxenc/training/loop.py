@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
@@ -43,13 +44,14 @@ from ctxenc.training.settings import TrainingSettings
 from ctxenc.training.tensorboard import Board
 
 NAMED = 16  # images that an error tells of
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
     """Accelerate set up for ``settings``; the order of training samples follows from ``seed`` and the epoch.
 
     Raises:
-        UserError: The device is not there, or does not do this precision.
+        UserError: The device is not there, or does not do this precision or SyncBatchNorm; or the launcher asks for shards.
     """
     pick_device(settings.device)
     if settings.device not in ("auto", "cpu"):
@@ -67,6 +69,12 @@ def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
         raise UserError(f"--device {settings.device}, --amp {settings.amp}: {one_line(error)}") from error
     if settings.amp == "fp16" and accelerator.device.type == "cpu":  # which Accelerate would leave out without a word
         raise UserError("--amp fp16 needs a GPU; a CPU has bf16")
+    if accelerator.distributed_type in SHARDED:  # whose state a checkpoint would have to gather
+        raise UserError(
+            f"accelerate launch must leave each process the whole network (DDP), got {accelerator.distributed_type.value}"
+        )
+    if settings.sync_bn and accelerator.device.type != "cuda":
+        raise UserError(f"--sync-bn needs cuda: SyncBatchNorm does not train on {accelerator.device.type}")
     return accelerator
 
 
@@ -126,6 +134,7 @@ class Loop(ABC):
     predicted: ClassVar[tuple[str, ...]] = PREDICTIONS  # the columns of predictions.csv
     poly_power: float = 0.9
     ema_decay: float | None = None  # of a moving average of the weights
+    sync_bn: ClassVar[bool] = False  # where --sync-bn does not say
     network: Any
     samples: Any
     val: Any  # the samples to evaluate on
@@ -140,7 +149,7 @@ class Loop(ABC):
         checkpoint = newest_state(self.accelerator, arm)
         set_seed(seed)
         with self.accelerator.local_main_process_first():
-            network = self.build(fresh=checkpoint is None)
+            network = self.synchronized(self.build(fresh=checkpoint is None))
         if settings.channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(self.accelerator.device)
@@ -185,6 +194,13 @@ class Loop(ABC):
     @abstractmethod
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch."""
+
+    def synchronized(self, network: nn.Module) -> nn.Module:
+        """``network``, its batch norms over the images of all processes if that is asked for, on several GPUs."""
+        wanted = self.sync_bn if self.settings.sync_bn is None else self.settings.sync_bn
+        if not wanted or self.accelerator.num_processes == 1 or self.accelerator.device.type != "cuda":
+            return network
+        return convert_sync_batchnorm(network)  # timm's, which keeps the activation of its fused norms
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given of the batch of step ``self.progress.step``."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ctxenc.training.console import UserError
 
@@ -31,10 +31,15 @@ def agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
     return found
 
 
+def same(accelerator: Accelerator, value: str) -> bool:
+    """Whether ``value`` is the same on every process."""
+    return len(set(gather_object([value]))) == 1
+
+
 def speaks() -> bool:
-    """Whether this process tells of a mistake: the first that meets one, or before they are connected, the first of all."""
+    """Whether this process tells of a mistake: the first that meets one, or before they are connected, the first of its machine."""
     if not (dist.is_available() and dist.is_initialized()):
-        return os.environ.get("RANK", "0") == "0"
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("ctxenc/mistakes", 1) == 1
     except RuntimeError:  # the process that kept the store is gone

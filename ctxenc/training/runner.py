@@ -17,7 +17,7 @@ from ctxenc.training.bad_images import SKIP
 from ctxenc.training.config import read_config, write_config
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.loop import make_accelerator
-from ctxenc.training.processes import agree, speaks
+from ctxenc.training.processes import agree, same, speaks
 from ctxenc.training.tensorboard import check_tensorboard
 
 UNFINISHED = re.compile(r"\.config\.\d+\.json")  # what a kill in the writing of the first configuration leaves
@@ -102,6 +102,10 @@ def _run(args: argparse.Namespace, training: Training) -> None:
     if settings.tensorboard:
         check_tensorboard()
     accelerator = make_accelerator(settings)
+    if not same(accelerator, str(folder)):  # else they would wait for each other
+        raise UserError(
+            f"--resume {args.resume}: not every process finds the same run, which must lie where all machines see it: {folder} here"
+        )
     with accelerator.local_main_process_first():
         datasets = training.build_datasets(settings)
     if stored is not None and stored.classes != datasets.classes:

@@ -169,6 +169,11 @@ class TrainingSettings:
     amp: str | None = option(
         None, "mixed precision (default: none, or what accelerate launch names)", choices=("bf16", "fp16")
     )
+    sync_bn: bool | None = option(
+        None,
+        "batch norms over the images of all processes, on GPUs (default: segment train yes, finetune no)",
+        action=argparse.BooleanOptionalAction,
+    )
     channels_last: bool = flag("channels-last memory format")
     compile: bool = flag("torch.compile the network")
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
@@ -67,6 +66,7 @@ class SegmentTrainer(Loop):
     score = SCORE
     score_label = "mIoU"
     predicted = ("name", "wrong")
+    sync_bn = True  # as the paper
     settings: SegmentSettings
 
     def __init__(
@@ -85,10 +85,7 @@ class SegmentTrainer(Loop):
 
     def build(self, fresh: bool) -> nn.Module:
         """The network of the configuration."""
-        network: Any = build_network(self.config, self.settings.pretrained_backbone and fresh)
-        if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
-            network = convert_sync_batchnorm(network)  # timm's, which keeps the activation of its fused norms
-        return network
+        return build_network(self.config, self.settings.pretrained_backbone and fresh)
 
     def make_optimizer(self) -> Optimizer:
         """The optimiser of the network."""

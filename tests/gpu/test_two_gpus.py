@@ -1,0 +1,33 @@
+"""SyncBatchNorm on two GPUs: what one network learns from the double batch. Written on a machine without a GPU."""
+
+import pytest
+import torch
+
+from tests.gpu.problems import DEVICE, on_a_gpu
+from tests.gpu.two_gpus import NAMES, statistics_of, trained
+from tests.training.launchers import launched
+from tests.training.two_processes import gradients_of
+
+pytestmark = [
+    *on_a_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, one for each process"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    code, log = launched("torchrun", folder, folder / "found.pt", program="tests.gpu.two_gpus")
+    assert code == 0, log
+    return torch.load(folder / "found.pt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sync_batch_norm_learns_from_the_double_batch(name, found):
+    """In fp64, where a batch norm over one half of the batch is off in the first digits."""
+    network, images, targets = trained(name, DEVICE)
+    wanted = {key: each.cpu() for key, each in gradients_of(name, network, images, targets).items()}
+    gradients, statistics = found[name]
+    # A bias before a batch norm has no gradient but rounding.
+    torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(statistics, statistics_of(network), rtol=1e-9, atol=1e-11)
