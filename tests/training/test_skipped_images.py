@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -166,6 +168,15 @@ class TestFinetune:
             assert cells["images"] == "9"
             assert cells["cross entropy"] == f"{metrics(whole / 'context-0')[-1]['val_loss']:.4f}"
 
+    def test_evaluate_says_what_it_says_without_the_broken_one(self, damaged, whole, tmp_path, capsys):
+        folder = shutil.copytree(damaged / "val", tmp_path / "val")
+        outs = []
+        for more in (["--skip-broken"], []):
+            assert main(["evaluate", str(whole / "context-0"), "--data", str(folder), *more]) == 0
+            outs.append(capsys.readouterr().out)
+            (folder / "cat" / "3.png").unlink(missing_ok=True)
+        assert outs[0] == outs[1]
+
     def test_nothing_else_changes(self, image_folder, finetune, tmp_path):
         """Where no image is broken."""
         for name, more in (("fail", ()), ("skip", SKIP)):
@@ -319,3 +330,18 @@ def test_no_more_workers_than_batches(image_folder, tmp_path, train, size, start
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where the machine has fewer CPUs than that
         assert made.loader(Numbers((), 6), train=train, batch_size=size).num_workers == started
+
+
+@pytest.mark.slow
+def test_two_processes(damaged, whole, tmp_path):
+    """Both note what they meet, and what is left out counts nowhere."""
+    command = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ctxenc", "finetune")
+    arguments = ("--data", damaged, *SMALL, "--epochs", 1, *SKIP, "--workers", 1, "--out", tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *map(str, arguments)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 images could not be read and were left out: bad_images.txt." in done.stdout
+    assert set(lines(tmp_path / "run")) == set(lines(whole))
+    found, expected = (read_predictions(run / "context-0" / "predictions.csv") for run in (tmp_path / "run", whole))
+    assert [row[:2] for row in found] == [row[:2] for row in expected]

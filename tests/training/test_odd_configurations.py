@@ -1,0 +1,222 @@
+"""Configurations that hold code, are no JSON, are of any type, or of another version: nothing runs, and what is wrong is named."""
+
+import json
+import shutil
+from contextlib import suppress
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import ctxenc
+from ctxenc.__main__ import main
+from ctxenc.integrations import EncNet, load_encnet_checkpoint
+from ctxenc.integrations.checkpoints import METADATA, save_encnet_checkpoint
+from ctxenc.training import data, durable, runs, settings
+from ctxenc.training.console import UserError
+from ctxenc.training.segmentation import settings as segment_settings
+from tests.training.attacks import Watch, forge
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "taken"
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+CODE = "__import__('os').system('touch taken')"
+NAMES = [
+    CODE,
+    "os.system",
+    "hf-hub:timm/resnet18",
+    "hf_hub:timm/resnet18.a1_in1k",
+    "hf-hub:evil/model",
+    "local-dir:.",
+    "local-dir:/",
+]
+NAMES += [
+    "file:///etc/passwd",
+    "http://localhost/model",
+    "https://localhost/model.pth",
+    "../../resnet18",
+    "timm.models.resnet18",
+    "\0",
+]
+ARGUMENTS = [
+    {"checkpoint_path": "evil.pth"},
+    {"cache_dir": "/"},
+    {"pretrained": True},
+    {"pretrained_cfg": {"url": "http://localhost/model.pth"}},
+    {"pretrained_cfg_overlay": {"file": "evil.pth", "custom_load": True}},
+    {"pretrained_strict": False},
+    *(
+        {key: CODE}
+        for key in ("act_layer", "norm_layer", "global_pool", "se_layer", "pad_type", "round_chs_fn", "block_args")
+    ),
+    *({key: "os.system"} for key in ("norm_layer", "se_layer", "attn_layer", "cls", "model_cfg", "feature_cfg")),
+    *({"features_only": True, "feature_cls": name} for name in (CODE, "os.system")),
+    *({key: CODE} for key in ("device", "dtype", "drop_rate", "block_fn", "stem_size")),
+    {"block_args": {"attn_layer": "os.system"}},
+    {"block_args": {"attn_layer": CODE}},
+    {"model_name": "resnet18"},
+]
+
+
+class TestConfigurations:
+    @pytest.fixture
+    def run(self, run_folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # where the code would leave its marker
+        return shutil.copytree(run_folder / "context-0", tmp_path / "run")
+
+    def change(self, run, **fields):
+        table = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(table | fields))
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_names_of_models(self, run, tmp_path, marker, picture, capsys, name):
+        self.change(run, model=name)
+        path = tmp_path / "a.safetensors"
+        network = EncNet("test_resnet", 3, channels=8, num_codes=2)
+        save_encnet_checkpoint(network, path)
+        save_file(load_file(path), path, {METADATA: json.dumps(network.config | {"backbone": name})})
+        with Watch(marker):
+            with pytest.raises(UserError, match="unknown model"):
+                ctxenc.load(run)
+            with pytest.raises(ValueError, match="backbone must be the name of a timm model"):
+                load_encnet_checkpoint(path)
+            assert main(["predict", str(run), str(picture)]) == 2
+            for command in (["finetune", "--model", name], ["segment", "train", "--backbone", name]):
+                assert main(command) == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+    @pytest.mark.parametrize("model", ["test_efficientnet", "seresnet18", "vit_tiny_patch16_224"])
+    def test_arguments_of_models(self, config, marker, tmp_path, monkeypatch, model, arguments):
+        """Refused, or of no effect: JSON holds no code, and timm looks names up in tables of its own."""
+        monkeypatch.chdir(tmp_path)
+        with Watch(marker), suppress(UserError, ValueError):
+            runs.build_model(runs.RunConfig(**vars(config) | {"model": model, "model_kwargs": arguments, "swap": None}))
+        if {"pretrained", "cache"} & {each.partition("_")[0] for each in arguments} or "checkpoint_path" in arguments:
+            with pytest.raises(ValueError, match="model_kwargs must be"):
+                runs.RunConfig(**vars(config) | {"model_kwargs": arguments})
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("interpolation", CODE), ("interpolation", "cubic"), ("crop_mode", CODE)]
+    )
+    def test_transforms(self, run, marker, picture, config, capsys, key, value):
+        self.change(run, data_config=config.data_config | {key: value})
+        with Watch(marker):
+            assert main(["predict", str(run), str(picture)]) == 2
+        assert "config: data_config must be" in capsys.readouterr().err
+
+    def test_every_interpolation_that_is_allowed_is_timms(self, config):
+        from ctxenc.training.config import CROP_MODES, INTERPOLATIONS
+
+        for key, values in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            for value in values:
+                transform = data.eval_transform(config.data_config | {key: value})
+                assert transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "!!python/object/apply:os.system ['touch taken']",
+            "format: 1\nmodel: !!python/object/apply:os.system ['touch taken']\n",
+            '{"format": !!python/name:os.system , "model": 1}',
+            CODE,
+            '{"format": 1, "format": 1}',
+            '{"format": 1, "settings": {"lr": 1, "lr": 2}}',
+            '{"format": NaN}',
+            '{"settings": {"lr": -Infinity}}',
+            '{"settings": {"lr": 1e999}}',
+            '{"format": ' + "1" * 10_000 + "}",
+            '{"a":' * 100_000,
+            "[" * 100_000 + "]" * 100_000,
+        ],
+        ids=lambda text: text[:30],
+    )
+    def test_what_is_no_json_or_odd(self, run, marker, picture, capsys, text):
+        (run / "config.json").write_text(text)
+        commands = (["predict", run, picture], ["evaluate", run], ["look", run, picture], ["finetune", "--resume", run])
+        commands += (["segment", "predict", "--checkpoint", run, picture], ["segment", "train", "--resume", run])
+        for command in commands:
+            with Watch(marker):
+                assert main([str(each) for each in command]) == 2
+            message = capsys.readouterr().err
+            assert f"{run / 'config.json'} is not valid JSON: " in message
+            assert len(message) < 600
+
+    def test_no_yaml_is_read(self, run, picture, marker, capsys):
+        (run / "config.json").rename(run / "config.yaml")
+        with Watch(marker):
+            assert main(["predict", str(run), str(picture)]) == 2
+        assert "is no run folder" in capsys.readouterr().err
+
+    def test_json_on_the_command_line(self, capsys):
+        for text in ("[" * 50_000, '{"a":' * 20_000, '{"a": 1, "a": 2}', '{"a": NaN}', CODE):
+            with pytest.raises(SystemExit) as caught:
+                main(["finetune", "--model-kwargs", text])
+            assert caught.value.code == 2
+            assert "argument --model-kwargs: must be a JSON object: " in capsys.readouterr().err
+
+    def test_deep_nesting_in_a_checkpoint(self, tmp_path):
+        path = tmp_path / "a.safetensors"
+        save_file({"weight": torch.zeros(2)}, path, {METADATA: "[" * 100_000})
+        with pytest.raises(ValueError, match="no valid safetensors file"):
+            load_encnet_checkpoint(path)
+        (tmp_path / durable.MANIFEST).write_text("[" * 100_000)
+        assert durable.damage(tmp_path) == "manifest.json is no JSON"
+
+
+ODD = (None, True, 0, -1, 10**400, 0.5, "x", CODE, "", [], [1], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("options", [settings, segment_settings], ids=["finetune", "segment train"])
+def test_settings_of_any_type(options):
+    """Each is as argparse would have made it, or is named."""
+    stored = options.resolve({"data": "folder"}).as_dict()
+    for name, usual in stored.items():
+        for value in ODD:
+            try:
+                made = getattr(options.resumed(stored | {name: value}, {}), name)
+            except UserError as error:
+                told = str(error)
+                assert "--" in told and len(told) < 300 and "\n" not in told, (name, told)  # noqa: PT018
+                continue
+            assert made is value
+            if usual is not None and name != "smoothing":  # a text or a number
+                assert isinstance(made, type(usual)) or (type(usual) is float and type(made) is int), (name, value)
+                assert isinstance(made, bool) == isinstance(usual, bool), (name, value)
+
+
+class TestVersions:
+    def test_a_run_from_before_a_setting_goes_on(self, done, tmp_path):
+        run = shutil.copytree(done, tmp_path / "run")
+        table = json.loads((run / "config.json").read_text())
+        del table["settings"]["on_bad_image"]
+        (run / "config.json").write_text(json.dumps(table))
+        assert main(["finetune", "--resume", str(run)]) == 0
+
+    @pytest.mark.parametrize("changed", [{"format": 2}, {"format": True}, {"format": "1"}, {"format": None}])
+    def test_a_configuration_of_another_format(self, run_folder, tmp_path, changed, capsys):
+        run = shutil.copytree(run_folder / "context-0", tmp_path / "run")
+        table = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(table | changed))
+        for command in (["predict", str(run), str(run)], ["finetune", "--resume", str(run)], ["look", str(run)]):
+            assert main(command) == 2
+            assert "format must be" in capsys.readouterr().err or command[0] == "predict"
+
+    def test_a_checkpoint_with_more_than_this_version_knows(self, done, tmp_path, capsys):
+        run = shutil.copytree(done, tmp_path / "run")
+        newest = run / "context-0" / "checkpoints" / "epoch-00002-step-0000000"
+        progress = json.loads((newest / "progress.json").read_bytes())
+        for changed in (progress | {"novelty": 1}, {}, [1], {"predictions": 3}):
+            forge(newest, {"progress.json": json.dumps(changed).encode()})
+            assert main(["finetune", "--resume", str(run)]) == 2
+            assert f"cannot resume from {newest}: " in capsys.readouterr().err
