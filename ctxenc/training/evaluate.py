@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 from ctxenc.training.bad_images import Intact
 from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, text_table
 from ctxenc.training.data import Samples, Source, eval_transform, validation_source
-from ctxenc.training.loop import make_accelerator, worker_errors
+from ctxenc.training.loop import worker_errors
 from ctxenc.training.metrics import bootstrap, interval
+from ctxenc.training.processes import make_accelerator
 from ctxenc.training.runs import LoadedRun, load_run
 from ctxenc.training.settings import Settings
 from ctxenc.training.trainer import Evaluation, evaluate

@@ -1,7 +1,6 @@
 """The loop that all trainings share: steps and epochs under Accelerate, which can be stopped at any step and gone on with."""
 
 import math
-import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -13,8 +12,8 @@ from traceback import clear_frames
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate import skip_first_batches
+from accelerate.utils import gather_object, set_seed
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -39,43 +38,12 @@ from ctxenc.training.checkpoint import (
 from ctxenc.training.codebooks import codebook_health, draw_codebooks
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.nonfinite import Before, first_nonfinite, nonfinite_gradients
-from ctxenc.training.runs import SCORE, pick_device
+from ctxenc.training.processes import make_accelerator
+from ctxenc.training.runs import SCORE
 from ctxenc.training.settings import TrainingSettings
 from ctxenc.training.tensorboard import Board
 
 NAMED = 16  # images that an error tells of
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
-
-def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
-    """Accelerate set up for ``settings``; the order of training samples follows from ``seed`` and the epoch.
-
-    Raises:
-        UserError: The device is not there, or does not do this precision or SyncBatchNorm; or the launcher asks for shards.
-    """
-    pick_device(settings.device)
-    if settings.device not in ("auto", "cpu"):
-        os.environ["ACCELERATE_TORCH_DEVICE"] = settings.device
-    # The sampler seeds epoch e with data_seed + e: seeds lie far enough apart not to share an order.
-    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=100_000 * seed)
-    try:
-        accelerator = Accelerator(
-            cpu=settings.device == "cpu",
-            mixed_precision=settings.amp,  # None: what accelerate launch was told, else none
-            dynamo_backend="inductor" if settings.compile else None,
-            dataloader_config=loading,
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"--device {settings.device}, --amp {settings.amp}: {one_line(error)}") from error
-    if settings.amp == "fp16" and accelerator.device.type == "cpu":  # which Accelerate would leave out without a word
-        raise UserError("--amp fp16 needs a GPU; a CPU has bf16")
-    if accelerator.distributed_type in SHARDED:  # whose state a checkpoint would have to gather
-        raise UserError(
-            f"accelerate launch must leave each process the whole network (DDP), got {accelerator.distributed_type.value}"
-        )
-    if settings.sync_bn and accelerator.device.type != "cuda":
-        raise UserError(f"--sync-bn needs cuda: SyncBatchNorm does not train on {accelerator.device.type}")
-    return accelerator
 
 
 def make_optimizer(parameters: Any, settings: TrainingSettings, **more: Any) -> Optimizer:

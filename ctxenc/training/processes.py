@@ -1,14 +1,49 @@
-"""What the processes of a training do as one: decide, and tell the user of a mistake."""
+"""The processes of a training: how they are set up, and what they do as one, decide and tell the user of a mistake."""
 
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
-from ctxenc.training.console import UserError
+from ctxenc.training.console import UserError, one_line
+from ctxenc.training.runs import pick_device
+from ctxenc.training.settings import TrainingSettings
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
+    """Accelerate set up for ``settings``; the order of training samples follows from ``seed`` and the epoch.
+
+    Raises:
+        UserError: The device is not there, or does not do this precision or SyncBatchNorm; or the launcher asks for shards.
+    """
+    pick_device(settings.device)
+    if settings.device not in ("auto", "cpu"):
+        os.environ["ACCELERATE_TORCH_DEVICE"] = settings.device
+    # The sampler seeds epoch e with data_seed + e: seeds lie far enough apart not to share an order.
+    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=100_000 * seed)
+    try:
+        accelerator = Accelerator(
+            cpu=settings.device == "cpu",
+            mixed_precision=settings.amp,  # None: what accelerate launch was told, else none
+            dynamo_backend="inductor" if settings.compile else None,
+            dataloader_config=loading,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"--device {settings.device}, --amp {settings.amp}: {one_line(error)}") from error
+    if settings.amp == "fp16" and accelerator.device.type == "cpu":  # which Accelerate would leave out without a word
+        raise UserError("--amp fp16 needs a GPU; a CPU has bf16")
+    if accelerator.distributed_type in SHARDED:  # whose state a checkpoint would have to gather
+        raise UserError(
+            f"accelerate launch must leave each process the whole network (DDP), got {accelerator.distributed_type.value}"
+        )
+    if settings.sync_bn and accelerator.device.type != "cuda":
+        raise UserError(f"--sync-bn needs cuda: SyncBatchNorm does not train on {accelerator.device.type}")
+    return accelerator
 
 
 def agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:

@@ -16,8 +16,7 @@ from ctxenc.training import signals
 from ctxenc.training.bad_images import SKIP
 from ctxenc.training.config import read_config, write_config
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.loop import make_accelerator
-from ctxenc.training.processes import agree, same, speaks
+from ctxenc.training.processes import agree, make_accelerator, same, speaks
 from ctxenc.training.tensorboard import check_tensorboard
 
 UNFINISHED = re.compile(r"\.config\.\d+\.json")  # what a kill in the writing of the first configuration leaves

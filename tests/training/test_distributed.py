@@ -19,8 +19,7 @@ from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet
 from ctxenc.training.checkpoint import read_predictions
 from ctxenc.training.evaluate import data_settings, evaluate_run, validation_source
-from ctxenc.training.loop import make_accelerator
-from ctxenc.training.processes import speaks
+from ctxenc.training.processes import make_accelerator, speaks
 from ctxenc.training.runs import load_run, load_weights, read_config
 from ctxenc.training.segmentation import train as segmentation
 from ctxenc.training.segmentation.networks import SegmentConfig
