@@ -45,6 +45,7 @@ class Progress:
         timings: What depends on the clock, of each finished epoch.
         codebooks: The health of each codebook after each finished epoch.
         predictions: Those of the last finished epoch.
+        places: The validation samples that they are of; some may be left out.
         confusion: Of the last finished epoch, how many pixels of each class were taken for each; classifications have none.
         score: The column of the metrics by which the best epoch is chosen.
         step: The steps done in the epoch that is under way.
@@ -59,6 +60,7 @@ class Progress:
     timings: list[Row] = field(default_factory=list)
     codebooks: list[Row] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
     score: str = SCORE
     step: int = 0

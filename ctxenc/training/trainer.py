@@ -169,7 +169,8 @@ class Trainer(Loop):
         batches = self.until_told(self.val_loader, len(self.val_loader))
         model = self.model if self.ema is None else self.ema.module
         result = evaluate(self.accelerator, model, batches, self.settings.channels_last)
-        names = map(self.datasets.val.name, result.indices.tolist())
+        self.progress.places = result.indices.tolist()
+        names = map(self.datasets.val.name, self.progress.places)
         columns = (each.tolist() for each in (result.targets, result.predictions, result.losses))
         self.progress.predictions = list(zip(names, *columns, strict=True))
         return {"val_loss": result.loss, SCORE: result.balanced_accuracy, "top1": result.top1}
@@ -187,12 +188,12 @@ class Trainer(Loop):
             f"{classes[target]},\nseen as {classes[prediction]} ({loss:.1f})"
             for _, target, prediction, loss in (rows[index] for index in worst)
         ]
-        places = {self.datasets.val.name(index): index for index in range(len(self.val))}  # some may be left out
-        images = [pictures.photograph(self.val[places[rows[each][0]]][0], **colours) for each in worst]
+        places = self.progress.places
+        images = [pictures.photograph(self.val[places[each]][0], **colours) for each in worst]
         pictures.save(self.arm, pictures.WORST, pictures.draw_worst(images, captions))
         shown = pictures.evenly(len(rows), pictures.LOOKED_AT)
         names = [classes[rows[each][1]] for each in shown]
-        images = [self.val[places[rows[each][0]]][0] for each in shown]
+        images = [self.val[places[each]][0] for each in shown]
         pictures.draw_assignments(self.arm, self.evaluated, images, names, colours)
 
 

@@ -121,8 +121,9 @@ class SegmentTrainer(Loop):
         metrics.matrix = self.accelerator.reduce(metrics.matrix, "sum")
         self.progress.confusion = metrics.matrix.tolist()
         shares = gather_object([wrong])
-        found = [(name, shares[index % len(shares)][index // len(shares)]) for index, name in enumerate(self.names)]
-        self.progress.predictions = [(name, share) for name, share in found if not math.isnan(share)]
+        found = [shares[index % len(shares)][index // len(shares)] for index in range(len(self.val))]
+        self.progress.places = [index for index, share in enumerate(found) if not math.isnan(share)]
+        self.progress.predictions = [(self.names[index], found[index]) for index in self.progress.places]
         return as_floats(metrics.compute(), self.config.classes)
 
     def _logits(self, images: Tensor, size: torch.Size) -> Tensor:
@@ -144,14 +145,13 @@ class SegmentTrainer(Loop):
         super().finish()
         matrix = torch.tensor(self.progress.confusion)
         pictures.save(self.arm, pictures.CONFUSION, pictures.draw_confusion(matrix, self.config.classes))
-        places = {name: index for index, name in enumerate(self.names)}  # some may be left out
-        rows = self.progress.predictions
-        worst = sorted(rows, key=lambda row: -row[1])[:WORST]
-        self._save_sheet(pictures.WORST, [places[name] for name, _ in worst])
-        names = [rows[index][0] for index in pictures.evenly(len(rows), pictures.LOOKED_AT)]
+        rows, places = self.progress.predictions, self.progress.places
+        worst = sorted(range(len(rows)), key=lambda each: -rows[each][1])[:WORST]
+        self._save_sheet(pictures.WORST, [places[each] for each in worst])
+        shown = pictures.evenly(len(rows), pictures.LOOKED_AT)
         colours = {"mean": self.config.mean, "std": self.config.std}
-        images = [self.val[places[name]][0] for name in names]
-        pictures.draw_assignments(self.arm, self.network, images, [Path(name).stem for name in names], colours)
+        images, names = [self.val[places[each]][0] for each in shown], [Path(rows[each][0]).stem for each in shown]
+        pictures.draw_assignments(self.arm, self.network, images, names, colours)
 
     @torch.no_grad()
     def _save_sheet(self, name: str, chosen: Sequence[int]) -> None:
