@@ -28,9 +28,11 @@ from ctxenc.training.rng import rng_state, set_rng_state
 from ctxenc.training.runs import SCORE, atomic, save_weights
 
 Row = dict[str, Any]
-Prediction = tuple[Any, ...]  # a sample's name, and what was predicted of it
+Prediction = tuple[
+    Any, ...
+]  # a sample's name, what was predicted of it, and its index, which stays where the data moves
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
-PREDICTIONS = ("name", "target", "prediction", "loss")
+PREDICTIONS = ("name", "target", "prediction", "loss", "index")
 SPEED = "images_per_s"
 FOLDER = "checkpoints"
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
@@ -268,7 +270,8 @@ def read_results(arm: Path) -> list[Row]:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Reads the predictions.csv of a classification: name, target, prediction and loss of each validation sample."""
+    """Reads the predictions.csv of a classification: name, target, prediction, loss and index of each validation sample."""
     with open(path, newline="", **TEXT) as file:
         rows = list(csv.DictReader(file))
-    return [(row["name"], int(row["target"]), int(row["prediction"]), float(row["loss"])) for row in rows]
+    kinds = (str, int, int, float, int)
+    return [tuple(kind(row[name]) for kind, name in zip(kinds, PREDICTIONS, strict=True)) for row in rows]

@@ -179,7 +179,7 @@ def test_the_worst_images_are_those_of_the_largest_loss(finetune, tmp_path, monk
     rows = sorted(read_predictions(tmp_path / "run" / "context-0" / "predictions.csv"), key=lambda row: -row[3])[:4]
     ((images, captions),) = shown
     classes = ("cat", "dog", "newt")
-    assert captions == [f"{classes[true]},\nseen as {classes[said]} ({loss:.1f})" for _, true, said, loss in rows]
+    assert captions == [f"{classes[true]},\nseen as {classes[said]} ({loss:.1f})" for _, true, said, loss, _ in rows]
     config = read_config(tmp_path / "run" / "context-0").data_config
     for row, image in zip(rows, images, strict=True):
         normalised = eval_transform(config)(open_image(row[0]))

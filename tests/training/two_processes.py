@@ -148,7 +148,8 @@ class Counting(Loop):
     score = "top1"
 
     def __init__(self, count, batch_size, arm):
-        self.samples, self.seen = Numbers(count), []
+        self.samples = self.val = Numbers(count)
+        self.seen = []
         super().__init__(TrainingSettings(batch_size=batch_size, epochs=1, lr=1e-9, device="cpu"), arm, 0)
         self.val_loader = self.accelerator.prepare(self.loader(self.samples, train=False))
 
