@@ -179,7 +179,7 @@ class Trainer(Loop):
     def finish(self) -> None:
         """Writes which classes are confused, the images of the largest losses, and what two blocks see."""
         super().finish()
-        classes, rows = self.config.classes, self.progress.predictions
+        classes, rows = [pictures.short(each) for each in self.config.classes], self.progress.predictions
         colours = {key: self.config.data_config[key] for key in ("mean", "std")}
         targets, predictions = (torch.tensor([row[column] for row in rows]) for column in (1, 2))
         matrix = multiclass_confusion_matrix(predictions, targets, len(classes))
