@@ -180,11 +180,15 @@ def _saved(content: Any) -> bytes:
     return file.getvalue()
 
 
-def load_state(accelerator: Accelerator, folder: Path, state: State) -> Progress:
+def load_state(
+    accelerator: Accelerator, folder: Path, state: State, predicted: Sequence[str], val_samples: int
+) -> Progress:
     """Puts networks, optimiser, scaler, generators and the sum of losses back as the checkpoint ``folder`` has them.
 
+    ``predicted`` names the columns of its predictions, which are of ``val_samples`` samples at most.
+
     Raises:
-        UserError: It is of another model or number of processes, or cannot be read.
+        UserError: It is of another model, number of processes, version or data, or cannot be read.
     """
     try:
         for name, network in state.networks.items():
@@ -198,6 +202,10 @@ def load_state(accelerator: Accelerator, folder: Path, state: State) -> Progress
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:
             raise ValueError(f"it is of {len(processes)} processes, got {accelerator.num_processes}")
+        if any(len(each) != len(predicted) for each in progress.predictions):
+            raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")
+        if any(each[-1] >= val_samples for each in progress.predictions):
+            raise ValueError(f"it was evaluated on more than the {val_samples} validation images that are there")
         own = processes[accelerator.process_index]
         state.loss.copy_(own["loss"])
         set_rng_state(own["rng"], accelerator.device)

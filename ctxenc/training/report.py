@@ -66,7 +66,7 @@ class Arm:
 def read_arm(
     run: Path, name: str, config: RunConfig, seeds: Sequence[int], samples: Container[int] | None = None
 ) -> Arm:
-    """Reads the results of arm ``name`` from the folder ``run``, those of the validation samples of these indices (default: all)."""
+    """Reads the results of arm ``name`` from the folder ``run``: of the validation samples of these indices (default: all)."""
     folders = [run / f"{name}-{seed}" for seed in seeds]
     rows = [read_predictions(each / "predictions.csv") for each in folders]
     kept = [[row[1:3] for row in each if samples is None or row[4] in samples] for each in rows]

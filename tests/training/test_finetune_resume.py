@@ -112,6 +112,13 @@ class TestResume:
             assert code == 0, err
             assert "on 10 validation images" in out
 
+    def test_data_that_has_become_less(self, refused, finetune, tmp_path, image_folder):
+        data = shutil.copytree(image_folder, tmp_path / "data")
+        assert finetune("--out", tmp_path / "run", "--epochs", 1, data=data)[0] == 0
+        (data / "val" / "cat" / "0.png").unlink()
+        line = refused("--resume", tmp_path / "run", data=data)
+        assert "it was evaluated on more than the 9 validation images that are there" in line
+
     def test_other_classes(self, refused, finetune, tmp_path, image_folder):
         assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
         other = shutil.copytree(image_folder, tmp_path / "other")
