@@ -28,9 +28,9 @@ from ctxenc.training.rng import rng_state, set_rng_state
 from ctxenc.training.runs import SCORE, atomic, save_weights
 
 Row = dict[str, Any]
-Prediction = tuple[Any, ...]  # a sample's name, and what was predicted of it
+Prediction = tuple[Any, ...]  # a sample's name, what was predicted of it, and its index, which stays where data moves
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
-PREDICTIONS = ("name", "target", "prediction", "loss")
+PREDICTIONS = ("name", "target", "prediction", "loss", "index")
 SPEED = "images_per_s"
 FOLDER = "checkpoints"
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
@@ -45,7 +45,6 @@ class Progress:
         timings: What depends on the clock, of each finished epoch.
         codebooks: The health of each codebook after each finished epoch.
         predictions: Those of the last finished epoch.
-        places: The validation samples that they are of; some may be left out.
         confusion: Of the last finished epoch, how many pixels of each class were taken for each; classifications have none.
         score: The column of the metrics by which the best epoch is chosen.
         step: The steps done in the epoch that is under way.
@@ -60,7 +59,6 @@ class Progress:
     timings: list[Row] = field(default_factory=list)
     codebooks: list[Row] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
     score: str = SCORE
     step: int = 0
@@ -180,11 +178,15 @@ def _saved(content: Any) -> bytes:
     return file.getvalue()
 
 
-def load_state(accelerator: Accelerator, folder: Path, state: State) -> Progress:
+def load_state(
+    accelerator: Accelerator, folder: Path, state: State, predicted: Sequence[str], val_samples: int
+) -> Progress:
     """Puts networks, optimiser, scaler, generators and the sum of losses back as the checkpoint ``folder`` has them.
 
+    ``predicted`` names the columns of its predictions, which are of ``val_samples`` samples at most.
+
     Raises:
-        UserError: It is of another model or number of processes, or cannot be read.
+        UserError: It is of another model, number of processes, version or data, or cannot be read.
     """
     try:
         for name, network in state.networks.items():
@@ -198,6 +200,10 @@ def load_state(accelerator: Accelerator, folder: Path, state: State) -> Progress
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:
             raise ValueError(f"it is of {len(processes)} processes, got {accelerator.num_processes}")
+        if any(len(each) != len(predicted) for each in progress.predictions):
+            raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")
+        if any(each[-1] >= val_samples for each in progress.predictions):
+            raise ValueError(f"it was evaluated on more than the {val_samples} validation images that are there")
         own = processes[accelerator.process_index]
         state.loss.copy_(own["loss"])
         set_rng_state(own["rng"], accelerator.device)
@@ -270,7 +276,8 @@ def read_results(arm: Path) -> list[Row]:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Reads the predictions.csv of a classification: name, target, prediction and loss of each validation sample."""
+    """Reads the predictions.csv of a classification: name, target, prediction, loss and index of each validation sample."""
     with open(path, newline="", **TEXT) as file:
         rows = list(csv.DictReader(file))
-    return [(row["name"], int(row["target"]), int(row["prediction"]), float(row["loss"])) for row in rows]
+    kinds = (str, int, int, float, int)
+    return [tuple(kind(row[name]) for kind, name in zip(kinds, PREDICTIONS, strict=True)) for row in rows]

@@ -46,7 +46,7 @@ def codebook_health(
         channels_last: Whether the network is in this memory format.
 
     Returns:
-        A row for each block, in the order of the network's modules; none where it has no block:
+        A row for each block, in the order of the network's modules; none where no image counts, or none reaches it:
         "block", its name; "codewords", K; "dead", how many have a share below 1 % of 1 / K; "entropy" of the shares and
         "pixel_entropy", the mean of that of a pixel's weights, in bits, at most log2(K); "smoothing_min" and "smoothing_max".
     """
@@ -82,7 +82,8 @@ def codebook_health(
         for handle in handles:
             handle.remove()
     gathered: list[dict[str, list[UsageSum]]] = gather_object([found])
-    return [_row(name, block, [each for part in gathered for each in part[name]]) for name, block in blocks.items()]
+    sums = {name: [each for part in gathered for each in part[name]] for name in blocks}
+    return [_row(name, block, sums[name]) for name, block in blocks.items() if sums[name]]
 
 
 def left_out(target: int | Tensor) -> bool:

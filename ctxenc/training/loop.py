@@ -146,7 +146,7 @@ class Loop(ABC):
         set_seed(seed, device_specific=True)  # what the network draws differs between processes
         self.progress = Progress(score=self.score)
         if checkpoint is not None:
-            self.progress = load_state(self.accelerator, checkpoint, self.state)
+            self.progress = load_state(self.accelerator, checkpoint, self.state, self.predicted, len(self.val))
         if self.accelerator.is_main_process:
             publish_again(arm, self.progress, self.evaluated, checkpoint, self.predicted)
             self.board = Board(arm, self.progress, self.updates_per_epoch) if settings.tensorboard else None

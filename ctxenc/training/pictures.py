@@ -1,5 +1,6 @@
 """Pictures of what a trained network does: which classes it confuses, its worst images, and what its blocks see."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ FOLDER = "pictures"
 CONFUSION, WORST, CODEBOOKS, ASSIGNMENT = "confusion.png", "worst.png", "codebooks.png", "assignment-{}.png"
 WORST_SHOWN, LOOKED_AT, BLOCKS = 12, 3, 2
 LABELLED = 40  # classes; of more the names would overlap
+LONGEST = 24  # letters of a name
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -23,6 +25,12 @@ def evenly(total: int, count: int) -> list[int]:
     if count >= total:
         return list(range(total))
     return [round(number * (total - 1) / max(1, count - 1)) for number in range(count)]
+
+
+def short(name: str) -> str:
+    """A name of a class or a file in one line that leaves room for the picture."""
+    line = " ".join(name.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
 
 
 def save(arm: Path, name: str, figure: Figure) -> None:
@@ -36,7 +44,8 @@ def save(arm: Path, name: str, figure: Figure) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    with atomic(folder / name) as path:
+    with atomic(folder / name) as path, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the names may be of any script; the font draws boxes
         figure.savefig(path, dpi=90, format="png")
 
 
@@ -54,6 +63,7 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
         classes: Their names.
     """
     shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
+    classes = [short(each) for each in classes]
     size = len(classes)
     side = min(11.0, max(5.0, 1.6 + 0.42 * size))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
@@ -111,4 +121,4 @@ def draw_assignments(
     if chosen:
         seen = look(network, images, chosen, **colours)
         for block in chosen:
-            save(arm, ASSIGNMENT.format(block), overview(seen, block, names))
+            save(arm, ASSIGNMENT.format(block), overview(seen, block, [short(each) for each in names]))

@@ -64,12 +64,13 @@ class Arm:
 
 
 def read_arm(
-    run: Path, name: str, config: RunConfig, seeds: Sequence[int], samples: Container[str] | None = None
+    run: Path, name: str, config: RunConfig, seeds: Sequence[int], samples: Container[int] | None = None
 ) -> Arm:
-    """Reads the results of arm ``name`` back from the folder ``run``, those of these validation samples (default: all)."""
+    """Reads the results of arm ``name`` from the folder ``run``: of the validation samples of these indices (default: all)."""
     folders = [run / f"{name}-{seed}" for seed in seeds]
     rows = [read_predictions(each / "predictions.csv") for each in folders]
-    predictions = [torch.tensor([row[1:3] for row in each if samples is None or row[0] in samples]) for each in rows]
+    kept = [[row[1:3] for row in each if samples is None or row[4] in samples] for each in rows]
+    predictions = [torch.tensor(each) for each in kept]
     targets = predictions[0][:, 0]
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
@@ -98,7 +99,7 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     every = [
         read_predictions(run / f"{name}-{seed}" / "predictions.csv") for name in configs for seed in settings.seed_list
     ]
-    common = set.intersection(*({row[0] for row in each} for each in every))  # some may have broken on the way
+    common = set.intersection(*({row[4] for row in each} for each in every))  # some may have broken on the way
     arms = [read_arm(run, name, config, settings.seed_list, common) for name, config in configs.items()]
     rows = [
         {"arm": arm.name, "seed": seed, **{column: row[column] for column in COLUMNS}}

@@ -9,6 +9,7 @@ import csv
 import importlib.metadata
 import os
 import platform
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,11 +120,15 @@ def load_initial(model: nn.Module, path: Path) -> None:
     if path.is_dir():
         path = resolve(path, preferred="se") / "best.safetensors"
     try:
-        weights = load_state_dict(str(path), weights_only=True)
+        path.open("rb").close()  # for the system's reason: timm logs that there is no file
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of old pickles
+            weights = load_state_dict(str(path), weights_only=True)
     except OSError as error:
-        raise UserError(f"--initial-checkpoint {path} cannot be read: {error.strerror or 'no such file'}") from error
+        raise UserError(f"--initial-checkpoint {path} cannot be read: {error.strerror or one_line(error)}") from error
     except Exception as error:  # pickle, zip and safetensors each raise their own
-        raise UserError(f"--initial-checkpoint {path} is no file of weights: {one_line(error)}") from error
+        text = one_line(error).partition(" No automatic unsafe")[0]  # then timm tells how to run the file's code
+        raise UserError(f"--initial-checkpoint {path} is no file of weights: {text}") from error
     own = model.state_dict()
     if not isinstance(weights, dict) or not all(isinstance(each, Tensor) for each in weights.values()):
         raise UserError(f"--initial-checkpoint {path} is no file of weights: it must hold a tensor for each name")

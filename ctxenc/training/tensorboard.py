@@ -24,6 +24,9 @@ class Board:
         arm: The folder of the arm.
         progress: Where training begins or goes on: what an interrupted run has logged after it is cut.
         updates_per_epoch: Updates of an epoch.
+
+    Raises:
+        UserError: The folder's name is no text, which the package cannot write to.
     """
 
     def __init__(self, arm: Path, progress: Progress, updates_per_epoch: int) -> None:
@@ -31,7 +34,10 @@ class Board:
 
         self.updates_per_epoch = updates_per_epoch
         done = progress.epoch * updates_per_epoch + progress.step
-        self.writer: Any = SummaryWriter(arm / FOLDER, purge_step=done + 1)
+        try:
+            self.writer: Any = SummaryWriter(arm / FOLDER, purge_step=done + 1)
+        except UnicodeEncodeError as error:
+            raise UserError(f"--tensorboard must have a run folder whose name is text, got {str(arm)!r}") from error
 
     def step(self, update: int, loss: float, lr: float) -> None:
         """Logs a step: the loss of this process, and the learning rate."""

@@ -1,5 +1,6 @@
 """The fine-tuning of one arm with one seed, and its evaluation."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,31 +170,31 @@ class Trainer(Loop):
         batches = self.until_told(self.val_loader, len(self.val_loader))
         model = self.model if self.ema is None else self.ema.module
         result = evaluate(self.accelerator, model, batches, self.settings.channels_last)
-        self.progress.places = result.indices.tolist()
-        names = map(self.datasets.val.name, self.progress.places)
+        indices = result.indices.tolist()
+        names = map(self.datasets.val.name, indices)
         columns = (each.tolist() for each in (result.targets, result.predictions, result.losses))
-        self.progress.predictions = list(zip(names, *columns, strict=True))
+        self.progress.predictions = list(zip(names, *columns, indices, strict=True))
         return {"val_loss": result.loss, SCORE: result.balanced_accuracy, "top1": result.top1}
 
     def finish(self) -> None:
         """Writes which classes are confused, the images of the largest losses, and what two blocks see."""
         super().finish()
-        classes, rows = self.config.classes, self.progress.predictions
+        classes, rows = [pictures.short(each) for each in self.config.classes], self.progress.predictions
         colours = {key: self.config.data_config[key] for key in ("mean", "std")}
         targets, predictions = (torch.tensor([row[column] for row in rows]) for column in (1, 2))
         matrix = multiclass_confusion_matrix(predictions, targets, len(classes))
         pictures.save(self.arm, pictures.CONFUSION, pictures.draw_confusion(matrix, classes))
-        worst = sorted(range(len(rows)), key=lambda index: -rows[index][3])[: pictures.WORST_SHOWN]
+        worst = sorted(rows, key=lambda row: math.inf if math.isnan(row[3]) else row[3], reverse=True)
+        worst = worst[: pictures.WORST_SHOWN]
         captions = [
             f"{classes[target]},\nseen as {classes[prediction]} ({loss:.1f})"
-            for _, target, prediction, loss in (rows[index] for index in worst)
+            for _, target, prediction, loss, _ in worst
         ]
-        places = self.progress.places
-        images = [pictures.photograph(self.val[places[each]][0], **colours) for each in worst]
+        images = [pictures.photograph(self.val[row[4]][0], **colours) for row in worst]
         pictures.save(self.arm, pictures.WORST, pictures.draw_worst(images, captions))
-        shown = pictures.evenly(len(rows), pictures.LOOKED_AT)
-        names = [classes[rows[each][1]] for each in shown]
-        images = [self.val[places[each]][0] for each in shown]
+        shown = [rows[each] for each in pictures.evenly(len(rows), pictures.LOOKED_AT)]
+        names = [classes[row[1]] for row in shown]
+        images = [self.val[row[4]][0] for row in shown]
         pictures.draw_assignments(self.arm, self.evaluated, images, names, colours)
 
 

@@ -13,6 +13,8 @@ from torch.utils.data import TensorDataset
 import ctxenc
 from ctxenc.training import codebooks
 from ctxenc.training.codebooks import COLUMNS, IMAGES, codebook_health, draw_codebooks
+from ctxenc.training.data import LEFT_OUT
+from ctxenc.training.segmentation.pairs import IGNORED
 from ctxenc.viz import codebook_usage, encoding_blocks
 
 
@@ -81,6 +83,13 @@ def test_broken_images_do_not_count(network, samples, accelerator):
         assert [row["entropy"] for row in rows] == pytest.approx([row["entropy"] for row in whole])
     everything = codebook_health(accelerator, network, TensorDataset(classes.tensors[0], torch.zeros(8)), batch_size=2)
     assert [row["entropy"] for row in everything] != pytest.approx([row["entropy"] for row in whole])
+
+
+@pytest.mark.parametrize("target", [torch.full((4, 4), IGNORED), LEFT_OUT])
+def test_where_no_image_counts_there_is_no_row(network, samples, accelerator, target):
+    """As of masks that are ignored throughout."""
+    nothing = [(samples[number][0], target) for number in range(3)]
+    assert codebook_health(accelerator, network, nothing, batch_size=2) == []
 
 
 def test_nothing_is_left_behind(network, samples, accelerator):

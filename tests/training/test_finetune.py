@@ -78,7 +78,7 @@ class TestRun:
         rows = read_predictions(done / "se-1" / "predictions.csv")
         assert [row[1] for row in rows] == [0] * 6 + [1] * 3 + [2]
         assert rows[0][0] == str(image_folder / "val" / "cat" / "0.png")
-        top1 = sum(target == prediction for _, target, prediction, _ in rows) / len(rows)
+        top1 = sum(target == prediction for _, target, prediction, *_ in rows) / len(rows)
         assert top1 == pytest.approx(metrics(done / "se-1")[-1]["top1"])
         loss = sum(row[3] for row in rows) / len(rows)
         assert loss == pytest.approx(metrics(done / "se-1")[-1]["val_loss"])

@@ -100,6 +100,25 @@ class TestResume:
         assert finetune("--resume", tmp_path / "run", data=moved)[0] == 0
         assert runs.read_config(tmp_path / "run" / "context-0").settings["data"] == str(moved)
 
+    def test_data_that_has_moved(self, finetune, tmp_path, image_folder, monkeypatch):
+        """Between two arms, and when nothing is left but the report."""
+        run, moved = tmp_path / "run", tmp_path / "moved"
+        with monkeypatch.context() as patch:
+            self.stop_at(patch, "context-0", 1)
+            assert finetune("--out", run, "--arms", "both", "--epochs", 2)[0] == 130
+        shutil.copytree(image_folder, moved)
+        for data in (moved, image_folder):
+            code, out, err = finetune("--resume", run, "--data", data)
+            assert code == 0, err
+            assert "on 10 validation images" in out
+
+    def test_data_that_has_become_less(self, refused, finetune, tmp_path, image_folder):
+        data = shutil.copytree(image_folder, tmp_path / "data")
+        assert finetune("--out", tmp_path / "run", "--epochs", 1, data=data)[0] == 0
+        (data / "val" / "cat" / "0.png").unlink()
+        line = refused("--resume", tmp_path / "run", data=data)
+        assert "it was evaluated on more than the 9 validation images that are there" in line
+
     def test_other_classes(self, refused, finetune, tmp_path, image_folder):
         assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
         other = shutil.copytree(image_folder, tmp_path / "other")

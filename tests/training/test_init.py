@@ -157,9 +157,10 @@ class TestInitialCheckpoint:
             ({"conv_stem.weight": torch.zeros(3)}, "does not fit the model: "),
             ({"conv_stem.weight": 3}, "must hold a tensor for each name"),
             ([1, 2], "is no file of weights: "),
+            ({"model": Exception}, "is no file of weights: "),
         ],
     )
-    def test_what_is_refused(self, content, message, tmp_path, model):
+    def test_what_is_refused(self, content, message, tmp_path, model, caplog):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         path = tmp_path / "weights.pth"
         if isinstance(content, bytes):
@@ -169,4 +170,6 @@ class TestInitialCheckpoint:
         with pytest.raises(UserError, match=re.escape(message)) as caught:
             runs.load_initial(model, path)
         assert f"--initial-checkpoint {path} " in str(caught.value)
+        assert "weights_only=False" not in str(caught.value)
+        assert not caplog.records
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

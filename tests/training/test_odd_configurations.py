@@ -216,7 +216,8 @@ class TestVersions:
         run = shutil.copytree(done, tmp_path / "run")
         newest = run / "context-0" / "checkpoints" / "epoch-00002-step-0000000"
         progress = json.loads((newest / "progress.json").read_bytes())
-        for changed in (progress | {"novelty": 1}, {}, [1], {"predictions": 3}):
+        older = progress | {"predictions": [row[:3] for row in progress["predictions"]]}
+        for changed in (progress | {"novelty": 1}, {}, [1], {"predictions": 3}, older):
             forge(newest, {"progress.json": json.dumps(changed).encode()})
             assert main(["finetune", "--resume", str(run)]) == 2
             assert f"cannot resume from {newest}: " in capsys.readouterr().err

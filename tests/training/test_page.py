@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import ctxenc
 from ctxenc.__main__ import main
-from ctxenc.training import pictures
+from ctxenc.training import pictures, trainer
 from ctxenc.training.checkpoint import read_predictions
 from ctxenc.training.config import read_config
 from ctxenc.training.data import eval_transform, open_image
@@ -170,6 +171,32 @@ def test_a_browser_shows_it(command, finetune, tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 24)) > 1000  # pictures, not a blank page
 
 
+def test_long_names_and_other_scripts_leave_room_for_the_picture(tmp_path):
+    """Warnings are errors here: of a layout that does not fit, and of letters that the font lacks."""
+    figure = pictures.draw_confusion(torch.ones(3, 3), ["x" * 240, "new\nline", "\u65e5\u672c"])
+    pictures.save(tmp_path, "confusion.png", figure)
+    axes = figure.axes[0]
+    assert axes.get_position().width > 0.4
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"{'x' * 21}...", "new line", "\u65e5\u672c"]
+
+
+def test_an_image_whose_loss_is_nan_is_among_the_worst(finetune, tmp_path, monkeypatch):
+    shown, real = [], trainer.evaluate
+
+    def evaluate(*given):
+        result = real(*given)
+        result.losses[4] = torch.nan
+        return result
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(pictures, "WORST_SHOWN", 2)
+    monkeypatch.setattr(pictures, "draw_worst", lambda images, captions: shown.extend(captions) or Figure())
+    assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
+    rows = read_predictions(tmp_path / "run" / "context-0" / "predictions.csv")
+    largest = max(row[3] for row in rows if row[4] != 4)
+    assert [caption.rpartition(" ")[2] for caption in shown] == ["(nan)", f"({largest:.1f})"]
+
+
 def test_the_worst_images_are_those_of_the_largest_loss(finetune, tmp_path, monkeypatch):
     shown = []
     real = pictures.draw_worst
@@ -179,7 +206,7 @@ def test_the_worst_images_are_those_of_the_largest_loss(finetune, tmp_path, monk
     rows = sorted(read_predictions(tmp_path / "run" / "context-0" / "predictions.csv"), key=lambda row: -row[3])[:4]
     ((images, captions),) = shown
     classes = ("cat", "dog", "newt")
-    assert captions == [f"{classes[true]},\nseen as {classes[said]} ({loss:.1f})" for _, true, said, loss in rows]
+    assert captions == [f"{classes[true]},\nseen as {classes[said]} ({loss:.1f})" for _, true, said, loss, _ in rows]
     config = read_config(tmp_path / "run" / "context-0").data_config
     for row, image in zip(rows, images, strict=True):
         normalised = eval_transform(config)(open_image(row[0]))

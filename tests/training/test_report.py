@@ -25,7 +25,7 @@ def finished(tmp_path, config):
         folder.mkdir()
         hits = [index < count for size, count in zip((6, 3, 1), counts, strict=True) for index in range(size)]
         predictions = [
-            dict(zip(PREDICTIONS, (f"{i}", t, t if hit else (t + 1) % 3, 0.5), strict=True))
+            dict(zip(PREDICTIONS, (f"{i}", t, t if hit else (t + 1) % 3, 0.5, i), strict=True))
             for i, (t, hit) in enumerate(zip(TARGETS, hits, strict=True))
         ]
         write_rows(folder / "predictions.csv", PREDICTIONS, predictions)

@@ -266,6 +266,17 @@ class TestSegmentation:
         assert self.start(root, *SKIP, "--out", tmp_path / "one more") == 0
         assert_same_run(tmp_path / "all", tmp_path / "one more", ["encnet-0"])
 
+    @pytest.mark.parametrize("broken", [True, False])
+    def test_no_validation_image_counts(self, tmp_path, capsys, broken):
+        root = make_pairs(tmp_path / "data")
+        for number in range(2):
+            if broken:
+                (root / f"images/val/{number}.png").write_bytes(b"no image")
+            else:
+                Image.new("L", (44, 30 + 4 * number), 255).save(root / f"masks/val/{number}.png")
+        assert self.start(root, *SKIP, "--out", tmp_path / "run") == 2
+        assert "error: none of the 2 validation images counts: " in capsys.readouterr().err
+
     def test_a_mask_that_can_be_read_but_is_wrong_is_not_skipped(self, tmp_path, capsys):
         root = make_pairs(tmp_path / "data")
         Image.new("L", (44, 34), 200).save(root / "masks/train/1.png")

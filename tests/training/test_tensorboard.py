@@ -1,12 +1,16 @@
 """What --tensorboard logs: the same numbers as the files, each at its update, without those that an interruption took back."""
 
 import csv
+import os
 import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctxenc.training import trainer
+from ctxenc.training.checkpoint import Progress
+from ctxenc.training.console import UserError
+from ctxenc.training.tensorboard import Board
 from tests.training.small_runs import metrics
 
 STEPS = 3  # an epoch: six images, two a step
@@ -53,3 +57,8 @@ def test_without_the_package(refused, tmp_path, monkeypatch):
 def test_without_the_option_nothing_is_logged(finetune, tmp_path):
     assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0
     assert not list((tmp_path / "run").rglob("tensorboard"))
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    with pytest.raises(UserError, match="--tensorboard must have a run folder whose name is text"):
+        Board(tmp_path / os.fsdecode(b"run \xff"), Progress(), 3)

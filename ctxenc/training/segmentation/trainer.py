@@ -65,7 +65,7 @@ class SegmentTrainer(Loop):
 
     score = SCORE
     score_label = "mIoU"
-    predicted = ("name", "wrong")
+    predicted = ("name", "wrong", "index")
     sync_bn = True  # as the paper
     settings: SegmentSettings
 
@@ -105,6 +105,9 @@ class SegmentTrainer(Loop):
         """Pixel accuracy, mean IoU and Dice and those of each class, over the pixels of all validation masks.
 
         The share of each image that is wrong, and the confusion of classes, go into the progress.
+
+        Raises:
+            UserError: No image counts.
         """
         self.model.eval()
         metrics = SegmentationMetrics(len(self.config.classes)).to(self.accelerator.device)
@@ -121,9 +124,14 @@ class SegmentTrainer(Loop):
         metrics.matrix = self.accelerator.reduce(metrics.matrix, "sum")
         self.progress.confusion = metrics.matrix.tolist()
         shares = gather_object([wrong])
-        found = [shares[index % len(shares)][index // len(shares)] for index in range(len(self.val))]
-        self.progress.places = [index for index, share in enumerate(found) if not math.isnan(share)]
-        self.progress.predictions = [(self.names[index], found[index]) for index in self.progress.places]
+        found = [
+            (name, shares[index % len(shares)][index // len(shares)], index) for index, name in enumerate(self.names)
+        ]
+        self.progress.predictions = [row for row in found if not math.isnan(row[1])]
+        if not self.progress.predictions:
+            raise UserError(
+                f"none of the {len(self.val)} validation images counts: its file is broken or all of its mask is ignored"
+            )
         return as_floats(metrics.compute(), self.config.classes)
 
     def _logits(self, images: Tensor, size: torch.Size) -> Tensor:
@@ -145,13 +153,13 @@ class SegmentTrainer(Loop):
         super().finish()
         matrix = torch.tensor(self.progress.confusion)
         pictures.save(self.arm, pictures.CONFUSION, pictures.draw_confusion(matrix, self.config.classes))
-        rows, places = self.progress.predictions, self.progress.places
-        worst = sorted(range(len(rows)), key=lambda each: -rows[each][1])[:WORST]
-        self._save_sheet(pictures.WORST, [places[each] for each in worst])
-        shown = pictures.evenly(len(rows), pictures.LOOKED_AT)
+        rows = self.progress.predictions
+        worst = sorted(rows, key=lambda row: -row[1])[:WORST]
+        self._save_sheet(pictures.WORST, [index for _, _, index in worst])
+        shown = [rows[each] for each in pictures.evenly(len(rows), pictures.LOOKED_AT)]
         colours = {"mean": self.config.mean, "std": self.config.std}
-        images, names = [self.val[places[each]][0] for each in shown], [Path(rows[each][0]).stem for each in shown]
-        pictures.draw_assignments(self.arm, self.network, images, names, colours)
+        images = [self.val[index][0] for _, _, index in shown]
+        pictures.draw_assignments(self.arm, self.network, images, [Path(row[0]).stem for row in shown], colours)
 
     @torch.no_grad()
     def _save_sheet(self, name: str, chosen: Sequence[int]) -> None:
