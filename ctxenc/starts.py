@@ -35,10 +35,16 @@ def first_layer(se: nn.Module | None) -> Tensor | None:
 
 
 def kmeans_centres(pixels: Tensor, num_codes: int, seed: int) -> Tensor:
-    """The centres (K, C) of scikit-learn's MiniBatchKMeans of pixels (N, C)."""
+    """The centres (K, C) of scikit-learn's MiniBatchKMeans of pixels (N, C).
+
+    Raises:
+        ValueError: There are fewer pixels than codewords.
+    """
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
 
+    if len(pixels) < num_codes:
+        raise ValueError(f"images must give each block a pixel a codeword, got {len(pixels)} for {num_codes} codewords")
     kmeans = MiniBatchKMeans(num_codes, random_state=seed, n_init=3, batch_size=max(1024, 4 * num_codes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct pixels than codewords: some are the same

@@ -454,3 +454,9 @@ def test_images_of_huge_logits_do_not_spoil_the_fit() -> None:
         starts.fit_gate(block, encodings, logits)
         own, wanted = block.gate(block.fc(features[6:])), block.gate(logits[6:].clone())
     assert calibration.gate_r2([(own, wanted)]) > 0.8
+
+
+def test_fewer_pixels_than_codewords_are_named(trained: nn.Module) -> None:
+    model = swapped(trained, num_codes=100)
+    with pytest.raises(ValueError, match="images must give each block a pixel a codeword, got 96 for 100 codewords"):
+        calibrated(model, IMAGES[:8].split(4))

@@ -140,7 +140,9 @@ def load_initial(model: nn.Module, path: Path) -> None:
     weights |= {name: own[name] for name in other}
     shapes, wanted = ({name: tuple(each.shape) for name, each in table.items()} for table in (weights, own))
     if problem := _mismatch(shapes, wanted, aliases={}):
-        raise UserError(f"--initial-checkpoint {path} does not fit the model: {problem}")
+        swapped = any(name.endswith(".encoding.codewords") for name in shapes.keys() - wanted.keys())
+        hint = "; it is of a swapped network, and one with SE blocks is wanted" if swapped else ""
+        raise UserError(f"--initial-checkpoint {path} does not fit the model: {problem}{hint}")
     model.load_state_dict(weights)
 
 

@@ -157,6 +157,10 @@ class TestInitialCheckpoint:
             ({"conv_stem.weight": torch.zeros(3)}, "does not fit the model: "),
             ({"conv_stem.weight": 3}, "must hold a tensor for each name"),
             ([1, 2], "is no file of weights: "),
+            (
+                {"blocks.3.0.se.encoding.codewords": torch.zeros(3)},
+                "it is of a swapped network, and one with SE blocks is wanted",
+            ),
             ({"model": Exception}, "is no file of weights: "),
         ],
     )
