@@ -1,4 +1,4 @@
-"""SyncBatchNorm on two GPUs: what one network learns from the double batch. Written on a machine without a GPU."""
+"""SyncBatchNorm and Accelerate's FSDP2 on two GPUs: what one network learns from the double batch. Written without a GPU."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from tests.gpu.problems import DEVICE, on_a_gpu
 from tests.gpu.two_gpus import NAMES, statistics_of, trained
 from tests.training.launchers import launched
-from tests.training.two_processes import gradients_of
+from tests.training.two_processes import gradients_of, network_and_batch
 
 pytestmark = [
     *on_a_gpu,
@@ -14,12 +14,22 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    code, log = launched("torchrun", folder, folder / "found.pt", program="tests.gpu.two_gpus")
+def found_by(task, folder):
+    code, log = launched("torchrun", folder, task, folder / "found.pt", program="tests.gpu.two_gpus")
     assert code == 0, log
     return torch.load(folder / "found.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return found_by("sync", tmp_path_factory.mktemp("two"))
+
+
+def test_shards_have_the_gradients_of_the_double_batch(tmp_path):
+    for name, gradients in found_by("sharded", tmp_path).items():
+        network, images, targets = network_and_batch(name)
+        wanted = gradients_of(name, network, images, targets)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", NAMES)
