@@ -86,7 +86,7 @@ def worker_errors() -> Iterator[None]:
 
 
 class Loop(ABC):
-    """One arm with one seed. A subclass says what is trained, sets ``samples`` to train on, and then calls this constructor.
+    """One arm with one seed. A subclass sets ``samples`` to train on and ``val`` to evaluate on, then calls this constructor.
 
     Order matters: the network is put into its memory format and on its device, then copied for the moving average, then handed
     to the optimiser, then wrapped.
