@@ -33,6 +33,8 @@ def train(folder: Path, *arguments: str) -> np.ndarray:
     """The losses (seeds, epochs) of finetune with no arguments, of its context arm; without the evaluations, which take as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.Trainer, "evaluate", lambda own: {"val_loss": 0.0, own.score: 0.0, "top1": 0.0})
+        patch.setattr(trainer.Trainer, "codebooks", lambda own: [])
+        patch.setattr(trainer.Trainer, "finish", lambda own: None)  # of no predictions there are no pictures
         patch.setattr(finetune, "TRAINING", replace(finetune.TRAINING, write_report=lambda *_: ""))
         assert main(["finetune", "--arms", "context", "--seeds", str(SEEDS), "--out", str(folder), *arguments]) == 0
     arms = [folder / f"context-{seed}" / "metrics.csv" for seed in range(SEEDS)]
