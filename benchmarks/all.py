@@ -22,7 +22,10 @@ from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parent.parent
 SHARES = {"tests": 0.35, "encode": 0.3, "swap": 0.3}  # of the seconds; the rest is for starting and the pictures
-TESTS = {"cuda": ["tests/gpu", "-m", "gpu", "-n", "8"], "cpu": ["tests/test_operator.py"]}
+TESTS = {
+    "cuda": ["tests/gpu", "--ignore", "tests/gpu/training", "-m", "gpu", "-n", "8"],
+    "cpu": ["tests/test_operator.py"],
+}
 
 
 def run(name: str, command: Sequence[str], seconds: float | None) -> int:

@@ -4,14 +4,12 @@ import argparse
 import importlib
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import create_autospec
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -27,6 +25,7 @@ from ctxenc.context import ContextEncoding
 from ctxenc.training import settings
 from ctxenc.training.runs import load_run, read_config
 from ctxenc.training.segmentation import settings as segmentation
+from tests.training.small_runs import make_cifar
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = {  # with the commands that each runs
@@ -253,16 +252,8 @@ def test_what_is_fetched_is_there_to_be_had(name):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """CIFAR-10's files with four images each; their checksums are not those of the real ones."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
-        pixels = generator.integers(256, size=(4, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 2, 9]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {number}" for number in range(10)]}))
-    return tmp_path
+    return make_cifar(tmp_path)
 
 
 @pytest.fixture

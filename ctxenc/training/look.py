@@ -16,6 +16,7 @@ from ctxenc.training.config import atomic, parse_json
 from ctxenc.training.console import UserError, near_names, one_line, positive_int, text_table
 from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
+from ctxenc.training.pictures import spread
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import load_run, pick_device
 from ctxenc.training.segmentation import predict as segmentation
@@ -204,15 +205,6 @@ def pictures(paths: Sequence[Path], classes: list[str] | None, count: int) -> tu
         return [scenes.scene_type(index) for index in range(count)], [test[index][0] for index in range(count)]
     shown = SHOWN[:count]
     return [Path(name).stem for name in shown], [photographs.read_photograph(name) for name in shown]
-
-
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of the items, evenly from the first to the last; of one, the last."""
-    if count >= len(items):
-        return list(items)
-    if count == 1:
-        return [items[-1]]
-    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
 
 
 def report(seen: Look) -> str:

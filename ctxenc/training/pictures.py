@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -18,13 +18,16 @@ CONFUSION, WORST, CODEBOOKS, ASSIGNMENT = "confusion.png", "worst.png", "codeboo
 WORST_SHOWN, LOOKED_AT, BLOCKS = 12, 3, 2
 LABELLED = 40  # classes; of more the names would overlap
 LONGEST = 24  # letters of a name
+Item = TypeVar("Item")
 
 
-def evenly(total: int, count: int) -> list[int]:
-    """So many indices, evenly from 0 to ``total`` - 1; all of them where there are fewer."""
-    if count >= total:
-        return list(range(total))
-    return [round(number * (total - 1) / max(1, count - 1)) for number in range(count)]
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items, evenly from the first to the last; of one, the last."""
+    if count >= len(items):
+        return list(items)
+    if count == 1:
+        return [items[-1]]
+    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
 
 
 def short(name: str) -> str:
@@ -117,7 +120,7 @@ def draw_assignments(
     ``colours`` holds mean and std, by which the images were normalised.
     """
     blocks = list(encoding_blocks(network))
-    chosen = [blocks[number] for number in evenly(len(blocks), BLOCKS)]
+    chosen = spread(blocks, BLOCKS)
     if chosen:
         seen = look(network, images, chosen, **colours)
         for block in chosen:

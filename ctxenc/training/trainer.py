@@ -192,7 +192,7 @@ class Trainer(Loop):
         ]
         images = [pictures.photograph(self.val[row[4]][0], **colours) for row in worst]
         pictures.save(self.arm, pictures.WORST, pictures.draw_worst(images, captions))
-        shown = [rows[each] for each in pictures.evenly(len(rows), pictures.LOOKED_AT)]
+        shown = pictures.spread(rows, pictures.LOOKED_AT)
         names = [classes[row[1]] for row in shown]
         images = [self.val[row[4]][0] for row in shown]
         pictures.draw_assignments(self.arm, self.evaluated, images, names, colours)

@@ -116,3 +116,14 @@ def done(tmp_path_factory, image_folder):
     arguments = ("--data", image_folder, *SMALL, "--out", folder)
     assert main(["finetune", *map(str, arguments), "--arms", "both", "--seeds", "2", "--epochs", "2"]) == 0
     return folder
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "taken"
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"

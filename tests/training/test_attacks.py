@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ctxenc
@@ -19,17 +18,6 @@ from tests.training.attacks import Bomb, Watch, calls, climbing_zip, forge, pick
 from tests.training.small_runs import checkpoints
 
 SUFFIXES = (".pth", ".bin", ".pt", ".pth.tar", ".safetensors")
-
-
-@pytest.fixture
-def marker(tmp_path):
-    return tmp_path / "taken"
-
-
-@pytest.fixture
-def picture(tmp_path):
-    Image.new("RGB", (40, 40)).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
 
 
 def everything(folder):

@@ -42,7 +42,7 @@ def test_it_is_what_viz_says_of_these_images(network, samples, accelerator):
         block.smoothing.copy_(torch.tensor([0.5, 2.0, 1.0, 0.25, 1.0]))
     rows = codebook_health(accelerator, network, samples, batch_size=7)
     assert [row["block"] for row in rows] == list(encoding_blocks(network))
-    images = [samples[number * 100 // IMAGES][0] for number in range(IMAGES)]
+    images = [samples[round(number * 99 / (IMAGES - 1))][0] for number in range(IMAGES)]
     for row in rows:
         usage = codebook_usage(network, images, row["block"])
         assert row["dead"] == len(usage.dead)

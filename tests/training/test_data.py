@@ -1,6 +1,5 @@
 """Sources, splits, and samples that follow from (seed, epoch, index) alone."""
 
-import pickle
 import random
 
 import numpy as np
@@ -15,7 +14,7 @@ from ctxenc.training import data
 from ctxenc.training.console import UserError
 from ctxenc.training.predict import find_images
 from ctxenc.training.settings import Settings, resolve
-from tests.training.small_runs import DATA_CONFIG
+from tests.training.small_runs import DATA_CONFIG, make_cifar
 
 
 def make_folder(folder, counts):
@@ -253,17 +252,8 @@ class TestBrokenImages:
 class TestCifar:
     @pytest.fixture
     def cifar(self, tmp_path, monkeypatch):
-        """CIFAR-10's files with four images each; their checksums are not those of the real ones."""
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-        folder = tmp_path / "cifar-10-batches-py"
-        folder.mkdir()
-        generator = np.random.default_rng(0)
-        for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
-            pixels = generator.integers(256, size=(4, 3072), dtype=np.uint8)
-            (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 2, 9]}))
-        names = [f"class {number}" for number in range(10)]
-        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-        return tmp_path
+        return make_cifar(tmp_path)
 
     def test_splits(self, cifar):
         datasets = data.build_datasets(Settings(data="cifar10", data_dir=str(cifar)))

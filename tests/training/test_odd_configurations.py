@@ -18,18 +18,6 @@ from ctxenc.training.console import UserError
 from ctxenc.training.segmentation import settings as segment_settings
 from tests.training.attacks import Watch, forge
 
-
-@pytest.fixture
-def marker(tmp_path):
-    return tmp_path / "taken"
-
-
-@pytest.fixture
-def picture(tmp_path):
-    Image.new("RGB", (40, 40)).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
-
-
 CODE = "__import__('os').system('touch taken')"
 NAMES = [
     CODE,

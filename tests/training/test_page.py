@@ -99,10 +99,10 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize(
-    ("total", "count", "expected"), [(10, 4, [0, 3, 6, 9]), (2, 4, [0, 1]), (5, 1, [0]), (0, 3, [])]
+    ("total", "count", "expected"), [(10, 4, [0, 3, 6, 9]), (2, 4, [0, 1]), (5, 1, [4]), (0, 3, [])]
 )
-def test_evenly(total, count, expected):
-    assert pictures.evenly(total, count) == expected
+def test_spread(total, count, expected):
+    assert pictures.spread(range(total), count) == expected
 
 
 def test_confusion_shows_the_shares_of_the_true_class():

@@ -146,7 +146,7 @@ class SegmentTrainer(Loop):
     def publish(self) -> None:
         """Writes what an epoch leaves for others, a picture of some validation samples among it; on the main process."""
         super().publish()
-        self._save_sheet(f"epoch-{self.progress.epoch:03d}.png", pictures.evenly(len(self.val), SHOWN))
+        self._save_sheet(f"epoch-{self.progress.epoch:03d}.png", pictures.spread(range(len(self.val)), SHOWN))
 
     def finish(self) -> None:
         """Writes which classes are confused, the images of which most is wrong, and what two blocks see."""
@@ -156,7 +156,7 @@ class SegmentTrainer(Loop):
         rows = self.progress.predictions
         worst = sorted(rows, key=lambda row: -row[1])[:WORST]
         self._save_sheet(pictures.WORST, [index for _, _, index in worst])
-        shown = [rows[each] for each in pictures.evenly(len(rows), pictures.LOOKED_AT)]
+        shown = pictures.spread(rows, pictures.LOOKED_AT)
         colours = {"mean": self.config.mean, "std": self.config.std}
         images = [self.val[index][0] for _, _, index in shown]
         pictures.draw_assignments(self.arm, self.network, images, [Path(row[0]).stem for row in shown], colours)
@@ -184,9 +184,9 @@ class SegmentTrainer(Loop):
 
     def _photograph(self, image: Tensor, size: torch.Size) -> Tensor:
         """The image (3, H, W) uint8 in the size of its mask, from what the network takes."""
-        mean, std = (torch.tensor(each)[:, None, None] for each in (self.config.mean, self.config.std))
         resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        return ((resized * std + mean) * 255).round().clamp(0, 255).byte()
+        pixels = pictures.photograph(resized, self.config.mean, self.config.std)
+        return (pixels * 255).round().byte().permute(2, 0, 1)
 
 
 def share_wrong(predictions: Tensor, masks: Tensor, ignore_index: int = 255) -> Tensor:

@@ -17,13 +17,6 @@ from tests.gpu.problems import DEVICE, on_a_gpu
 pytestmark = on_a_gpu
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def swapped(device):
     torch.manual_seed(0)
     return ctxenc.patch_se_blocks(timm.create_model("test_efficientnet", num_classes=10).eval().to(device))

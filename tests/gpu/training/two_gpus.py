@@ -1,4 +1,4 @@
-"""What each process of test_two_gpus.py does: python -m tests.gpu.two_gpus sync|sharded FILE, under a launcher."""
+"""What each process of test_two_gpus.py does: python -m tests.gpu.training.two_gpus sync|sharded FILE, under a launcher."""
 
 import sys
 

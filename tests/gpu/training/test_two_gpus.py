@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.gpu.problems import DEVICE, on_a_gpu
-from tests.gpu.two_gpus import NAMES, statistics_of, trained
+from tests.gpu.training.two_gpus import NAMES, statistics_of, trained
 from tests.training.launchers import launched
 from tests.training.two_processes import gradients_of, network_and_batch
 
@@ -15,7 +15,7 @@ pytestmark = [
 
 
 def found_by(task, folder):
-    code, log = launched("torchrun", folder, task, folder / "found.pt", program="tests.gpu.two_gpus")
+    code, log = launched("torchrun", folder, task, folder / "found.pt", program="tests.gpu.training.two_gpus")
     assert code == 0, log
     return torch.load(folder / "found.pt")
 

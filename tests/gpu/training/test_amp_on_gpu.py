@@ -10,14 +10,6 @@ pytestmark = on_a_gpu
 ON_GPU = ("--device", DEVICE, "--workers", "4")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps precision and device for the life of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def fp32(tmp_path_factory):
     AcceleratorState._reset_state(reset_partial_state=True)

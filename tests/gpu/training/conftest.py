@@ -1,0 +1,1 @@
+from tests.training.conftest import fresh_accelerate  # noqa: F401
