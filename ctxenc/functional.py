@@ -120,15 +120,15 @@ def _check(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | float) -
     Returns:
         Smoothing as a tensor: a number becomes one of shape (), in fp32 at least, so that no half precision loses it.
     """
-    number = isinstance(smoothing, Real) and not isinstance(smoothing, bool)
-    tensors: dict[str, Any] = {"x": x, "codewords": codewords} | ({} if number else {"smoothing": smoothing})
-    for argument, tensor in tensors.items():
+    number = not isinstance(smoothing, Tensor | bool) and isinstance(smoothing, Real)
+    tensors: tuple[Any, ...] = (x, codewords) if number else (x, codewords, smoothing)
+    for argument, tensor in zip(("x", "codewords", "smoothing"), tensors, strict=False):
         if not isinstance(tensor, Tensor):
             rule = "a number or a tensor" if argument == "smoothing" else "a tensor"
             raise TypeError(f"{name}: {argument} must be {rule}, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: {argument} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        if tensor.device != x.device:
+        if tensor is not x and tensor.device != x.device:
             raise ValueError(f"{name}: {argument} must be on the device of x, {x.device}, got {tensor.device}")
     if not torch.jit.is_tracing():  # where sizes are tensors, and comparing them warns
         _check_shapes(name, x, codewords, smoothing if isinstance(smoothing, Tensor) else None)

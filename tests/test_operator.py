@@ -337,7 +337,7 @@ def test_nothing_is_shifted_where_the_codewords_lie_about_the_origin():
     two_clusters = codewords + torch.tensor([100.0] * 5 + [-100.0] * 4)[:, None]
 
     def center(x, codewords):
-        return torch_encode._center(x, codewords, torch.float32)
+        return torch_encode._codebook(x, codewords, torch.zeros((), device=x.device), torch.float32).center
 
     assert center(x, codewords) is None
     assert center(x + 1000, codewords) is None
