@@ -120,7 +120,7 @@ def _check(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | float) -
     Returns:
         Smoothing as a tensor: a number becomes one of shape (), in fp32 at least, so that no half precision loses it.
     """
-    number = not isinstance(smoothing, Tensor | bool) and isinstance(smoothing, Real)
+    number = not isinstance(smoothing, (Tensor, bool)) and isinstance(smoothing, Real)
     tensors: tuple[Any, ...] = (x, codewords) if number else (x, codewords, smoothing)
     for argument, tensor in zip(("x", "codewords", "smoothing"), tensors, strict=False):
         if not isinstance(tensor, Tensor):

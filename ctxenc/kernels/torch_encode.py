@@ -79,7 +79,7 @@ def _kept_codebook(x: Tensor, codewords: Tensor, smoothing: Tensor, dtype: torch
     At 16, 196, 256, K = 16, where forward takes 0.9 ms among other work, 0.1 less.
     """
     # Where a number has a tangent, it would be kept too.
-    plain = _may_look(codewords) and _may_look(smoothing) and forward_ad._current_level < 0
+    plain = _may_look(codewords) and _is_visible(smoothing) and forward_ad._current_level < 0
     if not plain or codewords.numel() > LARGEST:
         return _codebook(x, codewords, smoothing, dtype)
     key = codewords.data_ptr(), smoothing.data_ptr(), dtype, _is_dense(x)
@@ -100,12 +100,20 @@ def _same(kept: Tensor, values: Tensor) -> bool:
 
 
 @torch.jit.unused
-def _may_look(tensor: Tensor) -> bool:
-    """Whether values can be seen and it costs no synchronisation: on a CPU, not under vmap, nor a mode that traces."""
+def _is_visible(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be seen and it costs no synchronisation: on a CPU, not under vmap."""
     return (
         tensor.is_cpu
         and type(tensor) in (Tensor, Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+@torch.jit.unused
+def _may_look(tensor: Tensor) -> bool:
+    """Whether they may be, too: no mode that traces is in force."""
+    return (
+        _is_visible(tensor)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
     )
@@ -133,18 +141,21 @@ def _in_graph() -> bool:
     return torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-@torch.jit.unused
-def _writable(x: Tensor) -> bool:
-    """Whether a tensor made of x may be written to: nothing records a graph, vmap and DTensor have no rule for addcmul_."""
-    return type(x) is Tensor and not torch.is_grad_enabled() and not torch._C._functorch.is_batchedtensor(x)
+def _is_free(x: Tensor, d: Tensor) -> bool:
+    """Whether what is made of both may be written over and chosen by size: no graph is made, neither is batched nor a DTensor."""
+    if torch.jit.is_scripting():
+        return False
+    batched = torch._C._functorch.is_batchedtensor
+    plain = type(x) is Tensor and type(d) is Tensor and not (batched(x) or batched(d))
+    return plain and not torch.is_grad_enabled() and not _in_graph()
 
 
-def _square_sum(x: Tensor) -> Tensor:
+def _square_sum(x: Tensor, free: bool) -> Tensor:
     """|x'|^2 of every pixel, (B, 1, N)."""
-    if not _in_graph() and x.stride(1) == 1:
+    if free and x.stride(1) == 1:
         # Channels last, one pass: 0.7 ms against 1.6 at B, N, D = 2, 3600, 512 on two cores.
         return torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
-    if not _in_graph() and x.numel() > 2**20 and _writable(x):
+    if free and x.numel() > 2**20:
         return _sliced_square_sum(x)
     return x.square().sum(1, keepdim=True)
 
@@ -162,12 +173,12 @@ def _sliced_square_sum(x: Tensor) -> Tensor:
     return squares.sum(1, keepdim=True)
 
 
-def _logits(x: Tensor, d: Tensor, bias: Tensor) -> Tensor:
-    """2 d (K, D) applied to every pixel of x, less bias, (K, 1) or (B, K, N), which may be written over: (B, K, N)."""
-    if not _in_graph() and _convolves(x):
+def _logits(x: Tensor, d: Tensor, bias: Tensor, free: bool) -> Tensor:
+    """2 d (K, D) applied to every pixel of x, less bias, (K, 1) or (B, K, N), which is written over if free: (B, K, N)."""
+    if free and _convolves(x):
         return F.conv2d(x.unsqueeze(2), 2 * d[:, :, None, None]).squeeze(2).contiguous() - bias
     d = d.expand(x.shape[0], -1, -1)
-    if bias.dim() == 3 and not _in_graph() and _writable(bias):
+    if free and bias.dim() == 3:
         return bias.baddbmm_(d, x, beta=-1, alpha=2)
     return torch.baddbmm(bias, d, x, beta=-1, alpha=2)
 
@@ -181,16 +192,16 @@ def _convolves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= 2**20 and x.stride(1) == 1
 
 
-def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
+def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None, free: bool) -> Tensor:
     """Assignment weights (B, K, N) of shifted x. One smoothing factor for all needs no |x|^2: it cancels in the softmax."""
     bias = book.bias if square_sum is None else torch.addcmul(book.bias, book.s, square_sum)
-    return torch.softmax(_logits(x, book.sd, bias), dim=1)
+    return torch.softmax(_logits(x, book.sd, bias, free), dim=1)
 
 
-def _aggregate(weights: Tensor, x: Tensor, d: Tensor) -> Tensor:
+def _aggregate(weights: Tensor, x: Tensor, d: Tensor, free: bool) -> Tensor:
     """Sum over i of weights_ik (x_i - d_k), (B, K, D)."""
     shares = weights.sum(2, keepdim=True) * d
-    if not _in_graph() and _writable(shares):
+    if free:
         return shares.baddbmm_(weights, x.transpose(1, 2), beta=-1)
     return torch.bmm(weights, x.transpose(1, 2)) - shares
 
@@ -202,7 +213,7 @@ def _parts(x: Tensor, copied: bool) -> tuple[Tensor, ...]:
     (the system takes memory of x's size back after every call). Under 128 pixels the products lose more than that, and where
     nothing is copied x is taken whole: 4.4 ms against 4.8 at 2, 3600, 512.
     """
-    if _in_graph() or x.device.type != "cpu" or x.numel() <= PART or not copied:
+    if not copied or _in_graph() or x.device.type != "cpu" or x.numel() <= PART:
         return (x,)
     return x.chunk(max(1, min(-(-x.numel() // PART), x.shape[2] // 128)), dim=2)
 
@@ -210,9 +221,10 @@ def _parts(x: Tensor, copied: bool) -> tuple[Tensor, ...]:
 def _forward(x: Tensor, book: Codebook, learned: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Encoding (B, K, D), weights (B, K, N) and |x'|^2 (B, 1, N), the last only where each codeword has a smoothing factor."""
     x = _shift(x, book.center, book.d.dtype)
-    square_sum = _square_sum(x) if learned else None
-    weights = _weights(x, book, square_sum)
-    return _aggregate(weights, x, book.d), weights, square_sum
+    free = _is_free(x, book.sd)
+    square_sum = _square_sum(x, free) if learned else None
+    weights = _weights(x, book, square_sum, free)
+    return _aggregate(weights, x, book.d, free), weights, square_sum
 
 
 def _concatenated(parts: tuple[Tensor, ...]) -> Tensor:
@@ -313,7 +325,7 @@ def _backward(
         if grad_square_sum is not None:
             pull = pull + 2 * grad_square_sum
         # A new tensor of x's size can cost as much as the product, 4.5 ms against 0.6.
-        if _writable(pull):
+        if _is_free(x, pull):
             dx.addcmul_(x, pull)
         else:
             dx.add_(x * pull)
@@ -351,4 +363,4 @@ def assign(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """Assignment weights (B, K, N) of x (B, D, N), at least fp32; differentiable through plain autograd. Autocast must be off."""
     book = _codebook(x, codewords, smoothing, compute_dtype(x, codewords, smoothing))
     x = _shift(x, book.center, book.d.dtype)
-    return _weights(x, book, x.square().sum(1, keepdim=True) if smoothing.dim() else None)
+    return _weights(x, book, _square_sum(x, False) if smoothing.dim() else None, False)
