@@ -1,11 +1,12 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be there.
 
-    python -m benchmarks.kernel_report [--targets sm_90 ...] [--quick] [--out benchmarks/results/kernel_report.json]
+    python -m benchmarks.kernel_report [--targets sm_90 ...] [--codes 16 ...] [--quick] [--out PATH]
 
 Every launch is made as for tensors of the given dtype, layout, alignment, K and D, so that tiles are chosen as they are at run
 time, but compiled instead of run. Columns: registers and bytes of stack a thread, shared memory, matrix instructions, loads and
 copies from global memory and how many of them take 16 bytes, instructions in all. It ends with an error if a kernel spills a
-register or takes more shared memory than the target has.
+register, takes more shared memory than the target has, multiplies without matrix instructions, or loads nothing by 16 bytes where x
+is aligned.
 """
 
 import argparse
@@ -76,12 +77,11 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def cases(chips: list[str], quick: bool) -> list[Case]:
+def cases(chips: list[str], codes: list[int], quick: bool) -> list[Case]:
     """All that is reported; the quick ones leave out what differs least."""
     sizes = (64, 512) if quick else (16, 32, 64, 100, 128, 256, 512, 1024, 2048)
     alignments = (True,) if quick else (True, False)
     dtypes = ("bf16", "fp16", "fp32")
-    codes = (16, 32, 64) if quick else (16, 32, 64, 128, 256)
     every = product(chips, ("forward", "backward"), dtypes, (False, True), alignments, sizes, codes)
     return [Case(*values) for values in every]
 
@@ -200,6 +200,7 @@ def faults(row: dict[str, Any]) -> str | None:
         f"spills {row['stack']} bytes": row["stack"] > 0,
         f"takes {row['shared']} bytes of shared memory of {limit}": row["shared"] > limit,
         "has no matrix instruction": row["matrix"] == 0,
+        "loads nothing by 16 bytes": row["aligned"] and row["loads_16_bytes"] + row["tile_copies"] == 0,
     }
     return ", ".join(fault for fault, there in found.items() if there) or None
 
@@ -215,9 +216,32 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each target: how many kernels, and the most that one of them takes."""
+    lines = []
+    for chip in dict.fromkeys(row["chip"] for row in rows):
+        of_chip = [row for row in rows if row["chip"] == chip]
+        most = {name: max(row[name] for row in of_chip) for name in ("registers", "stack", "shared")}
+        wrong = sum(faults(row) is not None for row in of_chip)
+        lines.append(
+            f"{chip}: {len(of_chip)} kernels, at most {most['registers']} registers, {most['stack']} bytes spilled,"
+            f" {most['shared']} bytes of {CHIPS[chip].shared} shared; {wrong} not fit to ship"
+        )
+    return lines
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """JSON: the names of the columns, then a line for each row."""
+    columns = json.dumps(list(rows[0]))
+    values = ",\n".join(json.dumps(list(row.values())) for row in rows)
+    head = f'"environment": {json.dumps(describe())},\n"columns": {columns}'
+    path.write_text(f'{{{head},\n"rows": [\n{values}\n]}}\n')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--codes", nargs="+", type=int, default=[16, 32, 64], help="K")
     parser.add_argument("--quick", action="store_true", help="D 64 and 512, aligned")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernel_report.json")
@@ -228,13 +252,13 @@ def main() -> None:
     )
     rows, wrong = [], []
     with ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(report, cases(args.targets, args.quick)):
+        for row in pool.map(report, cases(args.targets, args.codes, args.quick)):
             rows.append(row)
             print(line(row), flush=True)
             if fault := faults(row):
                 wrong.append(f"{line(row)}: {fault}")
-    args.out.write_text(json.dumps({"environment": describe(), "rows": rows}, indent=1) + "\n")
-    print(f"written: {args.out}")
+    write(rows, args.out)
+    print("\n".join([*summary(rows), f"written: {args.out}"]))
     if wrong:
         sys.exit("\n".join(["", *wrong, f"{len(wrong)} of {len(rows)} kernels are not fit to ship"]))
 

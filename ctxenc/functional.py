@@ -64,19 +64,25 @@ def _triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.import_module("triton").__version__.split(".")[:2])
 
 
+def _makes_saved_graph() -> bool:
+    """Whether torch.jit.trace or torch.export runs. In torch 2.8 to 2.11 is_exporting() is true under torch.compile too."""
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
+
+
 def _why_no_kernels(x: Tensor) -> str | None:
     """The reason why no Triton kernel can run here, None where they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not x.is_cuda and not (interpreted and x.device.type == "cpu"):
         return f"x is on {x.device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment)"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if _makes_saved_graph():
         return "a graph for export takes the PyTorch path"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "inside torch.func transforms only the PyTorch path runs"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not torch.compiler.is_compiling() and _triton_version() < (3, 5):
-        return "it needs Triton 3.5 or higher, which comes with torch 2.9"
+    if not torch.compiler.is_compiling():  # which can look at none of these
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "inside torch.func transforms only the PyTorch path runs"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if _triton_version() < (3, 5):
+            return "it needs Triton 3.5 or higher, which comes with torch 2.9"
     if x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
     return None
@@ -121,8 +127,8 @@ def _check(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | float) -
         Smoothing as a tensor: a number becomes one of shape (), in fp32 at least, so that no half precision loses it.
     """
     number = not isinstance(smoothing, (Tensor, bool)) and isinstance(smoothing, Real)
-    tensors: tuple[Any, ...] = (x, codewords) if number else (x, codewords, smoothing)
-    for argument, tensor in zip(("x", "codewords", "smoothing"), tensors, strict=False):
+    tensors: list[tuple[str, Any]] = [("x", x), ("codewords", codewords)]
+    for argument, tensor in tensors if number else [*tensors, ("smoothing", smoothing)]:
         if not isinstance(tensor, Tensor):
             rule = "a number or a tensor" if argument == "smoothing" else "a tensor"
             raise TypeError(f"{name}: {argument} must be {rule}, got {type(tensor).__name__}")
@@ -196,7 +202,7 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
 
         return triton_encode.encode(x.flatten(2), codewords, smoothing)
     with _no_autocast(x):
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # a saved graph cannot hold an autograd.Function
+        if _makes_saved_graph():  # which cannot hold an autograd.Function
             return torch_encode.encode_plainly(x.flatten(2), codewords, smoothing)
         return torch_encode.encode(x.flatten(2), codewords, smoothing)
 

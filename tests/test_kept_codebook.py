@@ -70,16 +70,41 @@ def test_offset_that_comes_later(layer, x):
 
 
 @torch.no_grad()
-def test_another_tensor_at_the_same_address(x):
-    memory = torch.zeros(240, dtype=torch.float64)
+@pytest.mark.parametrize("shapes", [((5, 24), (3, 24)), ((3, 24), (3, 24))])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)])
+def test_another_tensor_at_the_same_address(x, shapes, dtypes):
+    memory, smoothing = torch.zeros(240, dtype=torch.float64), torch.ones(())
     generator = torch.Generator().manual_seed(8)
-    for shape, dtype in [((5, 24), torch.float32), ((3, 24), torch.float32), ((3, 24), torch.float64)]:
-        size = shape[0] * shape[1]
-        codewords = memory.view(dtype)[:size].view(shape)
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        codewords = memory.view(dtype)[: shape[0] * shape[1]].view(shape)
         codewords.copy_(torch.randn(shape, generator=generator))
-        smoothing = torch.ones(shape[0])
         wanted = flat_reference(x.double(), codewords.double(), smoothing.double())
-        assert torch.allclose(ctxenc.encode(x, codewords, smoothing).double(), wanted, rtol=1e-5, atol=1e-4)
+        assert torch.allclose(ctxenc.encode(x.double(), codewords, smoothing), wanted, rtol=1e-9, atol=1e-9)
+    assert len(torch_encode._kept) == 1  # the key was the same
+
+
+@torch.no_grad()
+def test_x_of_another_kind(layer, x):
+    """What is prepared depends on x's dtype, and on whether it must be copied anyway."""
+    assert right(layer, x)
+    wanted = flat_reference(x.double(), layer.codewords.double(), layer.smoothing.double())
+    assert torch.allclose(layer(x.double()), wanted, rtol=1e-9, atol=1e-9)
+    before = len(torch_encode._kept)
+    strided = x.repeat_interleave(2, 3)[..., ::2]
+    assert right(layer, strided)
+    assert len(torch_encode._kept) == before + 1
+
+
+@torch.no_grad()
+def test_nothing_is_kept_inside_a_transform(layer, x):
+    def frozen(scale):
+        with torch.no_grad():
+            encoding = layer(x)
+        return (scale * encoding).sum()
+
+    with torch.enable_grad():
+        torch.func.grad(frozen)(torch.tensor(2.0))
+    assert not torch_encode._kept
 
 
 def test_training_keeps_nothing(layer, x):
@@ -111,7 +136,7 @@ def test_kept_in_inference_mode_and_used_outside(layer, x):
     assert layer.codewords.grad is not None
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at the first dual number
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # PyTorch's forward mode scripts
 @torch.no_grad()
 def test_a_tangent_is_not_kept(layer, x):
     layer(x)

@@ -182,6 +182,27 @@ def test_export_in_training():
     assert_close(dict(exported.named_buffers()), dict(module.named_buffers()))
 
 
+@pytest.mark.parametrize("way", ["export", "script", "trace"])
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_a_saved_graph_under_autocast_keeps_the_distances(way):
+    """Its products are rounded (README, Limits), which factors close to each other must survive: |x|^2 goes into none of them."""
+    layer, x = Encoding(512, 16), torch.randn(2, 512, 50)
+    with torch.no_grad():
+        layer.smoothing.uniform_(0.98, 1.02)
+        layer.codewords.normal_(std=0.1)
+        match way:
+            case "export":
+                graph = torch.export.export(layer, (x,)).module()
+            case "script":
+                graph = torch.jit.script(layer)
+            case "trace":
+                graph = torch.jit.trace(layer, x, check_trace=False)
+        wanted = copy.deepcopy(layer).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            got = graph(x)
+    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
 # torch.func
 
 

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 PART = 2**21  # elements of x that are worked on at a time on a CPU: 4 MB a core
 REMEMBERED = 256  # codebooks that inference keeps prepared
-LARGEST = 2**14  # elements of one that is kept: 32 MB in all
+LARGEST = 2**14  # elements of one that is kept: 32 MB in all in fp32, half as much again where they are shifted
 
 
 class Codebook(NamedTuple):
@@ -57,10 +57,8 @@ def _codebook(x: Tensor, codewords: Tensor, smoothing: Tensor, dtype: torch.dtyp
     become dense: |x|^2 - 2 x.d + |d|^2 then loses no more than a digit.
     """
     d = codewords.to(dtype)
-    if not _in_graph() and _may_look(d) and _is_dense(x):
-        center = _far_center(d.detach())
-    else:
-        center = central(d.detach())
+    fixed = d.detach()
+    center = _far_center(fixed) if not _in_graph() and _may_look(fixed) and _is_dense(x) else central(fixed)
     d = d if center is None else d - center
     s = smoothing.to(dtype).reshape(-1, 1)
     sd = s * d
@@ -78,8 +76,9 @@ def _kept_codebook(x: Tensor, codewords: Tensor, smoothing: Tensor, dtype: torch
 
     At 16, 196, 256, K = 16, where forward takes 0.9 ms among other work, 0.1 less.
     """
-    # Where a number has a tangent, it would be kept too.
-    plain = _may_look(codewords) and _is_visible(smoothing) and forward_ad._current_level < 0
+    # A tangent would be kept too, and inside a transform of torch.func what is made is wrapped.
+    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    plain = not transformed and _may_look(codewords) and _is_visible(smoothing)
     if not plain or codewords.numel() > LARGEST:
         return _codebook(x, codewords, smoothing, dtype)
     key = codewords.data_ptr(), smoothing.data_ptr(), dtype, _is_dense(x)
@@ -142,12 +141,16 @@ def _in_graph() -> bool:
 
 
 def _is_free(x: Tensor, d: Tensor) -> bool:
-    """Whether what is made of both may be written over and chosen by size: no graph is made, neither is batched nor a DTensor."""
+    """Whether what is made of both may be written over and chosen by size.
+
+    Not where a graph is made, nor under a mode (one that counts flops does not know baddbmm_), vmap or DTensor.
+    """
     if torch.jit.is_scripting():
         return False
+    if _in_graph() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
     batched = torch._C._functorch.is_batchedtensor
-    plain = type(x) is Tensor and type(d) is Tensor and not (batched(x) or batched(d))
-    return plain and not torch.is_grad_enabled() and not _in_graph()
+    return type(x) is Tensor and type(d) is Tensor and not (batched(x) or batched(d))
 
 
 def _square_sum(x: Tensor, free: bool) -> Tensor:
@@ -173,14 +176,19 @@ def _sliced_square_sum(x: Tensor) -> Tensor:
     return squares.sum(1, keepdim=True)
 
 
-def _logits(x: Tensor, d: Tensor, bias: Tensor, free: bool) -> Tensor:
-    """2 d (K, D) applied to every pixel of x, less bias, (K, 1) or (B, K, N), which is written over if free: (B, K, N)."""
+def _logits(x: Tensor, book: Codebook, square_sum: Tensor | None, free: bool) -> Tensor:
+    """-s |x' - d|^2 of every pixel and codeword, (B, K, N); without |x|^2 where one smoothing factor is shared: it cancels."""
+    d = book.sd.expand(x.shape[0], -1, -1)
+    if free and square_sum is not None and not _convolves(x):
+        return torch.addcmul(book.bias, book.s, square_sum).baddbmm_(d, x, beta=-1, alpha=2)
     if free and _convolves(x):
-        return F.conv2d(x.unsqueeze(2), 2 * d[:, :, None, None]).squeeze(2).contiguous() - bias
-    d = d.expand(x.shape[0], -1, -1)
-    if free and bias.dim() == 3:
-        return bias.baddbmm_(d, x, beta=-1, alpha=2)
-    return torch.baddbmm(bias, d, x, beta=-1, alpha=2)
+        logits = F.conv2d(x.unsqueeze(2), 2 * book.sd[:, :, None, None]).squeeze(2).contiguous() - book.bias
+    else:
+        logits = torch.baddbmm(book.bias, d, x, beta=-1, alpha=2)
+    if square_sum is None:
+        return logits
+    # After the product: a saved graph that runs under autocast rounds what goes into it.
+    return torch.addcmul(logits, book.s, square_sum, value=-1)
 
 
 def _convolves(x: Tensor) -> bool:
@@ -193,9 +201,8 @@ def _convolves(x: Tensor) -> bool:
 
 
 def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None, free: bool) -> Tensor:
-    """Assignment weights (B, K, N) of shifted x. One smoothing factor for all needs no |x|^2: it cancels in the softmax."""
-    bias = book.bias if square_sum is None else torch.addcmul(book.bias, book.s, square_sum)
-    return torch.softmax(_logits(x, book.sd, bias, free), dim=1)
+    """Assignment weights (B, K, N) of shifted x."""
+    return torch.softmax(_logits(x, book, square_sum, free), dim=1)
 
 
 def _aggregate(weights: Tensor, x: Tensor, d: Tensor, free: bool) -> Tensor:

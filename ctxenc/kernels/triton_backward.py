@@ -38,31 +38,11 @@ def _pull(nearness, p, s, m_n, m_k, DOT: tl.constexpr):
 
 @triton.jit
 def _resident(
-    d_x,
-    d_dx,
-    p_smoothing,
-    p_operands,
-    p_bias,
-    p_grad,
-    p_product,
-    p_sums,
-    first,
-    last,
-    tiles,
-    N,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    SHARED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    DX: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    d_x, d_dx, p_smoothing, p_operands, p_bias, p_grad, p_product, p_sums, first, last, tiles, N,
+    D: tl.constexpr, K: tl.constexpr, PADDED_D: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    DX: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Writes dx, and to memory the sums of q times x; returns those of q and of its part in the gradient in s, (BLOCK_K,)."""
     CHUNKS: tl.constexpr = PADDED_D // CHUNK
     o_n, o_k, o_c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, CHUNK)
@@ -114,37 +94,12 @@ def _resident(
 
 @triton.jit
 def _walking(
-    p_x,
-    p_dx,
-    p_smoothing,
-    p_operands,
-    p_centers,
-    p_bias,
-    p_grad,
-    p_product,
-    p_sums,
-    first,
-    last,
-    first_block,
-    last_block,
-    tiles,
-    N,
-    stride_b,
-    stride_n,
-    stride_d,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    SHARED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DX: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_x, p_dx, p_smoothing, p_operands, p_centers, p_bias, p_grad, p_product, p_sums, first, last, first_block, last_block,
+    tiles, N, stride_b, stride_n, stride_d,
+    D: tl.constexpr, K: tl.constexpr, PADDED_D: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr, DX: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """As _resident, for some blocks of channels; where there is one block its sums are returned too, first."""
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -153,33 +108,17 @@ def _walking(
     q_sum, dsmoothing = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     for tile in tl.range(first, last, disable_licm=True):
+        if PADDED_D != BLOCK_D:
+            tl.debug_barrier()  # the threads that add to a sum need not be those that wrote it for the tile before
         b = (tile // tiles).to(tl.int64)
         p_image = image(p_x, b, stride_b, VECTOR)
         p_image_grad = p_grad + b * BLOCK_K * PADDED_D
         o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         nearness, p = walk_channels(
-            p_image,
-            p_operands,
-            p_image_grad,
-            p_centers,
-            bias,
-            o_n,
-            o_k,
-            N,
-            stride_n,
-            stride_d,
-            D,
-            PADDED_D,
-            SHARED,
-            CHANNELS_LAST,
-            True,
-            DOT,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_K,
-            STAGES,
-        )
+            p_image, p_operands, p_image_grad, p_centers, bias, o_n, o_k, N, stride_n, stride_d, D, PADDED_D, SHARED,
+            CHANNELS_LAST, True, DOT, BLOCK_N, BLOCK_D, BLOCK_K, STAGES,
+        )  # fmt: skip
         p -= tl.load(p_product + b * BLOCK_K + o_k)[None, :]
         weights, q, sq, ds, pull = _pull(nearness, p, s, m_n, m_k, DOT)
         dsmoothing += ds
@@ -268,31 +207,9 @@ def encode_bwd_kernel(
     if near:
         if RESIDENT:
             q_sum, dsmoothing = _resident(
-                d_x,
-                d_dx,
-                p_smoothing,
-                p_operands,
-                p_bias,
-                p_grad,
-                p_product,
-                p_sums,
-                first,
-                last,
-                tiles,
-                N,
-                D,
-                K,
-                PADDED_D,
-                SHARED,
-                CHANNELS_LAST,
-                DX,
-                DOT,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_K,
-                CHUNK,
-                STAGES,
-            )
+                d_x, d_dx, p_smoothing, p_operands, p_bias, p_grad, p_product, p_sums, first, last, tiles, N, D, K, PADDED_D,
+                SHARED, CHANNELS_LAST, DX, DOT, BLOCK_N, BLOCK_D, BLOCK_K, CHUNK, STAGES,
+            )  # fmt: skip
             if BLOCKS == 1:
                 o_d = tl.arange(0, BLOCK_D)
                 mask = (o_d < D)[:, None] & m_k[None, :]
@@ -300,37 +217,10 @@ def encode_bwd_kernel(
                 sums = tl.load(p_sums + o_k[None, :] * D + o_d[:, None], mask=mask, other=0.0)
     else:
         sums, q_sum, dsmoothing = _walking(
-            p_x,
-            p_dx,
-            p_smoothing,
-            p_operands,
-            p_centers,
-            p_bias,
-            p_grad,
-            p_product,
-            p_sums,
-            first,
-            last,
-            first_block,
-            last_block,
-            tiles,
-            N,
-            stride_b,
-            stride_n,
-            stride_d,
-            D,
-            K,
-            PADDED_D,
-            SHARED,
-            CHANNELS_LAST,
-            VECTOR,
-            DX,
-            DOT,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_K,
-            STAGES,
-        )
+            p_x, p_dx, p_smoothing, p_operands, p_centers, p_bias, p_grad, p_product, p_sums, first, last, first_block,
+            last_block, tiles, N, stride_b, stride_n, stride_d, D, K, PADDED_D, SHARED, CHANNELS_LAST, VECTOR, DX, DOT, BLOCK_N,
+            BLOCK_D, BLOCK_K, STAGES,
+        )  # fmt: skip
     s = tl.load(p_smoothing + (o_k * 0 if SHARED else o_k), mask=m_k, other=0.0).to(tl.float32)
     p_base = p_centers + PADDED_D
     subtract_codewords(

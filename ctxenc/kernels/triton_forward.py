@@ -29,24 +29,10 @@ SIZES = ["p_x", "N", "tiles", "share", "splits", "groups", "stride_b", "stride_n
 
 @triton.jit
 def _resident(
-    d_x,
-    p_smoothing,
-    p_operands,
-    p_bias,
-    b,
-    first,
-    last,
-    N,
-    K: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    SHARED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    d_x, p_smoothing, p_operands, p_bias, b, first, last, N,
+    K: tl.constexpr, PADDED_D: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Sums over the tiles from first to last of weights times x (padded D, BLOCK_K), and of the weights (BLOCK_K,)."""
     o_d, o_k = tl.arange(0, PADDED_D), tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -69,30 +55,10 @@ def _resident(
 
 @triton.jit
 def _walking(
-    p_image,
-    p_smoothing,
-    p_operands,
-    p_centers,
-    p_bias,
-    p_sums,
-    first,
-    last,
-    first_block,
-    last_block,
-    N,
-    stride_n,
-    stride_d,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    SHARED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_image, p_smoothing, p_operands, p_centers, p_bias, p_sums, first, last, first_block, last_block, N, stride_n, stride_d,
+    D: tl.constexpr, K: tl.constexpr, PADDED_D: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """As _resident, for some blocks of channels; where there are several the sums are in memory."""
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -101,29 +67,13 @@ def _walking(
     weight_sum = tl.zeros((BLOCK_K,), tl.float32)
     sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     for tile in tl.range(first, last, disable_licm=True):
+        if PADDED_D != BLOCK_D:
+            tl.debug_barrier()  # the threads that add to a sum need not be those that wrote it for the tile before
         o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        nearness, _ = walk_channels(
-            p_image,
-            p_operands,
-            p_operands,  # no gradient
-            p_centers,
-            bias,
-            o_n,
-            o_k,
-            N,
-            stride_n,
-            stride_d,
-            D,
-            PADDED_D,
-            SHARED,
-            CHANNELS_LAST,
-            False,
-            DOT,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_K,
-            STAGES,
-        )
+        nearness, _ = walk_channels(  # no gradient
+            p_image, p_operands, p_operands, p_centers, bias, o_n, o_k, N, stride_n, stride_d, D, PADDED_D, SHARED,
+            CHANNELS_LAST, False, DOT, BLOCK_N, BLOCK_D, BLOCK_K, STAGES,
+        )  # fmt: skip
         weights = rounded(softmax(nearness, s, o_n < N, m_k), DOT)
         weight_sum += tl.sum(weights.to(tl.float32), 0)
         for block in tl.range(first_block, last_block, num_stages=STAGES):
@@ -193,24 +143,9 @@ def encode_fwd_kernel(
     if near:
         if RESIDENT:
             all_sums, weight_sum = _resident(
-                d_x,
-                p_smoothing,
-                p_operands,
-                p_bias,
-                b,
-                first,
-                last,
-                N,
-                K,
-                PADDED_D,
-                SHARED,
-                CHANNELS_LAST,
-                DOT,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_K,
-                STAGES,
-            )
+                d_x, p_smoothing, p_operands, p_bias, b, first, last, N, K, PADDED_D, SHARED, CHANNELS_LAST, DOT, BLOCK_N,
+                BLOCK_D, BLOCK_K, STAGES,
+            )  # fmt: skip
             if BLOCKS == 1:
                 sums = all_sums
             else:
@@ -219,30 +154,10 @@ def encode_fwd_kernel(
                 tl.store(p_sums + o_k[None, :] * D + o_d[:, None], all_sums, mask=mask)
     else:
         sums, weight_sum = _walking(
-            image(p_x, b.to(tl.int64), stride_b, VECTOR),
-            p_smoothing,
-            p_operands,
-            p_centers,
-            p_bias,
-            p_sums,
-            first,
-            last,
-            first_block,
-            last_block,
-            N,
-            stride_n,
-            stride_d,
-            D,
-            K,
-            PADDED_D,
-            SHARED,
-            CHANNELS_LAST,
-            DOT,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_K,
-            STAGES,
-        )
+            image(p_x, b.to(tl.int64), stride_b, VECTOR), p_smoothing, p_operands, p_centers, p_bias, p_sums, first, last,
+            first_block, last_block, N, stride_n, stride_d, D, K, PADDED_D, SHARED, CHANNELS_LAST, DOT, BLOCK_N, BLOCK_D,
+            BLOCK_K, STAGES,
+        )  # fmt: skip
     p_base = p_centers + PADDED_D
     subtract_codewords(
         p_sums, sums, weight_sum, one, p_codewords, p_base, first_block, last_block, D, K, BLOCK_D, BLOCK_K, BLOCKS == 1

@@ -40,27 +40,10 @@ def load_x(p_image, o_n, o_d, N, stride_n, stride_d, D: tl.constexpr, CHANNELS_L
 
 @triton.jit
 def walk_channels(
-    p_image,
-    p_operands,
-    p_image_grad,
-    p_centers,
-    bias,
-    o_n,
-    o_k,
-    N,
-    stride_n,
-    stride_d,
-    D: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    SHARED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GRAD: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_image, p_operands, p_image_grad, p_centers, bias, o_n, o_k, N, stride_n, stride_d,
+    D: tl.constexpr, PADDED_D: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr, GRAD: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """For a tile: -|x - d|^2, without |x'|^2 where that cancels, and for backward x . grad; both (BLOCK_N, BLOCK_K)."""
     cross = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     p = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -112,20 +95,9 @@ def add_product(p_sums, o_d, o_k, x, weights, tiles_before, D: tl.constexpr, K: 
 
 @triton.jit
 def subtract_codewords(
-    p_sums,
-    sums,
-    weight_sum,
-    factor,
-    p_codewords,
-    p_base,
-    first,
-    last,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-):
+    p_sums, sums, weight_sum, factor, p_codewords, p_base, first, last,
+    D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Turns sums of weights times x into factor times those of residuals, for the blocks of channels from first to last.
 
     The sums are those given where all channels fit one block, else what the program has in memory.
