@@ -83,7 +83,7 @@ def _by_shape(result: dict[str, Any], title: str, entry: str, mark_of_ours: bool
         ax.set_yticklabels(sources if ax is axes[0] else [], fontsize=7)
         ax.grid(axis="both", color="#EEEEEE", zorder=0)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
