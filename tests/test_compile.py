@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 
 import ctxenc
-from ctxenc import Encoding
+from ctxenc import Encoding, functional
 from tests.programs import (
     MODULES,
     assert_close,
@@ -47,6 +47,21 @@ def test_compile(name, training):
     assert_close(twin.state_dict(), module.state_dict())  # running statistics
     with torch.no_grad():
         assert_close(torch.compile(twin.eval(), fullgraph=True, backend="aot_eager")(x), module.eval()(x))
+
+
+class Told(torch.nn.Module):
+    """What the choice of the form is told while a graph is made."""
+
+    def forward(self, x):
+        return x + (1 if functional._makes_saved_graph() else 0)
+
+
+def test_only_export_makes_a_saved_graph():
+    """A compiled call takes the operator's own backward. torch.compiler.is_exporting() tells the two apart in new versions only."""
+    x = torch.zeros(1)
+    assert not torch.compile(Told(), fullgraph=True, backend="eager")(x)
+    for strict in (False, True):
+        assert torch.export.export(Told(), (x,), strict=strict).module()(x)
 
 
 @needs_compiler
