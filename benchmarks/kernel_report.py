@@ -190,6 +190,7 @@ def report(case: Case) -> dict[str, Any]:
     found = disassemble(compiled.asm["cubin"]) if chip.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
     tiles = {name: launch.arguments[name] for name in ("BLOCK_N", "BLOCK_D", "STAGES")}
     tiles |= {"warps": launch.options["num_warps"], "resident": bool(launch.arguments.get("RESIDENT", False))}
+    tiles["vector"] = launch.arguments["VECTOR"]
     return case._asdict() | tiles | {"shared": compiled.metadata.shared} | found
 
 
@@ -200,7 +201,7 @@ def faults(row: dict[str, Any]) -> str | None:
         f"spills {row['stack']} bytes": row["stack"] > 0,
         f"takes {row['shared']} bytes of shared memory of {limit}": row["shared"] > limit,
         "has no matrix instruction": row["matrix"] == 0,
-        "loads nothing by 16 bytes": row["aligned"] and row["loads_16_bytes"] + row["tile_copies"] == 0,
+        "loads nothing by 16 bytes": row["vector"] > 1 and row["loads_16_bytes"] + row["tile_copies"] == 0,
     }
     return ", ".join(fault for fault, there in found.items() if there) or None
 

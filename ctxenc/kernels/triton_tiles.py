@@ -70,7 +70,7 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
             tiles = Tiles(64, 32, 4, 1)
         elif wide:
             tiles = {8: Tiles(32, 32, 4, 2), 10: Tiles(32, 16, 4, 1), 12: Tiles(32, 32, 4, 2)}.get(
-                major, Tiles(64, 32, 8, 2)
+                major, Tiles(64, 16 if x.dtype == torch.float16 else 32, 8, 2)
             )
         else:
             tiles = Tiles(64, 32, 8, 2) if major == 10 else Tiles(128, 32, 8, 2)
