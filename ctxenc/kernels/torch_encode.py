@@ -187,6 +187,8 @@ def _logits(x: Tensor, book: Codebook, square_sum: Tensor | None, free: bool) ->
         logits = torch.baddbmm(book.bias, d, x, beta=-1, alpha=2)
     if square_sum is None:
         return logits
+    if free:
+        return logits.addcmul_(book.s, square_sum, value=-1)
     # After the product: a saved graph that runs under autocast rounds what goes into it.
     return torch.addcmul(logits, book.s, square_sum, value=-1)
 
