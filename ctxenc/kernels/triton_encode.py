@@ -115,12 +115,21 @@ class _Launch:
             "RESIDENT": self.tiles.resident,
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
+            **_registers(self.tiles),
             **FUSED,
         }
 
 
 CHUNK = 64  # channels of x that resident backward takes at a time
 FUSED = {"enable_fp_fusion": True}  # Triton 3.10 turns its default over
+
+
+def _registers(tiles: Tiles) -> dict[str, int]:
+    """All that a thread can have in the walking form, of which two programs run on a multiprocessor.
+
+    Unasked, NVIDIA's assembler spills some to make room for programs that are not there.
+    """
+    return {} if tiles.resident or torch.version.hip else {"maxnreg": 255}
 
 
 def _cut(

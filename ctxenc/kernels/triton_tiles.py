@@ -56,32 +56,31 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
 
     benchmarks.kernel_report tries them. Three terms of tf32 take more registers, so fp32 gets smaller tiles, as do loads of single
     elements, each with an address of its own. Beyond 64 codewords it is shared memory that limits.
-
-    In benchmarks/results/kernel_report_sm_80.json 22 of 648 do spill, 8 to 72 bytes, most of them at 16 and 32 channels.
     """
-    fp32, wide, major = x.element_size() == 4, K > 32, target.capability // 10  # 0 for AMD
+    fp32, fp16, wide = x.element_size() == 4, x.dtype == torch.float16, K > 32
+    major = target.capability // 10  # 0 for AMD
     if K > 64:
         tiles = Tiles(16, 16, 8 if fp32 else 4, 1)
     elif backward and fp32:
-        if major == 0 or (not wide and major != 10):
+        if major == 0 or (not wide and major in (9, 12)):
             tiles = Tiles(64, 16, 4, 1)
         else:
-            tiles = Tiles(32, 16, 8 if wide else 4, 1) if not wide or major == 8 else Tiles(16, 16, 8, 1)
+            tiles = Tiles(16, 16, 8, 1) if wide else Tiles(32, 16, 4, 1)
     elif backward:
+        block_d = 16 if fp16 else 32
         if major == 0:
-            tiles = Tiles(64, 32, 4, 1)
+            tiles = Tiles(64, block_d if wide else 32, 4, 1)
         elif wide:
-            tiles = {8: Tiles(32, 32, 4, 2), 10: Tiles(32, 16, 4, 1), 12: Tiles(32, 32, 4, 2)}.get(
-                major, Tiles(64, 16 if x.dtype == torch.float16 else 32, 8, 2)
-            )
+            narrow = {8: Tiles(32, block_d, 4, 2), 10: Tiles(32, 16, 4, 1), 12: Tiles(32, 32, 4, 2)}
+            tiles = narrow.get(major, Tiles(64, block_d, 8, 2))
         else:
-            tiles = Tiles(64, 32, 8, 2) if major == 10 else Tiles(128, 32, 8, 2)
+            tiles = Tiles(64 if major == 10 or (major == 8 and fp16) else 128, 32, 8, 2)
     elif fp32:
         tiles = Tiles(32, 16, 4, 2) if major == 12 and not wide else Tiles(32, 32, 4, 2)
     elif major == 0 or (x.dtype == torch.bfloat16 and vector(x, is_channels_last(x)) > 1):
         tiles = Tiles(32 if major == 12 and wide else 64, 64, 4, 2)
     else:
-        tiles = Tiles(32 if wide else 64, 32, 4, 2)
+        tiles = Tiles(32 if wide or (major == 12 and fp16) else 64, 32, 4, 2)
     return tiles._replace(block_d=min(tiles.block_d, max(16, 1 << (x.shape[1] - 1).bit_length())))
 
 

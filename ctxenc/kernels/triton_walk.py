@@ -39,6 +39,22 @@ def load_x(p_image, o_n, o_d, N, stride_n, stride_d, D: tl.constexpr, CHANNELS_L
 
 
 @triton.jit
+def add_channels(
+    x, cross, squares, p_operands, p_centers, o_d, o_k, PADDED_D: tl.constexpr, SHARED: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What some channels of a tile, in fp32, add to x . d' and to |x'|^2; and they themselves as products take them."""
+    if not SHARED:
+        shifted = x - tl.load(p_centers + o_d)[None, :]
+        squares += tl.sum(shifted * shifted, 1)
+    x = rounded(x - tl.load(p_centers + PADDED_D + o_d)[None, :], DOT)
+    cross = dot(x, load_operand(p_operands, o_d, o_k, PADDED_D), cross, DOT)
+    if DOT == "bf16" or DOT == "fp16":
+        cross = dot(x, load_operand(p_operands + BLOCK_K * PADDED_D, o_d, o_k, PADDED_D), cross, DOT)
+    return x, cross, squares
+
+
+@triton.jit
 def walk_channels(
     p_image, p_operands, p_image_grad, p_centers, bias, o_n, o_k, N, stride_n, stride_d,
     D: tl.constexpr, PADDED_D: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr, GRAD: tl.constexpr,
@@ -51,13 +67,9 @@ def walk_channels(
     for block in tl.range(0, PADDED_D // BLOCK_D, num_stages=STAGES):
         o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
         x = load_x(p_image, o_n, o_d, N, stride_n, stride_d, D, CHANNELS_LAST)
-        if not SHARED:
-            shifted = x - tl.load(p_centers + o_d)[None, :]
-            squares += tl.sum(shifted * shifted, 1)
-        x = rounded(x - tl.load(p_centers + PADDED_D + o_d)[None, :], DOT)
-        cross = dot(x, load_operand(p_operands, o_d, o_k, PADDED_D), cross, DOT)
-        if DOT == "bf16" or DOT == "fp16":
-            cross = dot(x, load_operand(p_operands + BLOCK_K * PADDED_D, o_d, o_k, PADDED_D), cross, DOT)
+        x, cross, squares = add_channels(
+            x, cross, squares, p_operands, p_centers, o_d, o_k, PADDED_D, SHARED, DOT, BLOCK_K
+        )
         if GRAD:
             p = dot(x, load_operand(p_image_grad, o_d, o_k, PADDED_D), p, DOT)
     nearness = 2 * cross - bias[None, :]
