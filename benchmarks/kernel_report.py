@@ -31,8 +31,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.environment import describe
-from ctxenc.kernels import triton_encode, triton_tiles
-from ctxenc.kernels.triton_tiles import Target
+from ctxenc.kernels import triton_encode, triton_project, triton_tiles
+from ctxenc.kernels.triton_tiles import Target, may_project
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -61,7 +61,9 @@ class Case(NamedTuple):
     """What a launch depends on."""
 
     chip: str
-    direction: str
+    direction: (
+        str  # "forward" or "backward" of encode; "project" for the projection of 16 D channels and its encoding in one
+    )
     dtype: str
     channels_last: bool
     aligned: bool
@@ -82,18 +84,24 @@ def cases(chips: list[str], codes: list[int], quick: bool) -> list[Case]:
     sizes = (64, 512) if quick else (16, 32, 64, 100, 128, 256, 512, 1024, 2048)
     alignments = (True,) if quick else (True, False)
     dtypes = ("bf16", "fp16", "fp32")
-    every = product(chips, ("forward", "backward"), dtypes, (False, True), alignments, sizes, codes)
-    return [Case(*values) for values in every]
+    every = product(chips, ("forward", "backward", "project"), dtypes, (False, True), alignments, sizes, codes)
+    found = [Case(*values) for values in every]
+    return [case for case in found if case.direction != "project" or may_project(_dtype(case.dtype), case.D, case.K)]
+
+
+def _dtype(name: str) -> torch.dtype:
+    return next(dtype for dtype, its_name in DTYPES.items() if its_name == name)
 
 
 def launches(case: Case) -> list[Launch]:
     """The last kernel of a call, the one that reads x, on tensors without memory."""
     chip = CHIPS[case.chip]
-    dtype = next(dtype for dtype, name in DTYPES.items() if name == case.dtype)
+    dtype = _dtype(case.dtype)
     B, N = 64, 4096 if case.aligned else 4095
-    channels = case.D if case.aligned or not case.channels_last else case.D + 1
+    C = 16 * case.D if case.direction == "project" else case.D
+    channels = C if case.aligned or not case.channels_last else C + 1
     x = torch.empty((B, N, channels) if case.channels_last else (B, channels, N), dtype=dtype, device="meta")
-    x = x.transpose(1, 2)[:, : case.D] if case.channels_last else x
+    x = x.transpose(1, 2)[:, :C] if case.channels_last else x
     codewords = torch.empty(case.K, case.D, device="meta")
     smoothing = torch.empty(case.K, device="meta")
     made: list[Launch] = []
@@ -111,6 +119,9 @@ def launches(case: Case) -> list[Launch]:
     ):
         if case.direction == "forward":
             triton_encode._forward(x, codewords, smoothing)
+        elif case.direction == "project":
+            weight = torch.empty(case.D, C, dtype=dtype, device="meta")
+            triton_project._project_encode(x, weight, weight[:, 0], codewords, smoothing)
         else:
             grad = torch.empty(B, case.K, case.D, device="meta")
             triton_encode._backward(grad, x, codewords, smoothing, grad[..., 0], True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxenc.encoding import Encoding, check_sizes, check_smoothing, is_traced
-from ctxenc.functional import fused_gate, fuses_gate
+from ctxenc.functional import fused_gate, fused_projection, fuses_gate, fuses_projection
 
 Layer = Callable[..., nn.Module]
 
@@ -63,6 +63,13 @@ def _takes_statistics(norm: nn.Module) -> bool:
     """Whether a norm is a BatchNorm that will take those of the batch; SyncBatchNorm counts the other processes' too."""
     return (
         norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a module is to be called, for the hooks that it has."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -257,11 +264,26 @@ class ContextEncoding(nn.Module):
             self.train(self.training)
         return self
 
+    def _encode(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self._fuses_projection(x):
+            shift: Any = self.conv.bias
+            return fused_projection(x, self.conv.weight, shift, self.encoding.codewords, self.encoding.smoothing)
+        return self.encoding(self.act(self.norm(self.conv(x))))
+
+    @torch.jit.unused
+    def _fuses_projection(self, x: Tensor) -> bool:
+        """Whether projection and encoding are one kernel: in a fused block, for inference, where none is another's or has hooks."""
+        parts = (self.conv, self.norm, self.act, self.encoding)
+        own = [type(part) for part in parts] == [Projection, nn.Identity, nn.ReLU, Encoding]
+        if not own or self.training or any(_hooked(part) for part in parts) or is_traced(x):
+            return False
+        return self.conv.bias is not None and fuses_projection(x, self.conv.weight, self.encoding.codewords)
+
     def features(self, x: Tensor) -> Tensor:
         """What the gate is computed from: (B, C') for "mean", (B, K * C') for "concat", of x (B, C, H, W)."""
         if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not is_traced(x):
             _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
-        encoding = self.encoding(self.act(self.norm(self.conv(x))))
+        encoding = self._encode(x)
         if self.pool == "mean":
             return self.norm_codes(encoding.unsqueeze(3)).squeeze(3).relu().mean(1)
         return F.normalize(encoding.flatten(1), dim=1)
@@ -270,8 +292,7 @@ class ContextEncoding(nn.Module):
     def _fuses_gate(self, x: Tensor, logits: Tensor) -> bool:
         """Whether the product is fused: only where the gate is the sigmoid and nothing else, for one with hooks is to be called."""
         gate = self.gate
-        hooked = gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks or gate._backward_pre_hooks
-        return type(gate) is nn.Sigmoid and not hooked and not is_traced(x) and fuses_gate(x, logits)
+        return type(gate) is nn.Sigmoid and not _hooked(gate) and not is_traced(x) and fuses_gate(x, logits)
 
     def gated(self, x: Tensor, features: Tensor) -> Tensor:
         """The output for x (B, C, H, W) and what features(x) gave."""

@@ -230,6 +230,30 @@ def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     return triton_gate.gate(x.flatten(2), logits, residual).unflatten(2, x.shape[2:])
 
 
+def fuses_projection(x: Tensor, weight: Tensor, codewords: Tensor) -> bool:
+    """Whether fused_projection takes the place of a convolution by weight (C', C, 1, 1), a ReLU and encode() on codewords (K, C').
+
+    It does where Triton is in force by name, no gradient is wanted, and the sizes fit that kernel.
+    """
+    if not _wants_triton("auto", "projection") or torch.is_grad_enabled() or x.dim() != 4 or 0 in x.shape:
+        return False
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if x.dtype != dtype or torch.float64 in (dtype, codewords.dtype) or _why_no_kernels(x):
+        return False
+    from ctxenc.kernels.triton_tiles import may_project
+
+    return may_project(dtype, codewords.shape[1], codewords.shape[0])
+
+
+@torch.jit.unused
+def fused_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """Encoding (B, K, C'), fp32, of relu(conv2d(x, weight, shift)), whose result is never in memory."""
+    from ctxenc.kernels.triton_project import project_encode
+
+    return project_encode(x.flatten(2), weight.flatten(1).to(x.dtype), shift, codewords, smoothing)
+
+
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor | float) -> Tensor:
     """Weights with which every pixel is assigned to the codewords, for looking at.
 

@@ -48,12 +48,12 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if setting == "tf32" else "tf32x3"
 
 
-class _Launch:
-    """What forward and backward share: the constants of a launch, and the prepared codewords."""
+class Launch:
+    """What launches share: their constants, and the prepared codewords. x has D channels, or others that are projected to D."""
 
     def __init__(self, x: Tensor, codewords: Tensor, smoothing: Tensor, tiles: Tiles):
-        self.B, self.D, self.N = x.shape
-        self.K = codewords.shape[0]
+        self.B, _, self.N = x.shape
+        self.K, self.D = codewords.shape
         self.channels_last = is_channels_last(x)
         if not self.channels_last and x.stride(2) != 1 and self.N > 1:
             x = x.contiguous()  # no unit stride
@@ -112,7 +112,6 @@ class _Launch:
             "VECTOR": vector(self.x, self.channels_last),
             "BLOCK_N": self.tiles.block_n,
             "STAGES": self.tiles.stages,
-            "RESIDENT": self.tiles.resident,
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
             **_registers(self.tiles),
@@ -158,7 +157,7 @@ def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor, cut: Cut | None = 
         "forward", x, codewords, smoothing, forward_tiles, partial(_forward, x, codewords, smoothing)
     )
     with torch.cuda.device_of(x):
-        launch = _Launch(x, codewords, smoothing, tiles)
+        launch = Launch(x, codewords, smoothing, tiles)
         share = triton.cdiv(launch.tiles_per_image, splits)
         splits = triton.cdiv(launch.tiles_per_image, share)  # none without a tile
         encoding = x.new_empty((B, splits, K, D), dtype=torch.float32)
@@ -175,6 +174,7 @@ def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor, cut: Cut | None = 
             encoding,
             weight_sum,
             *launch.sizes(share, splits, groups),
+            RESIDENT=tiles.resident,
             **launch.options(),
         )
     if splits == 1:
@@ -206,7 +206,7 @@ def _backward(
         partial(_backward, grad, x, codewords, smoothing, weight_sum, x_wanted),
     )
     with torch.cuda.device_of(x):
-        launch = _Launch(x, codewords, smoothing, tiles)
+        launch = Launch(x, codewords, smoothing, tiles)
         grad_operands, product = launch.prepare_grad(grad)
         share = triton.cdiv(B * launch.tiles_per_image, programs)
         programs = triton.cdiv(B * launch.tiles_per_image, share)
@@ -232,6 +232,7 @@ def _backward(
             B,
             DX=x_wanted,
             CHUNK=chunk,
+            RESIDENT=tiles.resident,
             **launch.options(),
         )
     total = dcodewords.sum(0) - (weight_sum.unsqueeze(2) * grad).sum(0)
@@ -247,10 +248,10 @@ def _empty_dx(x: Tensor, wanted: bool) -> Tensor:
     return x.new_empty((B, N, D)).transpose(1, 2) if is_channels_last(x) else x.new_empty((B, D, N))
 
 
-_DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
+DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
 
 
-@torch.library.custom_op("ctxenc::encode", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("ctxenc::encode", mutates_args=(), device_types=DEVICES)
 def _encode_op(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
     return _forward(x, codewords, smoothing)
 
@@ -261,7 +262,7 @@ def _(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((B, K, D), dtype=torch.float32), x.new_empty((B, K), dtype=torch.float32)
 
 
-@torch.library.custom_op("ctxenc::encode_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("ctxenc::encode_backward", mutates_args=(), device_types=DEVICES)
 def _encode_backward_op(
     grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,14 +58,14 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
     elements, each with an address of its own. Beyond 64 codewords it is shared memory that limits.
     """
     fp32, fp16, wide = x.element_size() == 4, x.dtype == torch.float16, K > 32
-    major = target.capability // 10  # 0 for AMD
+    D, major = x.shape[1], target.capability // 10  # 0 for AMD
     if K > 64:
         tiles = Tiles(16, 16, 8 if fp32 else 4, 1)
     elif backward and fp32:
         if major == 0 or (not wide and major in (9, 12)):
             tiles = Tiles(64, 16, 4, 1)
         else:
-            tiles = Tiles(16, 16, 8, 1) if wide else Tiles(32, 16, 4, 1)
+            tiles = Tiles(16, 16, 8, 1) if wide else Tiles(16 if D <= 16 < K else 32, 16, 4, 1)
     elif backward:
         block_d = 16 if fp16 else 32
         if major == 0:
@@ -74,14 +74,15 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
             narrow = {8: Tiles(32, block_d, 4, 2), 10: Tiles(32, 16, 4, 1), 12: Tiles(32, 32, 4, 2)}
             tiles = narrow.get(major, Tiles(64, block_d, 8, 2))
         else:
-            tiles = Tiles(64 if major == 10 or (major == 8 and fp16) else 128, 32, 8, 2)
+            small = D > 16 and (major == 10 or (major == 8 and fp16))
+            tiles = Tiles(64 if small else 128, 32, 8, 2)
     elif fp32:
         tiles = Tiles(32, 16, 4, 2) if major == 12 and not wide else Tiles(32, 32, 4, 2)
     elif major == 0 or (x.dtype == torch.bfloat16 and vector(x, is_channels_last(x)) > 1):
         tiles = Tiles(32 if major == 12 and wide else 64, 64, 4, 2)
     else:
         tiles = Tiles(32 if wide or (major == 12 and fp16) else 64, 32, 4, 2)
-    return tiles._replace(block_d=min(tiles.block_d, max(16, 1 << (x.shape[1] - 1).bit_length())))
+    return tiles._replace(block_d=min(tiles.block_d, max(16, 1 << (D - 1).bit_length())))
 
 
 def may_be_resident(x: Tensor, backward: bool = False) -> bool:
@@ -147,6 +148,22 @@ def backward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Til
     fill = 2 * target.multiprocessors
     programs = max(1, min(B * -(-N // tiles.block_n), fill, partial_rows(x, K)))
     return tiles, programs, 1 if tiles.resident else _groups(fill, programs, D, tiles)
+
+
+def may_project(dtype: torch.dtype, D: int, K: int) -> bool:
+    """Whether one kernel can project to D channels and encode on K codewords, with features and sums in registers."""
+    return D <= 128 and K <= 64 and (2048 if dtype == torch.float32 else 4096) >= D * K
+
+
+def project_tiles(x: Tensor, K: int, D: int, target: Target | None = None) -> tuple[Tiles, int, int]:
+    """Tiles of that kernel, whose block holds all D channels; how many of x it takes at a time; programs of an image."""
+    B, _, N = x.shape
+    target = target or target_of(x)
+    block_d, fp32 = max(16, 1 << (D - 1).bit_length()), x.element_size() == 4
+    tiles = Tiles(32 if fp32 else 64, block_d, 8 if block_d > 32 else 4, 2)
+    fill = 8 // tiles.warps * target.multiprocessors
+    splits = max(1, min(-(-N // tiles.block_n), -(-fill // max(1, B))))
+    return tiles, 32 if fp32 or block_d > 64 else 64, splits
 
 
 def _groups(fill: int, programs: int, D: int, tiles: Tiles) -> int:

@@ -140,7 +140,7 @@ def test_the_resident_form(offset, shared, channels_last, monkeypatch):
     tiles, splits, groups = triton_tiles.forward_tiles(x, 5)
     assert tiles.resident
     assert (splits, groups) == (1, 1)  # more would be over a tenth of x
-    assert bool(triton_encode._Launch(x, codewords, smoothing, tiles).near) == (offset < 300)
+    assert bool(triton_encode.Launch(x, codewords, smoothing, tiles).near) == (offset < 300)
     grad = torch.randn(8, 5, 40, generator=generator)
     excess = largest_excess(triton, x, codewords, smoothing, grad, products=torch.bfloat16)
     assert max(excess.values()) <= 1, excess
