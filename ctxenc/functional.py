@@ -235,11 +235,11 @@ def fuses_projection(x: Tensor, weight: Tensor, codewords: Tensor) -> bool:
 
     It does where Triton is in force by name, no gradient is wanted, and the sizes fit that kernel.
     """
-    if not _wants_triton("auto", "projection") or torch.is_grad_enabled() or x.dim() != 4 or 0 in x.shape:
+    if not _wants_triton("auto", "projection") or torch.is_grad_enabled() or _why_no_kernels(x):
         return False
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if x.dtype != dtype or torch.float64 in (dtype, codewords.dtype) or _why_no_kernels(x):
+    if x.dim() != 4 or 0 in x.shape or x.dtype != dtype or torch.float64 in (dtype, codewords.dtype):
         return False
     from ctxenc.kernels.triton_tiles import may_project
 

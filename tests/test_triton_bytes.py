@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from ctxenc.kernels.triton_bytes import encode_bytes
+from ctxenc.kernels.triton_bytes import encode_bytes, project_bytes
 from ctxenc.kernels.triton_tiles import Target
 
 SHAPES = [(2, 3600, 512, 32), (16, 196, 256, 16), (32, 784, 128, 16)]  # B, N, D, K
@@ -82,6 +82,40 @@ def test_counts_are_what_the_launchers_hand_over(chip, dtype, channels_last, D):
     prepared = nbytes("backward", "p_operands", "p_centers", "p_bias", "p_grad")
     grad = 4 * B * K * D
     assert backward.operands == nbytes("backward", *parameters) + 2 * prepared + 4 * grad
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("D", [16, 100])
+def test_counts_of_the_projection_are_what_is_handed_over(dtype, channels_last, D):
+    pytest.importorskip("triton")
+    from benchmarks.kernel_report import CHIPS, DTYPES, Case, launches
+
+    K = 16
+    torch_dtype = next(key for key, name in DTYPES.items() if name == dtype)
+    handed = launches(Case("sm_90", "project", dtype, channels_last, True, D, K))[0].arguments
+    B, N, C = 64, 4096, 16 * D  # of launches()
+    counted = project_bytes(B, C, N, D, K, CHIPS["sm_90"].target, dtype=torch_dtype, channels_last=channels_last)
+    assert handed["splits"] > 1
+    once = ("p_x", "p_weight", "p_codewords", "p_smoothing")
+    twice = ("p_operands", "p_centers", "p_bias", "p_encoding")
+    nbytes = sum(handed[name].nbytes for name in once) + 2 * sum(handed[name].nbytes for name in twice)
+    nbytes += D * torch_dtype.itemsize + 4 * B * K * D  # the shift, and the sum over the splits
+    assert counted.memory == nbytes
+    tiles = B * handed["tiles"]
+    assert counted.l2 == tiles * handed["p_weight"].nbytes
+
+
+# B, C, N, D, K: the four stages of seresnet50 at 224, bf16, 64 images.
+STAGES = [(64, 256, 3136, 16, 16), (64, 512, 784, 32, 16), (64, 1024, 196, 64, 16), (64, 2048, 49, 128, 16)]
+
+
+@pytest.mark.parametrize("shape", STAGES)
+def test_projection_in_one_kernel_moves_little_more_than_x(shape):
+    counted = project_bytes(*shape, Target(90, 132))
+    x = 2 * shape[0] * shape[1] * shape[2]
+    assert counted.memory < 1.12 * x
+    assert counted.memory < 0.9 * counted.in_steps
 
 
 def test_a_dtype_of_another_size_is_refused():

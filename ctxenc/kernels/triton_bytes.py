@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ctxenc.kernels.triton_tiles import Target, Tiles, backward_tiles, forward_tiles, padded_channels
+from ctxenc.kernels.triton_tiles import Target, Tiles, backward_tiles, forward_tiles, padded_channels, project_tiles
 
 PROGRAMS_AT_A_TIME = 2  # on a multiprocessor: what the choice of tiles fills it with in the walking form
 
@@ -79,6 +79,58 @@ def encode_bytes(
     x = torch.empty((B, N, D) if channels_last else (B, D, N), dtype=dtype, device="meta")
     x = x.transpose(1, 2) if channels_last else x
     return EncodeBytes(_forward_bytes(x, K, target), _backward_bytes(x, K, target))
+
+
+class ProjectBytes(NamedTuple):
+    """Projection and encoding in one kernel, and in steps."""
+
+    memory: int  # all that memory moves
+    l2: int  # the weight, once for every tile of pixels
+    in_steps: int  # what memory moves for a convolution, a ReLU in place and encode
+
+
+def project_bytes(
+    B: int,
+    C: int,
+    N: int,
+    D: int,
+    K: int,
+    target: Target,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    channels_last: bool = False,
+) -> ProjectBytes:
+    """Counts the bytes of the projection of a dense x (B, C, N) to D channels and its encoding.
+
+    Args:
+        B: Images.
+        C: Channels of x.
+        N: Pixels of an image.
+        D: Channels that the encoding is taken of.
+        K: Codewords, in fp32.
+        target: The GPU.
+        dtype: Of x and of the weight.
+        channels_last: How x lies.
+
+    Returns:
+        The counts.
+    """
+    x = torch.empty((B, N, C) if channels_last else (B, C, N), dtype=dtype, device="meta")
+    x = x.transpose(1, 2) if channels_last else x
+    tiles, _, splits = project_tiles(x, K, D, target)
+    per_image = -(-N // tiles.block_n)
+    splits = _launched(per_image, splits)
+    z = x[:, :1].expand(B, D, N)
+    _, prepared = _prepared(z, K, tiles)
+    weight, results = D * (C + 1) * dtype.itemsize, 4 * B * K * D
+    partial = splits * results if splits > 1 else 0
+    encoding = encode_bytes(B, D, N, K, dtype.itemsize, target, dtype=dtype, channels_last=channels_last).forward
+    written = B * N * D * dtype.itemsize
+    return ProjectBytes(
+        memory=x.nbytes + weight + 4 * K * (D + 1) + 2 * prepared + 2 * partial + results,
+        l2=B * per_image * D * C * dtype.itemsize,
+        in_steps=x.nbytes + weight + 3 * written + encoding.memory,
+    )
 
 
 def _launched(items: int, programs: int) -> int:

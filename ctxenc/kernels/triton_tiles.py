@@ -160,10 +160,14 @@ def project_tiles(x: Tensor, K: int, D: int, target: Target | None = None) -> tu
     B, _, N = x.shape
     target = target or target_of(x)
     block_d, fp32 = max(16, 1 << (D - 1).bit_length()), x.element_size() == 4
-    tiles = Tiles(32 if fp32 else 64, block_d, 8 if block_d > 32 else 4, 2)
+    if fp32:
+        tiles = Tiles(16 if K > 16 else 32, block_d, 8 if block_d > 32 >= 2 * K else 4, 2)
+    else:
+        tiles = Tiles(64, block_d, 8 if block_d > 32 else 4, 2)
     fill = 8 // tiles.warps * target.multiprocessors
     splits = max(1, min(-(-N // tiles.block_n), -(-fill // max(1, B))))
-    return tiles, 32 if fp32 or block_d > 64 else 64, splits
+    wide_blocks = not fp32 and block_d <= 64 and vector(x, is_channels_last(x)) > 1
+    return tiles, 64 if wide_blocks else 32, splits
 
 
 def _groups(fill: int, programs: int, D: int, tiles: Tiles) -> int:

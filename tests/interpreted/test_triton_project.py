@@ -1,0 +1,269 @@
+"""Projection and encoding as one kernel. With small integers the projection is exact, so that the tolerance of encode holds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import ctxenc
+from ctxenc import ContextEncoding
+from ctxenc.functional import fuses_projection
+from ctxenc.kernels import triton_project
+from ctxenc.kernels.triton_tiles import Target, Tiles, may_project, project_tiles
+from tests.blocks import stirred
+from tests.interpreted.test_triton_encode import DTYPES, EXAMPLES, LAYOUTS, lay_out, nothing_is_zero_by_luck, thorough
+from tests.tolerance import largest_excess
+
+__all__ = ["nothing_is_zero_by_luck"]  # a fixture that all tests here use
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of every overflow and NaN
+
+
+@st.composite
+def problems(draw: st.DrawFn):
+    """Features (B, C, N), weight, shift, codewords, smoothing, and how the launch cuts its work; integers that bf16 holds."""
+    D, K = draw(st.integers(1, 40)), draw(st.integers(1, 20))
+    block_d = max(16, 1 << (D - 1).bit_length())
+    cut = (
+        Tiles(draw(st.sampled_from([16, 32])), block_d, 4, 2),
+        draw(st.sampled_from([16, 32])),
+        draw(st.integers(1, 5)),
+    )
+    unit = draw(st.sampled_from([1, 8]))  # 8: rows of 16 bytes in half precision
+    C, N = draw(st.integers(1, 80 // unit)) * unit, draw(st.integers(1, 96 // unit)) * unit
+    B, dtype = draw(st.integers(1, 3)), draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+
+    def integers(*shape: int, bound: int = 1):
+        return torch.randint(-bound, bound + 1, shape, generator=generator).to(dtype)
+
+    x, weight, shift = integers(B, C, N), integers(D, C), integers(D, bound=40)
+    offset = draw(st.sampled_from([0.0, 0.0, 20.0]))
+    codewords = torch.randn(K, D, generator=generator) * draw(st.sampled_from([0.5, 5.0])) + offset
+    hardness = draw(st.sampled_from([0.0, 1.0, 1.0, 10.0])) / (D * C)
+    smoothing = torch.rand(() if draw(st.booleans()) else (K,), generator=generator) * hardness
+    return lay_out(x, draw(st.sampled_from(LAYOUTS))), weight, shift, codewords, smoothing, cut
+
+
+def projected(x, weight, shift):
+    return (torch.einsum("dc,bcn->bdn", weight.double(), x.double()) + shift.double()[:, None]).relu()
+
+
+def excess(x, weight, shift, codewords, smoothing, cut=None):
+    """Error over tolerance of the encoding; the gradients that largest_excess asks for are not there, and not looked at."""
+
+    def encode(z, d, s):
+        return triton_project._project_encode(x, weight, shift, d.detach(), s.detach(), cut) + 0 * (
+            z.float().sum() + d.sum() + s.sum()
+        )
+
+    z = projected(x, weight, shift)
+    assert torch.equal(z, z.to(x.dtype).double())
+    B, (K, D) = x.shape[0], codewords.shape
+    return largest_excess(encode, z.to(x.dtype), codewords, smoothing, torch.ones(B, K, D), products=x.dtype)[
+        "encoding"
+    ]
+
+
+@thorough
+@given(problems())
+def test_values(problem):
+    assert excess(*problem) <= 1
+
+
+def problem(B=2, C=40, N=50, D=20, K=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, shift = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((B, C, N), (D, C), (D,)))
+    codewords, smoothing = torch.randn(K, D, generator=generator), torch.rand(K, generator=generator) / (D * C)
+    return x, weight / C**0.5, shift, codewords, smoothing
+
+
+@settings(max_examples=max(5, EXAMPLES // 5), deadline=None, derandomize=True)
+@given(st.sampled_from([1, 40, 130]), st.sampled_from([1, 16, 100, 128]), st.sampled_from([1, 16, 32]))
+def test_as_two_steps(C, D, K):
+    """Real numbers, and the tiles of a real call."""
+    x, weight, shift, codewords, smoothing = problem(C=C, D=D, K=K)
+    if not may_project(torch.float32, D, K):
+        return
+    got = triton_project.project_encode(x, weight, shift, codewords, smoothing)
+    wanted = ctxenc.encode(projected(x, weight, shift), codewords, smoothing)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+def lost_shift(x, weight, shift, codewords, smoothing):
+    return x, weight, torch.zeros_like(shift), codewords, smoothing
+
+
+def lost_channel(x, weight, shift, codewords, smoothing):
+    weight = weight.clone()
+    weight[:, -1] = 0
+    return x, weight, shift, codewords, smoothing
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mutant", [lost_shift, lost_channel])
+def test_the_tolerance_tells_mutants(mutant, dtype, monkeypatch):
+    x, weight, shift, codewords, smoothing = problem(dtype=dtype)
+    right = (x.sign(), weight.sign(), shift.sign() * 3, codewords, smoothing)
+    assert excess(*right) <= 1
+    encode = triton_project._project_encode
+    monkeypatch.setattr(triton_project, "_project_encode", lambda *args: encode(*mutant(*args[:5]), *args[5:]))
+    assert excess(*right) > 1
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"N": 0}, {"N": 1, "B": 1}])
+def test_little_or_nothing(sizes):
+    x, weight, shift, codewords, smoothing = problem(**sizes)
+    got = triton_project.project_encode(x, weight, shift, codewords, smoothing)
+    wanted = ctxenc.encode(projected(x, weight, shift), codewords, smoothing)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_stays_in_its_image():
+    x, weight, shift, codewords, smoothing = problem()
+    x[1, 3, 7] = float("nan")
+    got = triton_project.project_encode(x, weight, shift, codewords, smoothing)
+    assert got[0].isfinite().all()
+    assert got[1].isnan().any()
+
+
+def test_opcheck():
+    arguments = problem(N=6)
+    torch.library.opcheck(
+        torch.ops.ctxenc.project_encode.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_what_fits():
+    assert may_project(torch.bfloat16, 128, 32)
+    assert may_project(torch.float32, 128, 16)
+    for dtype, D, K in [
+        (torch.float32, 128, 32),
+        (torch.float16, 128, 64),
+        (torch.bfloat16, 129, 16),
+        (torch.bfloat16, 8, 65),
+    ]:
+        assert not may_project(dtype, D, K)
+    x = torch.empty(64, 2048, 49, dtype=torch.bfloat16, device="meta")
+    tiles, channels, splits = project_tiles(x, 16, 128, Target(90, 132))
+    assert (tiles.block_d, channels, splits) == (128, 32, 1)
+    assert project_tiles(x[:2, :, :48].repeat(1, 1, 100), 16, 128, Target(90, 132))[2] == 66
+
+
+# The block
+
+
+def fused_block(**options):
+    torch.manual_seed(0)
+    return stirred(ContextEncoding(48, 6, rd_channels=20, **options)).eval().fuse()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes with which the kernel was called."""
+    shapes, own = [], triton_project.project_encode
+    monkeypatch.setattr(
+        triton_project, "project_encode", lambda x, *rest: shapes.append(tuple(x.shape)) or own(x, *rest)
+    )
+    return shapes
+
+
+def outputs(block, x):
+    """By the Triton path and by the other."""
+    results = []
+    for backend in ("triton", "torch"):
+        with ctxenc.use_backend(backend), torch.no_grad():
+            results.append(block(x))
+    return results
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"pool": "concat", "smoothing": 2.0}, {"smoothing": "sampled"}, {"residual": True}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_block(dtype, options, channels_last, calls):
+    block = fused_block(**options).to(dtype)
+    x = torch.randn(2, 48, 5, 7).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    got, wanted = outputs(block, x)
+    assert calls == [(2, 48, 35)]
+    assert got.stride() == wanted.stride()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_under_autocast(calls):
+    block, x = fused_block(), torch.randn(2, 48, 5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs(block, x)
+        assert not calls  # the convolution would have rounded x
+        got, wanted = outputs(block, x.bfloat16())
+    assert len(calls) == 1
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+
+
+def test_compiled_without_a_break(calls):
+    block, x = fused_block(), torch.randn(2, 48, 5, 7)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with ctxenc.use_backend("triton"), torch.no_grad():
+        torch.testing.assert_close(compiled(x), block(x))
+    assert len(calls) == 2
+
+
+def with_hook(block):
+    block.conv.register_forward_hook(lambda module, arguments, output: 2 * output)
+    return block
+
+
+def norm_of_its_own(block):
+    block.norm = nn.Dropout(0.0)
+    return block
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.unfuse(),
+        lambda block: block.train(),
+        lambda block: block.double(),
+        with_hook,
+        norm_of_its_own,
+        lambda block: ContextEncoding(48, 6, rd_channels=20, act_layer=nn.GELU).eval().fuse(),
+        lambda block: ContextEncoding(48, 6, rd_channels=136).eval().fuse(),
+    ],
+)
+def test_blocks_that_take_their_steps(change, calls):
+    block = change(fused_block())
+    x = torch.randn(2, 48, 5, 7, dtype=block.conv.weight.dtype)
+    with ctxenc.use_backend("torch" if x.dtype == torch.float64 else "triton"), torch.no_grad():
+        block(x)
+    assert not calls
+
+
+def test_gradients_are_had_in_steps(calls):
+    block, x = fused_block(), torch.randn(2, 48, 5, 7, requires_grad=True)
+    with ctxenc.use_backend("triton"):
+        block(x).sum().backward()
+    assert not calls
+    assert block.conv.weight.grad.abs().sum() > 0
+
+
+def test_when_it_is_taken():
+    x, weight, codewords = torch.randn(2, 48, 5, 7), torch.randn(20, 48, 1, 1), torch.randn(6, 20)
+    with torch.no_grad():
+        assert not fuses_projection(x, weight, codewords)
+        with ctxenc.use_backend("triton"):
+            assert fuses_projection(x, weight, codewords)
+            assert not fuses_projection(x.bfloat16(), weight, codewords)
+            assert not fuses_projection(x[:0], weight, codewords)
+            assert not fuses_projection(x.to("meta"), weight, codewords)
+
+
+def test_fakes():
+    arguments = problem()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = triton_project.project_encode(*(mode.from_tensor(tensor) for tensor in arguments))
+    real = triton_project.project_encode(*arguments)
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
