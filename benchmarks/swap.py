@@ -9,9 +9,10 @@ Memory is the peak of a step or a forward: parameters, buffers, momentum and the
 them. Ratios are to the network as it is shipped, for EncNet to the FCN with a head of the same width; above 1 costs more. MACs are
 those of convolutions and matrix products in the inference of one image.
 
-On a GPU a time is that of replays of a CUDA graph, where one can be captured. No table is begun that may end after --seconds; the
-most important come first. The default on a CPU (about 20 minutes on two cores) has every network in eager mode, fp32 and channels
-last, and the other settings for the main variants of the first network alone.
+On a GPU a time is that of replays of a CUDA graph, where one can be captured, and ContextEncoding takes the Triton kernels unless
+--backend says otherwise. No table is begun that may end after --seconds; the most important come first. The default on a CPU (about
+20 minutes on two cores) has every network in eager mode, fp32 and channels last, and the other settings for the main variants of
+the first network alone.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import ctxenc
 from benchmarks import networks
 from benchmarks.encode import default_path
 from benchmarks.forms import check_operator
@@ -321,6 +323,9 @@ def markdown(result: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--backend", choices=["torch", "triton"], help='of ctxenc; default: "triton" on a GPU, "torch" on a CPU'
+    )
     parser.add_argument("--networks", nargs="+", default=list(networks.NETWORKS), help="also any other of timm with SE")
     parser.add_argument("--variants", nargs="+", help="beside the one that they are compared with, 'own, mean' for one")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: see above")
@@ -337,6 +342,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch.cuda.is_available() is False")
+    args.backend = args.backend or ("triton" if args.device == "cuda" else "torch")
     if args.quick:
         args.networks, args.variants, args.modes, args.batch, args.size = (
             ["seresnet18"],
@@ -359,9 +365,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = args.device == "cuda"
+    with ctxenc.use_backend(args.backend):
+        run(args, start)
+
+
+def run(args: argparse.Namespace, start: float) -> None:
+    """All tables that fit into the time, from start on."""
     correctness = check_operator(args.device)
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    record = Record("swap", args.out or default_path({"gpu": gpu}, "swap"), correctness, args.seed, args.device)
+    record = Record(
+        "swap",
+        args.out or default_path({"gpu": gpu}, "swap"),
+        correctness,
+        args.seed,
+        args.device,
+        backend=args.backend,
+    )
     todo, longest = tables(args), dict.fromkeys(MODES, 0.0)
     limit = start + (SECONDS[args.device] if args.seconds is None else args.seconds)
     done = 0

@@ -1,6 +1,7 @@
 """The benchmark of whole networks: what its variants are, what its columns mean, and that it goes on where a row fails."""
 
 import json
+from unittest import mock
 
 import pytest
 import timm
@@ -52,6 +53,24 @@ def test_a_quick_run(tmp_path):
         assert row["training_peak_bytes"] > 3 * 4 * row["n_parameters"] > 2 * row["inference_peak_bytes"]
     assert rows[1]["n_parameters"] - rows[0]["n_parameters"] == 2560
     assert 1 < rows[1]["memory_ratio"] < 1.01
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "torch"), ("cuda", "triton")])
+def test_the_backend_that_is_measured_is_in_force_and_told(device, backend, tmp_path, monkeypatch):
+    """The kernels' on a GPU, where "auto" does not take them yet; in the check of the operator too."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(swap, "check_operator", lambda device: seen.append(ctxenc.backend_info().backend) or 0.0)
+    monkeypatch.setattr(swap, "measure", lambda *_: seen.append(ctxenc.backend_info().backend) or [])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(swap, "Record", lambda *_, **facts: seen.append(facts["backend"]) or mock.MagicMock())
+    swap.main(
+        ["--device", device, "--networks", "seresnet18", "--modes", "eager", "--out", str(tmp_path / "swap.json")]
+    )
+    assert set(seen) == {backend}
+    assert len(seen) > 2
+    assert ctxenc.backend_info().backend == "torch"
 
 
 def test_nothing_is_measured_where_the_operator_is_wrong(tmp_path, monkeypatch):

@@ -200,3 +200,22 @@ def test_memory(shape, dtype, layout):
     assert kept <= small, f"{kept} bytes are kept for backward"
     bound = small + 1.1 * x.nbytes
     assert peak <= bound, f"{peak} bytes at the peak, {bound - small:.0f} + {small} allowed"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("channels", "side", "batch"), [(256, 56, 8), (1024, 14, 8), (2048, 7, 3)])
+def test_a_fused_block_projects_and_encodes_in_one_kernel(channels, side, batch, dtype, layout):
+    torch.manual_seed(0)
+    block = ctxenc.ContextEncoding(channels, num_codes=16)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    block = block.to(DEVICE, dtype, memory_format=memory_format).eval().fuse()
+    x = torch.randn(batch, channels, side, side).to(DEVICE, dtype, memory_format=memory_format)
+    with torch.no_grad(), ctxenc.use_backend("triton"):
+        assert block._fuses_projection(x)
+        got = block(x)
+        encoding = block._encode(x)
+        in_steps = block.encoding(block.act(block.conv(x)))
+    assert got.stride() == x.stride()
+    tolerance = 2e-3 if dtype == torch.float32 else 2e-2  # the convolution takes tf32, or rounds before the bias
+    assert_near([encoding], [in_steps], tolerance)
