@@ -62,7 +62,7 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
     if K > 64:
         tiles = Tiles(16, 16, 8 if fp32 else 4, 1)
     elif backward and fp32:
-        if major == 0 or (not wide and major in (9, 12)):
+        if major == 0 or (major == 9 and not wide) or (major == 12 and K <= 16):
             tiles = Tiles(64, 16, 4, 1)
         else:
             tiles = Tiles(16, 16, 8, 1) if wide else Tiles(16 if D <= 16 < K else 32, 16, 4, 1)
@@ -81,7 +81,7 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
     elif major == 0 or (x.dtype == torch.bfloat16 and vector(x, is_channels_last(x)) > 1):
         tiles = Tiles(32 if major == 12 and wide else 64, 64, 4, 2)
     else:
-        tiles = Tiles(32 if wide or (major == 12 and fp16) else 64, 32, 4, 2)
+        tiles = Tiles(32 if wide or (major == 12 and fp16 and D > 16) else 64, 32, 4, 2)
     return tiles._replace(block_d=min(tiles.block_d, max(16, 1 << (D - 1).bit_length())))
 
 
@@ -152,7 +152,8 @@ def backward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Til
 
 def may_project(dtype: torch.dtype, D: int, K: int) -> bool:
     """Whether one kernel can project to D channels and encode on K codewords, with features and sums in registers."""
-    return D <= 128 and K <= 64 and (2048 if dtype == torch.float32 else 4096) >= D * K
+    most = 16 if dtype == torch.float32 else min(64, 4096 >> (D - 1).bit_length())
+    return D <= 128 and most >= K
 
 
 def project_tiles(x: Tensor, K: int, D: int, target: Target | None = None) -> tuple[Tiles, int, int]:
@@ -160,10 +161,7 @@ def project_tiles(x: Tensor, K: int, D: int, target: Target | None = None) -> tu
     B, _, N = x.shape
     target = target or target_of(x)
     block_d, fp32 = max(16, 1 << (D - 1).bit_length()), x.element_size() == 4
-    if fp32:
-        tiles = Tiles(16 if K > 16 else 32, block_d, 8 if block_d > 32 >= 2 * K else 4, 2)
-    else:
-        tiles = Tiles(64, block_d, 8 if block_d > 32 else 4, 2)
+    tiles = Tiles(32 if fp32 else 64, block_d, 8 if block_d > 32 else 4, 2)
     fill = 8 // tiles.warps * target.multiprocessors
     splits = max(1, min(-(-N // tiles.block_n), -(-fill // max(1, B))))
     wide_blocks = not fp32 and block_d <= 64 and vector(x, is_channels_last(x)) > 1

@@ -80,12 +80,11 @@ def problem(B=2, C=40, N=50, D=20, K=5, dtype=torch.float32):
 
 
 @settings(max_examples=max(5, EXAMPLES // 5), deadline=None, derandomize=True)
-@given(st.sampled_from([1, 40, 130]), st.sampled_from([1, 16, 100, 128]), st.sampled_from([1, 16, 32]))
+@given(st.sampled_from([1, 40, 130]), st.sampled_from([1, 16, 100, 128]), st.sampled_from([1, 16]))
 def test_as_two_steps(C, D, K):
     """Real numbers, and the tiles of a real call."""
     x, weight, shift, codewords, smoothing = problem(C=C, D=D, K=K)
-    if not may_project(torch.float32, D, K):
-        return
+    assert may_project(torch.float32, D, K)
     got = triton_project.project_encode(x, weight, shift, codewords, smoothing)
     wanted = ctxenc.encode(projected(x, weight, shift), codewords, smoothing)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
@@ -139,7 +138,7 @@ def test_what_fits():
     assert may_project(torch.bfloat16, 128, 32)
     assert may_project(torch.float32, 128, 16)
     for dtype, D, K in [
-        (torch.float32, 128, 32),
+        (torch.float32, 16, 32),
         (torch.float16, 128, 64),
         (torch.bfloat16, 129, 16),
         (torch.bfloat16, 8, 65),
