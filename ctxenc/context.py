@@ -66,11 +66,10 @@ def _takes_statistics(norm: nn.Module) -> bool:
     )
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether a module is to be called, for the hooks that it has."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _must_be_called(module: nn.Module) -> bool:
+    """Whether something waits for a call of this module: a hook, of its own or of all modules, or a forward put in its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
 
 
 def _check_batch(x: Tensor, rd_channels: int, conv_norm: bool, code_norm: bool) -> None:
@@ -230,7 +229,8 @@ class ContextEncoding(nn.Module):
         """Fold the norm into the convolution before it, as evaluation applies it, for deployment; unfuse() takes it back.
 
         timm's `reparameterize_model` calls it. In place: `conv` gets a bias and `norm` becomes an Identity, in the state dict too.
-        A block whose norm is no BatchNorm with running statistics, or that is fused, stays as it is.
+        A block whose norm is no BatchNorm with running statistics, or that is fused, stays as it is. Under use_backend("triton") a
+        fused block with the ReLU of its own projects and encodes in one kernel, in half precision where no gradient is wanted.
 
         Returns:
             This block.
@@ -272,12 +272,15 @@ class ContextEncoding(nn.Module):
 
     @torch.jit.unused
     def _fuses_projection(self, x: Tensor) -> bool:
-        """Whether projection and encoding are one kernel: in a fused block, for inference, where none is another's or has hooks."""
+        """Whether projection and encoding are one kernel: in a fused block where no part is another's or must be called."""
         parts = (self.conv, self.norm, self.act, self.encoding)
         own = [type(part) for part in parts] == [Projection, nn.Identity, nn.ReLU, Encoding]
-        if not own or self.training or any(_hooked(part) for part in parts) or is_traced(x):
+        if not own or is_traced(x) or any(_must_be_called(part) for part in parts):
             return False
-        return self.conv.bias is not None and fuses_projection(x, self.conv.weight, self.encoding.codewords)
+        encoding, shift = self.encoding, self.conv.bias
+        if shift is None or (encoding.sampled and encoding.training):
+            return False
+        return fuses_projection(x, self.conv.weight, shift, encoding.codewords, encoding.smoothing)
 
     def features(self, x: Tensor) -> Tensor:
         """What the gate is computed from: (B, C') for "mean", (B, K * C') for "concat", of x (B, C, H, W)."""
@@ -292,7 +295,7 @@ class ContextEncoding(nn.Module):
     def _fuses_gate(self, x: Tensor, logits: Tensor) -> bool:
         """Whether the product is fused: only where the gate is the sigmoid and nothing else, for one with hooks is to be called."""
         gate = self.gate
-        return type(gate) is nn.Sigmoid and not _hooked(gate) and not is_traced(x) and fuses_gate(x, logits)
+        return type(gate) is nn.Sigmoid and not _must_be_called(gate) and not is_traced(x) and fuses_gate(x, logits)
 
     def gated(self, x: Tensor, features: Tensor) -> Tensor:
         """The output for x (B, C, H, W) and what features(x) gave."""

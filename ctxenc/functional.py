@@ -230,16 +230,22 @@ def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     return triton_gate.gate(x.flatten(2), logits, residual).unflatten(2, x.shape[2:])
 
 
-def fuses_projection(x: Tensor, weight: Tensor, codewords: Tensor) -> bool:
-    """Whether fused_projection takes the place of a convolution by weight (C', C, 1, 1), a ReLU and encode() on codewords (K, C').
+def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> bool:
+    """Whether fused_projection takes the place of a convolution, a ReLU and encode().
 
-    It does where Triton is in force by name, no gradient is wanted, and the sizes fit that kernel.
+    It does where Triton is in force by name, no gradient is wanted, and the sizes fit that kernel. What the steps would refuse is
+    left to them.
     """
     if not _wants_triton("auto", "projection") or torch.is_grad_enabled() or _why_no_kernels(x):
         return False
-    device = x.device.type
+    parameters, device = (weight, shift, codewords, smoothing), x.device.type
+    if x.dim() != 4 or 0 in x.shape or any(tensor.device != x.device for tensor in parameters):
+        return False
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if x.dim() != 4 or 0 in x.shape or x.dtype != dtype or torch.float64 in (dtype, codewords.dtype):
+    dtypes = [tensor.dtype for tensor in parameters]
+    if x.dtype != dtype or shift.dtype != weight.dtype or torch.float64 in dtypes:
+        return False
+    if (x.shape[1], codewords.shape[1]) != (weight.shape[1], weight.shape[0]):
         return False
     from ctxenc.kernels.triton_tiles import may_project
 
@@ -248,7 +254,7 @@ def fuses_projection(x: Tensor, weight: Tensor, codewords: Tensor) -> bool:
 
 @torch.jit.unused
 def fused_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Encoding (B, K, C'), fp32, of relu(conv2d(x, weight, shift)), whose result is never in memory."""
+    """Encoding (B, K, C'), fp32, of relu(conv2d(x, weight, shift)), which is never in memory; weight is (C', C, 1, 1)."""
     from ctxenc.kernels.triton_project import project_encode
 
     return project_encode(x.flatten(2), weight.flatten(1).to(x.dtype), shift, codewords, smoothing)

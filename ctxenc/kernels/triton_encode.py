@@ -124,7 +124,7 @@ FUSED = {"enable_fp_fusion": True}  # Triton 3.10 turns its default over
 
 
 def _registers(tiles: Tiles) -> dict[str, int]:
-    """All that a thread can have in the walking form, of which two programs run on a multiprocessor.
+    """All that a thread can have, but in the resident form: elsewhere two programs at most run on a multiprocessor.
 
     Unasked, NVIDIA's assembler spills some to make room for programs that are not there.
     """

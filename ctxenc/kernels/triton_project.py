@@ -36,7 +36,9 @@ def _project(
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         z = dot(x, weight, z, DOT)
     z += tl.load(p_shift + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
-    z = tl.where(z < 0, 0.0, z)  # lets NaN through
+    z = tl.where(
+        (z < 0) | (o_d >= D)[None, :], 0.0, z
+    )  # lets NaN through, but no 0 * inf of channels that are not there
     dtype = p_image.dtype.element_ty
     if _INTERPRETED and dtype == tl.bfloat16:  # which it cuts where it should round
         return drop_bits(z, 16)
@@ -155,8 +157,17 @@ def _project_encode(
 def project_encode(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """Encoding (B, K, D), fp32, of relu(weight @ x + shift) on codewords (K, D), without derivatives.
 
-    x (B, C, N) and weight (D, C) are fp32, fp16 or bf16, both the same. C and D are 1 at least, D 128 at most and K 64.
+    x (B, C, N) and weight (D, C) are of one dtype, fp16, bf16 or fp32. The sizes that fit are those of triton_tiles.may_project.
+
+    Raises:
+        ValueError: sizes do not fit each other, which no kernel would notice.
     """
+    D, C = weight.shape
+    if x.shape[1] != C or shift.shape != (D,) or codewords.shape[1] != D:
+        sizes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, shift, codewords))
+        raise ValueError(
+            f"project_encode: must get x (B, C, N), weight (D, C), shift (D,), codewords (K, D), got {sizes}"
+        )
     return _project_encode(x, weight, shift, codewords, smoothing)
 
 

@@ -65,7 +65,8 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
         if major == 0 or (major == 9 and not wide) or (major == 12 and K <= 16):
             tiles = Tiles(64, 16, 4, 1)
         else:
-            tiles = Tiles(16, 16, 8, 1) if wide else Tiles(16 if D <= 16 < K else 32, 16, 4, 1)
+            stages = 2 if major == 10 and D <= 16 else 1
+            tiles = Tiles(16, 16, 8, stages) if wide else Tiles(16 if D <= 16 < K else 32, 16, 4, 1)
     elif backward:
         block_d = 16 if fp16 else 32
         if major == 0:
@@ -117,7 +118,7 @@ def _programs_per_multiprocessor(D: int, K: int) -> int:
 
 
 def partial_rows(x: Tensor, K: int) -> int:
-    """Partial sums (K, D) in fp32 that stay under a tenth of the bytes of x."""
+    """Partial sums in fp32 of K codewords and the channels of x that stay under a tenth of the bytes of x."""
     return x.shape[0] * x.shape[2] * x.element_size() // (40 * K)
 
 
@@ -151,19 +152,22 @@ def backward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Til
 
 
 def may_project(dtype: torch.dtype, D: int, K: int) -> bool:
-    """Whether one kernel can project to D channels and encode on K codewords, with features and sums in registers."""
-    most = 16 if dtype == torch.float32 else min(64, 4096 >> (D - 1).bit_length())
-    return D <= 128 and most >= K
+    """Whether one kernel is to project to D channels and encode on K codewords: where features and sums fit into registers.
+
+    In half precision alone: an fp32 convolution has a setting of its own for tf32, and three terms of it take more registers.
+    """
+    fits = D <= 128 and min(64, 4096 >> (D - 1).bit_length()) >= K
+    return fits and dtype in (torch.float16, torch.bfloat16)
 
 
 def project_tiles(x: Tensor, K: int, D: int, target: Target | None = None) -> tuple[Tiles, int, int]:
     """Tiles of that kernel, whose block holds all D channels; how many of x it takes at a time; programs of an image."""
-    B, _, N = x.shape
+    B, C, N = x.shape
     target = target or target_of(x)
     block_d, fp32 = max(16, 1 << (D - 1).bit_length()), x.element_size() == 4
     tiles = Tiles(32 if fp32 else 64, block_d, 8 if block_d > 32 else 4, 2)
     fill = 8 // tiles.warps * target.multiprocessors
-    splits = max(1, min(-(-N // tiles.block_n), -(-fill // max(1, B))))
+    splits = max(1, min(-(-N // tiles.block_n), -(-fill // B), partial_rows(x, K) * C // D // B))
     wide_blocks = not fp32 and block_d <= 64 and vector(x, is_channels_last(x)) > 1
     return tiles, 64 if wide_blocks else 32, splits
 

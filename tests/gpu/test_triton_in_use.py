@@ -203,7 +203,7 @@ def test_memory(shape, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("channels", "side", "batch"), [(256, 56, 8), (1024, 14, 8), (2048, 7, 3)])
 def test_a_fused_block_projects_and_encodes_in_one_kernel(channels, side, batch, dtype, layout):
     torch.manual_seed(0)
@@ -217,5 +217,4 @@ def test_a_fused_block_projects_and_encodes_in_one_kernel(channels, side, batch,
         encoding = block._encode(x)
         in_steps = block.encoding(block.act(block.conv(x)))
     assert got.stride() == x.stride()
-    tolerance = 2e-3 if dtype == torch.float32 else 2e-2  # the convolution takes tf32, or rounds before the bias
-    assert_near([encoding], [in_steps], tolerance)
+    assert_near([encoding], [in_steps], 2e-2)  # the convolution rounds before it adds the bias
