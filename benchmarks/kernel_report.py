@@ -61,9 +61,7 @@ class Case(NamedTuple):
     """What a launch depends on."""
 
     chip: str
-    direction: (
-        str  # "forward" or "backward" of encode; "project" for the projection of 16 D channels and its encoding in one
-    )
+    direction: str  # of encode; "project" for the projection of 16 D channels and its encoding in one kernel
     dtype: str
     channels_last: bool
     aligned: bool

@@ -36,9 +36,8 @@ def _project(
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         z = dot(x, weight, z, DOT)
     z += tl.load(p_shift + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
-    z = tl.where(
-        (z < 0) | (o_d >= D)[None, :], 0.0, z
-    )  # lets NaN through, but no 0 * inf of channels that are not there
+    # Lets NaN through, but no 0 * inf of channels that are not there.
+    z = tl.where((z < 0) | (o_d >= D)[None, :], 0.0, z)
     dtype = p_image.dtype.element_ty
     if _INTERPRETED and dtype == tl.bfloat16:  # which it cuts where it should round
         return drop_bits(z, 16)
@@ -125,7 +124,7 @@ def _project_encode(
 ) -> Tensor:
     B, C, N = x.shape
     K, D = codewords.shape
-    if x.numel() == 0 and (B == 0 or N == 0):
+    if B == 0 or N == 0:
         return x.new_zeros((B, K, D), dtype=torch.float32)
     # Memory moves x once, 4 B K D bytes a split (twice where there are several), the weight and the operands; L2 gives the weight
     # once a tile: triton_bytes.py.

@@ -141,6 +141,7 @@ def test_what_fits():
         (torch.float16, 128, 64),
         (torch.bfloat16, 129, 16),
         (torch.bfloat16, 8, 65),
+        (torch.bfloat16, 100, 40),
     ]:
         assert not may_project(dtype, D, K)
     x = torch.empty(64, 2048, 49, dtype=torch.bfloat16, device="meta")
@@ -230,12 +231,9 @@ def norm_of_its_own(block):
     return block
 
 
-def in_fp64(part):
-    def change(block):
-        getattr(block, part).double()
-        return block
-
-    return change
+def encoding_in_fp64(block):
+    block.encoding.double()
+    return block
 
 
 def drawing(block):
@@ -252,7 +250,7 @@ def drawing(block):
         with_hook,
         with_a_forward_in_its_place,
         norm_of_its_own,
-        in_fp64("encoding"),
+        encoding_in_fp64,
         drawing,
         lambda block: ContextEncoding(48, 6, rd_channels=20, act_layer=nn.GELU).eval().fuse().bfloat16(),
         lambda block: ContextEncoding(48, 6, rd_channels=136).eval().fuse().bfloat16(),
