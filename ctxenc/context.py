@@ -84,6 +84,11 @@ def _check_batch(x: Tensor, rd_channels: int, conv_norm: bool, code_norm: bool) 
         )
 
 
+def _is_product(conv: nn.Conv2d) -> bool:
+    """Whether a 1x1 convolution takes every pixel once; who strides or pads one by hand encodes another map."""
+    return conv.stride == (1, 1) and conv.padding == (0, 0)
+
+
 class Projection(nn.Conv2d):
     """A 1x1 convolution, taken as a plain product of matrices where there are few pixels on a CPU, channels last.
 
@@ -101,7 +106,12 @@ class Projection(nn.Conv2d):
         if is_traced(x) or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return False
         few = x.device.type == "cpu" and x.dim() == 4 and 0 < x.numel() <= x.shape[1] ** 2
-        return few and x.permute(0, 2, 3, 1).is_contiguous() and x.dtype == self.weight.dtype == torch.float32
+        return (
+            few
+            and _is_product(self)
+            and x.permute(0, 2, 3, 1).is_contiguous()
+            and x.dtype == self.weight.dtype == torch.float32
+        )
 
 
 class ContextEncoding(nn.Module):
@@ -246,6 +256,7 @@ class ContextEncoding(nn.Module):
         conv = Projection(self.conv.in_channels, self.rd_channels, 1, device="meta", dtype=self.conv.weight.dtype)
         conv.weight = nn.Parameter((self.conv.weight * scale[:, None, None, None]).to(self.conv.weight))
         conv.bias = nn.Parameter(shift.to(self.conv.weight.dtype))
+        conv.stride, conv.padding = self.conv.stride, self.conv.padding
         conv.requires_grad_(self.conv.weight.requires_grad).train(self.training)
         self.unfused = (self.conv, norm)
         self.conv, self.norm = conv, nn.Identity()
@@ -278,7 +289,7 @@ class ContextEncoding(nn.Module):
         if not own or is_traced(x) or any(_must_be_called(part) for part in parts):
             return False
         encoding, shift = self.encoding, self.conv.bias
-        if shift is None or (encoding.sampled and encoding.training):
+        if shift is None or not _is_product(self.conv) or (encoding.sampled and encoding.training):
             return False
         return fuses_projection(x, self.conv.weight, shift, encoding.codewords, encoding.smoothing)
 

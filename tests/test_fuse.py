@@ -159,3 +159,15 @@ def test_the_projection_of_nothing():
 def test_the_projection_leaves_other_dtypes_to_the_convolution():
     x = torch.randn(1, 64, 3, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     assert not Projection(64, 6, 1, dtype=torch.float64)._multiplies(x)
+
+
+@pytest.mark.parametrize("side", [3, 20])
+def test_a_projection_strided_by_hand_encodes_a_coarser_map(side):
+    """Fused and not, with few pixels and with many."""
+    block = stirred(ContextEncoding(64, 6)).eval()
+    block.conv.stride, block.conv.padding = (2, 2), (1, 1)
+    x = torch.randn(1, 64, side, side).contiguous(memory_format=torch.channels_last)
+    coarse = nn.functional.conv2d(x, block.conv.weight, stride=2, padding=1)
+    wanted = block.encoding(block.act(block.norm(coarse)))
+    for each in (block, block.fuse()):
+        torch.testing.assert_close(each._encode(x), wanted, rtol=1e-4, atol=1e-4)

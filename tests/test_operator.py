@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
 from ctxenc.kernels import reference, torch_encode
@@ -260,6 +261,22 @@ def test_incoming_gradients_of_any_strides(kind):
     (got,) = torch.autograd.grad(reduce(ctxenc.encode(x, codewords, smoothing)), x)
     (wanted,) = torch.autograd.grad(reduce(reference.encode(x, codewords, smoothing)), x)
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_gradient_where_none_is_wanted(shared):
+    """Of features that are not trained, two products of backward's four; the other gradients, and their own, stay the same."""
+    torch.manual_seed(0)
+    x, codewords = torch.randn(2, 6, 5, 4, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    parameters = [codewords, torch.rand(() if shared else (3,), dtype=torch.float64) / 6]
+    parameters = [parameter.requires_grad_() for parameter in parameters]
+    wanted = torch.autograd.grad(ctxenc.encode(x.clone().requires_grad_(), *parameters).square().sum(), parameters)
+    encoding = ctxenc.encode(x, *parameters)
+    with FlopCounterMode(display=False) as counter:
+        got = torch.autograd.grad(encoding.square().sum(), parameters)
+    assert counter.get_total_flops() == 2 * 2 * x.numel() * 3
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert gradgradcheck(lambda *parameters: ctxenc.encode(x, *parameters), parameters)
 
 
 def test_gradient_keeps_the_layout_of_x():

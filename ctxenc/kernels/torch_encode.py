@@ -272,13 +272,13 @@ class _Encode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
         x = saved[0]
         channels_last = x.stride(1) == 1  # out here, for torch.compile loses track of the region over it
         # backward() may be called in an autocast region, and torch.compile takes it to be in that of forward.
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            return _backward(*saved, *grads, channels_last=channels_last)
+            return _backward(*saved, *grads, x_wanted=ctx.needs_input_grad[0], channels_last=channels_last)
 
 
 # apply() asks for it at every call, which takes 40 us where it is not kept.
@@ -297,8 +297,9 @@ def _backward(
     grad_square_sum: Tensor | None,
     _: None,
     *,
+    x_wanted: bool,
     channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:
     dtypes = x.dtype, codewords.dtype, smoothing.dtype
     shift = None if _is_nothing(center) else center
     x, d = _shift(x, shift, weights.dtype), codewords.to(weights.dtype)
@@ -321,6 +322,9 @@ def _backward(
         ds = ds - (q * square_sum).sum((0, 2))
     else:  # the q_ik of a pixel sum to zero, and so what |x'|^2 adds
         ds = ds.sum()
+    dd, ds = dd.to(dtypes[1]), ds.to(dtypes[2])
+    if not x_wanted:
+        return None, dd, ds
 
     # dx_i = sum_k w_ik g_k + 2 sum_k s_k q_ik d'_k - 2 (sum_k s_k q_ik) x'_i
     rows = torch.cat([grad, (2 * s * d).expand_as(grad)], dim=1)
@@ -338,7 +342,7 @@ def _backward(
             dx.addcmul_(x, pull)
         else:
             dx.add_(x * pull)
-    return dx.to(dtypes[0]), dd.to(dtypes[1]), ds.to(dtypes[2])
+    return dx.to(dtypes[0]), dd, ds
 
 
 def _is_nothing(center: Tensor) -> bool:

@@ -12,13 +12,15 @@ leave the range of fp16.
 Deep TEN (arXiv 1612.02844), section 3.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ctxenc.kernels.triton_autotune import AUTOTUNE, Cut, tuned
@@ -262,6 +264,12 @@ def _(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((B, K, D), dtype=torch.float32), x.new_empty((B, K), dtype=torch.float32)
 
 
+@register_flop_formula(torch.ops.ctxenc.encode)
+def _forward_flops(x: Sequence[int], codewords: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the two products, given shapes."""
+    return 2 * 2 * math.prod(x) * codewords[0]
+
+
 @torch.library.custom_op("ctxenc::encode_backward", mutates_args=(), device_types=DEVICES)
 def _encode_backward_op(
     grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
@@ -274,6 +282,14 @@ def _(
     grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_dx(x, x_wanted), codewords.new_empty(codewords.shape), smoothing.new_empty(smoothing.shape)
+
+
+@register_flop_formula(torch.ops.ctxenc.encode_backward)
+def _backward_flops(
+    grad: Any, x: Sequence[int], codewords: Sequence[int], smoothing: Any, weight_sum: Any, x_wanted: bool, **_: Any
+) -> int:
+    """Of the logits once more, the gradient of the weights, that of the codewords, and two for that in x."""
+    return (5 if x_wanted else 3) * 2 * math.prod(x) * codewords[0]
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

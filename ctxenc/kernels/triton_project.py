@@ -5,10 +5,14 @@ A program projects a tile of pixels in blocks of channels, rounds z to the dtype
 it lies, in registers. Memory gives x once; L2 gives the weight once a tile. What comes after the projection is triton_walk.py's.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ctxenc.kernels.triton_encode import DEVICES, Launch
 from ctxenc.kernels.triton_operands import _INTERPRETED, dot, drop_bits, rounded
@@ -173,3 +177,10 @@ def project_encode(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, 
 @project_encode.register_fake
 def _(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], *codewords.shape), dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.ctxenc.project_encode)
+def _flops(x: Sequence[int], weight: Sequence[int], shift: Any, codewords: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the projection and the two products of the encoding, given shapes."""
+    (B, C, N), (K, D) = x, codewords
+    return 2 * B * N * D * (C + 2 * K)

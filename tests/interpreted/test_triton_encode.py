@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
 from ctxenc.kernels import reference, triton_encode, triton_tiles
@@ -268,6 +269,20 @@ def test_opcheck():
         backward = (torch.ones_like(encoding), *arguments, weight_sum, True)
         utilities = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.ctxenc.encode_backward.default, backward, test_utils=utilities)
+
+
+@pytest.mark.parametrize(("backend", "again"), [("torch", 0), ("triton", 1)])
+def test_products_are_counted(backend, again):
+    """Those of the Triton path as PyTorch counts those of its own, and the logits of backward, which that path has saved."""
+    x, codewords, smoothing = problem()
+    product = 2 * x.numel() * codewords.shape[0]
+    for features, count in [(x, 4), (x.detach(), 2)]:
+        with FlopCounterMode(display=False) as counter:
+            encoding = ctxenc.encode(features, codewords, smoothing.sum(), backend=backend)
+        assert counter.get_total_flops() == 2 * product
+        with FlopCounterMode(display=False) as counter:
+            encoding.sum().backward()
+        assert counter.get_total_flops() == (count + again) * product
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
 from ctxenc import ContextEncoding
@@ -226,6 +227,11 @@ def with_a_forward_in_its_place(block):
     return block
 
 
+def with_a_stride(block):
+    block.conv.stride = (2, 2)
+    return block
+
+
 def norm_of_its_own(block):
     block.norm = nn.Dropout(0.0)
     return block
@@ -249,6 +255,7 @@ def drawing(block):
         lambda block: block.float(),
         with_hook,
         with_a_forward_in_its_place,
+        with_a_stride,
         norm_of_its_own,
         encoding_in_fp64,
         drawing,
@@ -307,6 +314,17 @@ def test_gradients_are_had_in_steps(calls):
         block(x).sum().backward()
     assert not calls
     assert block.conv.weight.grad.abs().sum() > 0
+
+
+def test_products_are_counted():
+    """As those of the steps are."""
+    block, x = fused_block().half(), torch.randn(2, 48, 5, 7).half()
+    totals = []
+    for backend in ("torch", "triton"):
+        with torch.no_grad(), ctxenc.use_backend(backend), FlopCounterMode(display=False) as counter:
+            block(x)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1]
 
 
 def test_when_it_is_taken():
