@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.record import RESULTS, read
+from benchmarks.swap_rows import of_first_setting
 
 Row = dict[str, Any]
 
@@ -129,12 +130,8 @@ def growth(result: dict[str, Any]) -> Figure | None:
 
 
 def cost(result: dict[str, Any]) -> Figure | None:
-    """What each variant of each network costs in times of the network as it is shipped: eager, fp32, channels last."""
-    rows = [
-        row
-        for row in result["rows"]
-        if (row["mode"], row["precision"], row["channels_last"]) == ("eager", "fp32", True) and "memory_ratio" in row
-    ]
+    """What each variant of each network costs in times of the network as it is shipped, at the result's first setting."""
+    rows = [row for row in of_first_setting(result) if "memory_ratio" in row]
     if not rows:
         return None
     groups = list(dict.fromkeys(row["network"] for row in rows))

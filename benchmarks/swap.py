@@ -35,7 +35,10 @@ from benchmarks.encode import default_path
 from benchmarks.forms import check_operator
 from benchmarks.memory import peak_bytes
 from benchmarks.record import Record
+from benchmarks.swap_rows import Row, Setting, add_ratios, line, markdown, title
 from benchmarks.timing import Call, Timer, cpu_timer, cuda_timer, first_line, interleaved, spread
+
+__all__ = ["markdown"]  # what shows a result of this benchmark
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("eager", "compile")
@@ -45,16 +48,6 @@ ENCNET_BATCH = {"cpu": 2, "cuda": 16}
 SECONDS = {"cpu": 1800, "cuda": 300}
 COMPILING = 100.0  # seconds of a table; for three variants of test_efficientnet on two busy cores
 LEARNING_RATE = 1e-4  # low enough that the weights of hundreds of steps stay finite
-
-Row = dict[str, Any]
-
-
-class Setting(NamedTuple):
-    """How networks are run."""
-
-    mode: str = "eager"
-    precision: str = "fp32"
-    channels_last: bool = True
 
 
 class Table(NamedTuple):
@@ -169,12 +162,12 @@ def inference(entry: Entry, images: Tensor, _: Tensor) -> tuple[Call, int]:
     return forward, nbytes([*model.parameters(), *model.buffers(), images])
 
 
-DIRECTIONS = {"training": training, "inference": inference}
+CALLS = {"training": training, "inference": inference}
 
 
 def timer_of(entry: Entry, direction: str, batch: tuple[Tensor, Tensor], device: str) -> Timer:
     """The timer of a row in one direction; what it takes of memory goes into the row."""
-    call, held = DIRECTIONS[direction](entry, *batch)
+    call, held = CALLS[direction](entry, *batch)
     entry.row[f"{direction}_peak_bytes"] = held + peak_bytes(call, device)
     if device == "cpu":
         return cpu_timer(call, 0)  # it has run twice
@@ -193,28 +186,6 @@ def add_times(entries: list[Entry], direction: str, batch: tuple[Tensor, Tensor]
     for name, times in interleaved(timers, rounds).items():
         rows[name][f"{direction}_ms"] = spread(times)
         rows[name][f"{direction}_images_per_s"] = batch[0].shape[0] / statistics.median(times) * 1e3
-
-
-def title(row: Row) -> str:
-    """A row's name within its table."""
-    return row["variant"] + (", fused" if row["fused"] else "")
-
-
-def peak_of(row: Row) -> str:
-    """The memory by which rows are compared: that of training, of inference for fused ones, which are not trained."""
-    return "inference_peak_bytes" if row["fused"] else "training_peak_bytes"
-
-
-def add_ratios(rows: list[Row]) -> None:
-    """How the rows compare with the first of them."""
-    base = rows[0]
-    for row in rows:
-        row["compared_with"] = base["variant"]
-        for direction in DIRECTIONS:
-            if f"{direction}_ms" in row and f"{direction}_ms" in base:
-                row[f"{direction}_ratio"] = row[f"{direction}_ms"]["median"] / base[f"{direction}_ms"]["median"]
-        if peak_of(row) in row and peak_of(row) in base:
-            row["memory_ratio"] = row[peak_of(row)] / base[peak_of(row)]
 
 
 def enter(row: Row, make: Callable[[], nn.Module], device: str) -> Entry | None:
@@ -265,59 +236,6 @@ def measure(table: Table, args: argparse.Namespace) -> list[Row]:
     rows = [row for row, _ in made]
     add_ratios(rows)
     return rows
-
-
-def line(row: Row) -> str:
-    """A row for reading."""
-    head = f"{row['network']:<18} {row['mode']:<7} {row['precision']} {'last ' if row['channels_last'] else 'first'}"
-    parts = [f"{head} {title(row):<30}"]
-    if "n_macs" in row:
-        parts.append(f"{row['n_parameters'] / 1e6:>7.2f} M {row['n_macs'] / 1e9:>7.2f} G")
-    for direction in DIRECTIONS:
-        if f"{direction}_ms" in row:
-            times, ratio = row[f"{direction}_ms"], row.get(f"{direction}_ratio", float("nan"))
-            how = row.get(f"{direction}_timed_by", "graph").removeprefix("graph")
-            parts.append(f"{times['median']:>9.2f} [{times['p20']:.2f}, {times['p80']:.2f}] {ratio:.3f} {how}")
-    if "memory_ratio" in row:
-        parts.append(f"{row[peak_of(row)] / 2**20:>7.0f} MB {row['memory_ratio']:.3f}")
-    return " ".join(parts + ([f"failed: {row['failed']}"] if "failed" in row else []))
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table of a result, as the README shows it: the main variants, eager, fp32, channels last."""
-    at_first = [row for row in result["rows"] if Setting(row["mode"], row["precision"], row["channels_last"]) == FIRST]
-    rows = [row for row in at_first if row["variant"] in networks.MAIN]
-    fused = {(row["network"], row["variant"]): row for row in rows if row["fused"]}
-    lines = []
-    for row in rows:
-        if row["fused"] or "training_ratio" not in row or "inference_ratio" not in row:
-            continue
-        inference = f"{row['inference_ratio']:.2f}"
-        if "inference_ratio" in (other := fused.get((row["network"], row["variant"]), {})):
-            inference += f", fused {other['inference_ratio']:.2f}"
-        cells = [
-            f"{row['network']}, {row['batch']} at {row['size']}",
-            row["variant"].replace("own", f"own ({row['reduction']})"),
-            f"{row['n_parameters'] / 1e6:.1f} M",
-            f"{row['n_macs'] / 1e9:.2f} G",
-            f"{row['training_ratio']:.2f}",
-            inference,
-            f"{row['memory_ratio']:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    environment = result["environment"]
-    versions = environment["versions"]
-    machine = environment["gpu"] or f"{environment['processor']}, {environment['threads']} threads"
-    return "\n".join(
-        [
-            "| network, batch | variant | parameters | MACs | training | inference | memory of training |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *lines,
-            "",
-            f"{machine}, torch {versions['torch']}, timm {versions['timm']}, eager, fp32, channels last;"
-            f" commit {environment['commit']}.",
-        ]
-    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

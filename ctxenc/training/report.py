@@ -173,7 +173,8 @@ def markdown(
     """The text of report.md: a table, what must be said beside it, and every setting."""
 
     def table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-        return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells))
+        rows = ([cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *cells))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     listing = [(f"`{name}`", f"`{value}`") for name, value in settings.as_dict().items()]
     return "\n\n".join([f"# {title}", table(header, cells), *notes, table(("setting", "value"), listing)]) + "\n"

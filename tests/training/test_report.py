@@ -90,6 +90,12 @@ def test_files(finished):
     ]
 
 
+def test_a_path_with_a_bar_breaks_no_table(finished):
+    run, configs, settings = finished
+    report.write_report(run, configs, replace(settings, data="/a|b"), 1.0)
+    assert "| `data` | `/a\\|b` |" in (run / "report.md").read_text()
+
+
 def test_the_photographs_have_the_score_on_colour(finished):
     run, configs, settings = finished
     text = report.write_report(run, configs, replace(settings, data="photographs"), 1.0)
