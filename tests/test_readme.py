@@ -25,7 +25,13 @@ def test_python_snippet_runs(snippet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "benchmark"),
-    [("encode_cpu", encode), ("swap_cpu", swap), ("warm_start", warm_start), ("context_scenes", context_scenes)],
+    [
+        ("encode_cpu", encode),
+        ("swap_cpu", swap),
+        ("swap_cpu_compile", swap),
+        ("warm_start", warm_start),
+        ("context_scenes", context_scenes),
+    ],
 )
 def test_tables_are_the_committed_results(name, benchmark):
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
