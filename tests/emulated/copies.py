@@ -125,7 +125,7 @@ def _map_and_corner(text: str) -> tuple[Operand, list[Operand]]:
     return operand(map_), list(map(operand, reversed(corner)))
 
 
-@makes("cp.async.bulk.tensor.3d.shared::cta")
+@makes("cp.async.bulk.tensor.3d.shared::cta", "cp.async.bulk.tensor.3d.shared::cluster")  # a cluster of one
 def _load_tile(instruction: Instruction, _: Kernel) -> Execute:
     target, source, barrier = instruction.operands
     mask, target, barrier, (map_, corner) = (

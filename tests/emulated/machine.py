@@ -149,7 +149,10 @@ class Warp:
         new = places[shared.data[places] != values[mask]]
         shared.shadow.write(new, program.epoch, self.number)
         shared.data[places] = values[mask]
-        shared.unfenced[new], shared.epoch[new] = 0xFFFF_FFFF if needs_fence else 0, program.epoch
+        if needs_fence:
+            shared.unfenced[new], shared.epoch[new] = 0xFFFF_FFFF, program.epoch
+        else:
+            shared.unfenced[places] = 0
 
 
 class Program:
