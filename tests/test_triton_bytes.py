@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctxenc.kernels.triton_bytes import encode_bytes, project_bytes
-from ctxenc.kernels.triton_tiles import Target
+from ctxenc.kernels.triton_tiles import Target, backward_tiles, forward_tiles
 
 SHAPES = [(2, 3600, 512, 32), (16, 196, 256, 16), (32, 784, 128, 16)]  # B, N, D, K
 TARGETS = [Target(80, 108), Target(90, 132), Target(100, 148)]
@@ -130,3 +130,16 @@ def test_a_dtype_of_another_size_is_refused():
         ValueError, match=r"^encode_bytes: dtype must have 2 bytes, as itemsize says, got torch.float32"
     ):
         encode_bytes(1, 16, 16, 16, 2, TARGETS[0], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("choose", [forward_tiles, backward_tiles])
+@pytest.mark.parametrize(("D", "K"), [(16, 16), (96, 24), (512, 32), (2048, 64)])
+def test_new_sizes_take_the_same_tiles(D, K, choose, channels_last, target):
+    """Of images and batches, so that nothing is compiled for them."""
+    chosen = set()
+    for B, N in [(1, 8), (2, 784), (16, 784), (3, 3600), (256, 64), (1, 2**20), (2, 65536)]:
+        x = torch.empty((B, N, D) if channels_last else (B, D, N), dtype=torch.bfloat16, device="meta")
+        chosen.add(choose(x.transpose(1, 2) if channels_last else x, K, target)[0])
+    assert len(chosen) == 1

@@ -106,7 +106,7 @@ def project_encode_kernel(
         z, cross, squares = add_channels(
             z, cross, squares, p_operands, p_centers, o_d, o_k, PADDED_D, SHARED, DOT, BLOCK_K
         )
-        nearness = 2 * cross - bias[None, :]
+        nearness = -2 * cross - bias[None, :]
         if not SHARED:
             nearness -= squares[:, None]
         weights = rounded(softmax(nearness, s, o_n < N, m_k), DOT)

@@ -127,12 +127,10 @@ def forward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Tile
     B, D, N = x.shape
     target = target or target_of(x)
     tiles = _resident_tiles(D, K)
-    if tiles and target.capability // 10 == 9 and may_be_resident(x):
+    if tiles and target.capability // 10 == 9 and may_be_resident(x):  # whatever B and N, which are compiled for once
         # Two rounds: an uneven last one costs less.
         fill = 2 * _programs_per_multiprocessor(D, K) * target.multiprocessors
-        splits = max(1, min(-(-N // tiles.block_n), fill // B, partial_rows(x, K) // B))
-        if 2 * B * splits >= target.multiprocessors:  # with fewer, sharing the channels too fills more of them
-            return tiles, splits, 1
+        return tiles, max(1, min(-(-N // tiles.block_n), fill // B, partial_rows(x, K) // B)), 1
     tiles = _tiles(x, K, target, backward=False)
     fill = 2 * target.multiprocessors
     splits = max(1, min(-(-N // tiles.block_n), -(-fill // B), partial_rows(x, K) // B))

@@ -43,15 +43,19 @@ def add_channels(
     x, cross, squares, p_operands, p_centers, o_d, o_k, PADDED_D: tl.constexpr, SHARED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What some channels of a tile, in fp32, add to x . d' and to |x'|^2; and they themselves as products take them."""
+    """What some channels of a tile, in fp32, add to -x . d' and to |x'|^2; and they themselves as products take them.
+
+    Products are subtracted from their sums. Triton lets one that adds to them itself run on into the next block of channels, where
+    Triton 3.6 overwrites its left operand, in registers, while wgmma may still read it.
+    """
     if not SHARED:
         shifted = x - tl.load(p_centers + o_d)[None, :]
         squares += tl.sum(shifted * shifted, 1)
     x = rounded(x - tl.load(p_centers + PADDED_D + o_d)[None, :], DOT)
-    cross = dot(x, load_operand(p_operands, o_d, o_k, PADDED_D), cross, DOT)
+    product = dot(x, load_operand(p_operands, o_d, o_k, PADDED_D), tl.zeros_like(cross), DOT)
     if DOT == "bf16" or DOT == "fp16":
-        cross = dot(x, load_operand(p_operands + BLOCK_K * PADDED_D, o_d, o_k, PADDED_D), cross, DOT)
-    return x, cross, squares
+        product = dot(x, load_operand(p_operands + BLOCK_K * PADDED_D, o_d, o_k, PADDED_D), product, DOT)
+    return x, cross - product, squares
 
 
 @triton.jit
@@ -71,11 +75,11 @@ def walk_channels(
             x, cross, squares, p_operands, p_centers, o_d, o_k, PADDED_D, SHARED, DOT, BLOCK_K
         )
         if GRAD:
-            p = dot(x, load_operand(p_image_grad, o_d, o_k, PADDED_D), p, DOT)
-    nearness = 2 * cross - bias[None, :]
+            p -= dot(x, load_operand(p_image_grad, o_d, o_k, PADDED_D), tl.zeros_like(p), DOT)
+    nearness = -2 * cross - bias[None, :]
     if not SHARED:
         nearness -= squares[:, None]
-    return nearness, p
+    return nearness, -p
 
 
 @triton.jit

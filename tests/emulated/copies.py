@@ -1,6 +1,6 @@
 """Asynchronous copies: by threads (cp.async), and of whole tiles by descriptors (cp.async.bulk.tensor) with barriers of their own.
 
-PTX ISA 9, sections 9.7.9.25 (copies), 9.7.13.15 (mbarrier) and 5.5 (tensors and swizzling).
+PTX ISA: "Data Movement and Conversion Instructions: Asynchronous copy", "mbarrier", and "Tensors" for the swizzling of tiles.
 """
 
 from typing import NamedTuple

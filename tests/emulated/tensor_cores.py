@@ -1,6 +1,7 @@
 """Matrix instructions: fragments in registers, matrices in shared memory, and products, which are summed in fp64 here.
 
-PTX ISA 9, sections 9.7.14 (mma, ldmatrix, stmatrix) and 9.7.15 (wgmma and its descriptors of matrices in shared memory).
+PTX ISA: "Warp Level Matrix Instructions" and, for wgmma and what it describes in shared memory, "Asynchronous Warpgroup Level
+Matrix Multiply-Accumulate Instructions".
 """
 
 import re
@@ -129,8 +130,9 @@ def _matrix(warp: Warp, descriptor: int, rows: int, columns: int, form: Format, 
 def _wgmma(instruction: Instruction, _: Kernel) -> Execute:
     """Each of the four warps computes 16 of the 64 rows."""
     results, left, right, scale, *signs = instruction.operands
-    names, sources, right, scale = listed(results), list(map(operand, listed(left))), operand(right), operand(scale)
-    in_registers, form = left.startswith("{"), _format(instruction)
+    names, right, scale, form = listed(results), operand(right), operand(scale), _format(instruction)
+    in_registers = left.startswith("{")
+    sources, left = (list(map(operand, listed(left))), None) if in_registers else ([], operand(left))
     columns = int(re.search(r"m64n(\d+)k", instruction.opcode)[1])
     if signs[:2] != ["1", "1"]:
         raise NotImplementedError(instruction.text)
@@ -139,14 +141,13 @@ def _wgmma(instruction: Instruction, _: Kernel) -> Execute:
 
     def execute(warp: Warp) -> None:
         adds = warp.predicate(scale)[0]
-        a = [warp.read(each, "b32" if in_registers else "b64") for each in sources]
-        b = int(warp.read(right, "b64")[0])
+        a, b = (0 if each is None else int(warp.read(each, "b64")[0]) for each in (left, right))
 
-        def job() -> None:
+        def job() -> None:  # registers too are read while it runs
             if in_registers:
-                rows = _left(a, form)
+                rows = _left([warp.read(each, "b32") for each in sources], form)
             else:
-                rows = _matrix(warp, int(a[0][0]), 64, form.depth, form, transposed[0])[16 * (warp.number % 4) :][:16]
+                rows = _matrix(warp, a, 64, form.depth, form, transposed[0])[16 * (warp.number % 4) :][:16]
             product = rows.astype(np.float64) @ _matrix(warp, b, columns, form.depth, form, transposed[1]).T
             for place, name in enumerate(names):
                 value = _result(product, place) + (warp.read(Operand("register", name), "f32") if adds else 0)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 import ctxenc
 from tests.gpu.problems import (
     DEVICE,
+    DTYPES,
     LAYOUTS,
     assert_near,
     assert_same_bits,
+    features,
     on_a_gpu,
     problem,
     run,
@@ -218,3 +220,30 @@ def test_a_fused_block_projects_and_encodes_in_one_kernel(channels, side, batch,
         in_steps = block.encoding(block.act(block.conv(x)))
     assert got.stride() == x.stride()
     assert_near([encoding], [in_steps], 2e-2)  # the convolution rounds before it adds the bias
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(8, 256, 3136), (3, 100, 49)], ids=str)
+def test_the_gate(shape, dtype, layout, residual):
+    from ctxenc.kernels import triton_gate  # not at the top: tests are collected where Triton is not
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, dy = (features(*shape, layout, dtype, generator) for _ in range(2))
+    logits = torch.randn(shape[:2], device=DEVICE, dtype=dtype, generator=generator)
+
+    def results(gate, *leaves: Tensor) -> list[Tensor]:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        y = gate(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+    def plain(x: Tensor, logits: Tensor) -> Tensor:
+        gated = x * logits.sigmoid()[..., None]
+        return (x + gated).relu() if residual else gated
+
+    got = results(lambda x, logits: triton_gate.gate(x, logits, residual), x, logits)
+    exact = results(plain, x.double(), logits.double())
+    assert [tensor.dtype for tensor in got] == [dtype] * 3
+    assert got[0].stride() == got[1].stride() == x.stride()
+    assert_near([tensor.double() for tensor in got], exact, 4 * torch.finfo(dtype).eps)
