@@ -72,7 +72,12 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
         if major == 0:
             tiles = Tiles(64, block_d if wide else 32, 4, 1)
         elif wide:
-            narrow = {8: Tiles(32, block_d, 4, 2), 10: Tiles(32, 16, 4, 1), 12: Tiles(32, 32, 4, 2)}
+            narrow = {
+                8: Tiles(32, block_d, 4, 2),
+                9: Tiles(64, block_d, 8, 2 if fp16 else 1),
+                10: Tiles(32, 16, 4, 1),
+                12: Tiles(32, 32, 4, 2),
+            }
             tiles = narrow.get(major, Tiles(64, block_d, 8, 2))
         else:
             small = D > 16 and (major == 10 or (major == 8 and fp16))

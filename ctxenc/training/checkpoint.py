@@ -142,10 +142,10 @@ def save_state(accelerator: Accelerator, arm: Path, progress: Progress, state: S
     processes = gather_object([own])
 
     def write() -> None:
-        if target.exists() and not damage(target):
-            return  # the one that training goes on from
         try:
-            write_folder(target, _files(accelerator, arm, progress, state, processes))
+            # The one that training goes on from is there, perhaps with more before it: a kill may have come in between.
+            if not target.exists() or damage(target):
+                write_folder(target, _files(accelerator, arm, progress, state, processes))
             keep_newest(target.parent, target.name, keep, "*epoch-*-step-*")
         except OSError as error:
             before = sorted((arm / FOLDER).glob("epoch-*"))
