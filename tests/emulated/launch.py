@@ -17,14 +17,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks.kernel_report import CHIPS, Launch, source
 from ctxenc.kernels import triton_tiles
 from tests.emulated import copies, tensor_cores
-from tests.emulated.instructions import Execute, executable
+from tests.emulated.instructions import executable
 from tests.emulated.machine import Program
 from tests.emulated.memory import GlobalMemory
 from tests.emulated.ptx import Kernel, parameter_address
 
 __all__ = ["copies", "tensor_cores"]  # which register their instructions
 
-Code = list[tuple[Execute, str]]
 _compiled: dict[tuple, tuple[str, Any]] = {}
 
 

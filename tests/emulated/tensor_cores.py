@@ -107,13 +107,8 @@ def _described(descriptor: int, rows: int, columns: int, itemsize: int, transpos
     row, column = np.arange(rows)[:, None, None], np.arange(columns)[None, :, None]
     along, across = (row, column) if transposed else (column, row)  # the dimension that lies together, and the other
     byte = along * itemsize + np.arange(itemsize)
-    if transposed:
-        place = byte // width * leading + across // 8 * stride
-    elif swizzle:
-        place = byte // width * width + across // 8 * stride
-    else:
-        place = byte // width * leading + across // 8 * stride
-    place = start + place + byte % width + across % 8 * width
+    apart = width if swizzle and not transposed else leading  # from one row of the swizzle to the next
+    place = start + byte // width * apart + byte % width + across // 8 * stride + across % 8 * width
     return place ^ (place >> 7 & swizzle) << 4
 
 
