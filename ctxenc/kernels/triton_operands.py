@@ -98,7 +98,7 @@ def prepare_codewords_kernel(
             d, c = _load_shifted(p_codewords, nearest, start, D, K, BLOCK_D, BLOCK_K)
             distance += tl.sum(d * d, 1)
             norm += tl.sum(c * c, 0)
-        near = 2 * tl.sum(tl.where((o_k < K) & (norm <= NEAR * NEAR * distance), 1, 0), 0) >= K
+        near = 2 * tl.sum(tl.where((o_k < K) & (norm <= distance * (NEAR * NEAR)), 1, 0), 0) >= K
         tl.store(p_near, near.to(tl.int32))
 
     o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -108,7 +108,7 @@ def prepare_codewords_kernel(
         d, c = tl.where(near & mask, d + c[None, :], d), tl.where(near, 0.0, c)
     base = c
     if DOT == "bf16" or DOT == "fp16":
-        base = tl.where(tl.abs(c) > OFFSET * tl.max(tl.abs(d), 0), rounded(c, DOT).to(tl.float32), 0.0)
+        base = tl.where(tl.abs(c) > tl.max(tl.abs(d), 0) * OFFSET, rounded(c, DOT).to(tl.float32), 0.0)
     high = rounded(d, DOT)
     low = rounded(d - high.to(tl.float32), DOT)
     bias = tl.sum(d * d + 2 * (c - base)[None, :] * (high.to(tl.float32) + low.to(tl.float32)), 1)

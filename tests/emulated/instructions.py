@@ -336,9 +336,12 @@ def _load_parameter(instruction: Instruction, _: Kernel) -> Execute:
     return lambda warp: warp.write(result, np.full(LANES, warp.program.parameters[name], np.uint64).astype(dtype))
 
 
+SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared"}
+
+
 def _space(instruction: Instruction) -> str:
-    for space in ("global", "shared"):
-        if space in instruction.parts:
+    for part in instruction.parts:
+        if space := SPACES.get(part):
             return space
     raise NotImplementedError(instruction.text)
 

@@ -51,6 +51,14 @@ def signalled_in(monkeypatch, kind, where, number, arm, epoch, step):
     monkeypatch.setattr(kind, where, method)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """As in a terminal: for what it runs with & a shell ignores SIGINT, and then so do we."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def outcome(call):
     """The exit code of a command."""
     try:
