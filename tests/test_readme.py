@@ -1,49 +1,72 @@
-"""The README: its Python runs as it stands, its commands are real, and its tables are those of the committed results."""
+"""README.md and docs/: their Python runs as it stands, their commands and links are real, their tables are those of the committed results."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 
-from benchmarks import context_scenes, encode, swap, warm_start
+from benchmarks.pages import MARKED, PAGES, ROOT, filled, table
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+SNIPPETS = [
+    pytest.param(snippet, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S))
+]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def test_there_are_snippets():
+def test_there_is_something_to_check():
     assert len(SNIPPETS) >= 3
+    assert "](docs/kernels.md)" in README
+    assert "](benchmarks/results/" in README
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize("snippet", SNIPPETS)
 def test_python_snippet_runs(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize(
-    ("name", "benchmark"),
-    [
-        ("encode_cpu", encode),
-        ("swap_cpu", swap),
-        ("swap_cpu_compile", swap),
-        ("warm_start", warm_start),
-        ("context_scenes", context_scenes),
-    ],
-)
-def test_tables_are_the_committed_results(name, benchmark):
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, flags=re.S)
-    assert shown is not None
-    assert shown[1] == benchmark.markdown(result)
+@each_page
+def test_tables_are_the_committed_results(page):
+    text = page.read_text()
+    assert text == filled(text), "run python -m benchmarks.pages"
 
 
-def test_pictures_are_there():
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert shown
-    assert all((ROOT / path).is_file() for path in shown)
+def test_every_result_has_a_table():
+    named = {found["name"] for page in PAGES for found in MARKED.finditer(page.read_text()) if not found["rows"]}
+    assert named == {"encode_cpu", "swap_cpu", "swap_cpu_compile", "warm_start", "context_scenes"}
+
+
+def test_a_table_of_some_rows():
+    whole, some = table("swap_cpu").split("\n"), table("swap_cpu", ["resnet50", "nfnet_f0"]).split("\n")
+    assert some[:2] == whole[:2]
+    assert some[-2:] == whole[-2:]
+    assert {line.split(",")[0] for line in some[2:-2]} == {"| resnet50", "| nfnet_f0"}
+    with pytest.raises(ValueError, match="no row begins with 'vgg'"):
+        table("swap_cpu", ["resnet50", "vgg"])
+
+
+def test_a_changed_figure_is_seen():
+    found = MARKED.search(README)
+    changed = README.replace(found["table"], re.sub(r"\d", "0", found["table"]))
+    assert changed != README
+    assert filled(changed) == README
+
+
+def _anchors(text: str) -> set[str]:
+    """Those that are made of headings: in lower case, without punctuation, with hyphens."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_and_pictures_are_there(page):
+    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target.read_text()), link
 
 
 def test_commands_of_the_readme_exist():
