@@ -3,7 +3,7 @@
     python -m benchmarks.pages
 
 A table stands between two marks that name its file in benchmarks/results/, `<!-- swap_cpu -->` and `<!-- /swap_cpu -->`. After a
-colon the first mark may say how the first cell of a row begins that is to be shown, several with semicolons: all others are left out.
+colon the first mark may say how the rows begin that are to be shown, several with semicolons: all others are left out.
 """
 
 import json

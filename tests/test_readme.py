@@ -1,4 +1,4 @@
-"""README.md and docs/: their Python runs as it stands, their commands and links are real, their tables are those of the committed results."""
+"""README.md and docs/: their Python runs, their commands and links are real, their tables are those of the committed results."""
 
 import re
 
