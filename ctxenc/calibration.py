@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ctxenc import starts
 from ctxenc.calibration_report import BlockCalibration, Calibration, compared, gate_r2
 from ctxenc.context import ContextEncoding
+from ctxenc.encoding import uncompiled
 from ctxenc.functional import assign
 from ctxenc.patching import _originals, _patched_blocks
 from ctxenc.se_blocks import check_model, empty_slots, kind_of, named_blocks
@@ -90,7 +91,7 @@ def calibrate(
     tqdm = _needed("tqdm").tqdm
     _needed("sklearn")
     places = _places(model, like, start)
-    with _random_states_kept(seed), _all_or_nothing(places, model, like):
+    with _random_states_kept(seed), _no_kept_casts(), uncompiled(), _all_or_nothing(places, model, like):
         fitted, kept = _images(batches, held_out, seed)
         places = _in_order(model, places, fitted[0][:1])
         if start != "random":
@@ -192,6 +193,18 @@ def _random_states_kept(seed: int) -> Iterator[None]:
 
 
 @contextmanager
+def _no_kept_casts() -> Iterator[None]:
+    """Autocast keeps rounded weights for its whole region; of a block that has just been fitted they are out of date."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
 def _all_or_nothing(places: list[_Place], *models: nn.Module | None) -> Iterator[None]:
     """Eval mode, and the modes back at the end; after an error the values of the blocks too."""
     modes = {module: module.training for model in models if model is not None for module in model.modules()}
@@ -216,7 +229,7 @@ def _images(batches: Iterable[Any], held_out: float, seed: int) -> tuple[list[Te
         raise TypeError(f"calibrate: batches must be an iterable of batches, got {type(batches).__name__}")
     images = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in batches]
     for batch in images:
-        if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() < 2:
+        if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() != 4:
             got = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"calibrate: batches must hold images (B, C, H, W) of floats, got {got}")
     total = sum(map(len, images))

@@ -253,6 +253,8 @@ class ContextEncoding(nn.Module):
         shift = -norm.running_mean.to(wide) * scale
         if norm.affine:
             scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+        if self.conv.bias is not None:  # of a convolution that somebody put in its place
+            shift = shift + scale * self.conv.bias
         conv = Projection(self.conv.in_channels, self.rd_channels, 1, device="meta", dtype=self.conv.weight.dtype)
         conv.weight = nn.Parameter((self.conv.weight * scale[:, None, None, None]).to(self.conv.weight))
         conv.bias = nn.Parameter(shift.to(self.conv.weight.dtype))

@@ -4,6 +4,9 @@ Deep TEN: Texture Encoding Network (arXiv 1612.02844); Context Encoding for Sema
 """
 
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Final
 
@@ -20,6 +23,16 @@ SAMPLED_EVAL_SMOOTHING = 0.5  # the mean of U(0, 1), which takes the draw's plac
 def is_traced(x: Tensor) -> bool:
     """Whether x stands for a tensor in a torch.fx graph, which has no shape to look at."""
     return isinstance(x, torch.fx.Proxy)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled modules run eagerly meanwhile, for torch.compile leaves out the hooks that came after it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled where its package was never imported
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _draw_smoothing(x: Tensor, like: Tensor, num_codes: int) -> Tensor:

@@ -147,7 +147,8 @@ def patch_se_blocks(
     The model is changed in place, wholly or not at all. Device, dtype, train or eval mode, requires_grad, memory format, gate
     function and layout (NCHW or NHWC) are those of the block that goes. Patch first, then wrap (DDP, FSDP, compile), then make
     the optimizer and the EMA: what was made before does not know the new parameters. Weights of the SE network are loaded before
-    patching. `model.no_weight_decay()` then names the codewords and smoothing too, which timm's optimizers leave undecayed.
+    patching. `model.no_weight_decay()` then names the codewords and smoothing too, which timm's optimizers leave undecayed; they
+    ask the whole network, so give it, and choose a part by filter_fn.
 
     Args:
         model: a model with SE blocks of timm or torchvision; see find_se_blocks.
@@ -156,7 +157,7 @@ def patch_se_blocks(
         rd_ratio: C' / C, rounded to a multiple of 8. By default C' is what the SE block reduces to (C / 16 where it does not).
         pool: "mean" or "concat"; see ContextEncoding.
         filter_fn: takes the name and the module of each block and tells whether to replace it; for an empty slot, the name of the
-            slot and the convolution whose output it would gate.
+            slot and the convolution whose output it would gate. Stages with settings of their own are patched one after the other.
         fill_empty: also fill the empty slots of plain timm ResNets.
 
     Returns:
@@ -164,7 +165,7 @@ def patch_se_blocks(
 
     Raises:
         ValueError: there is nothing to patch (the text says what the model has), the model is wrapped or is an SE block itself, it
-            has been patched with other settings, or a setting is invalid.
+            has blocks in place that are chosen again with other settings, or a setting is invalid.
         TypeError: model is no module, or a setting is of no such type.
     """
     swap = _checked_swap(model, num_codes, smoothing, rd_ratio, pool)
@@ -172,18 +173,18 @@ def patch_se_blocks(
         raise TypeError(f"patch_se_blocks: filter_fn must be a function, got {filter_fn!r}")
     found = list(named_blocks(model)) + (list(empty_slots(model)) if fill_empty else [])
     chosen = [(block, source) for block, source in found if filter_fn is None or filter_fn(block.name, source)]
-    patched = list(_patched_blocks(model))
-    for name, block in patched:
-        if _Swap.of(block) != swap:
+    alike = 0
+    for name, block in _patched_blocks(model):
+        if _Swap.of(block) == swap:
+            alike += 1
+        elif filter_fn is None or filter_fn(name, _originals.get(block) or block):
             raise ValueError(
                 f"patch_se_blocks: settings must be those of the blocks in place, {name} has {_Swap.of(block)}, got {swap};"
-                " call restore_se_blocks first"
+                " call restore_se_blocks first, or leave them out by filter_fn"
             )
     if not chosen:
-        if patched:
-            _logger.info(
-                "patch_se_blocks: nothing to do, %d blocks have been patched with these settings", len(patched)
-            )
+        if alike:
+            _logger.info("patch_se_blocks: nothing to do, %d blocks have been patched with these settings", alike)
             return model
         raise ValueError(f"patch_se_blocks: model must have SE blocks, got {what_it_has(model, bool(found))}")
     _replace(model, chosen, swap)

@@ -158,7 +158,7 @@ def what_it_has(model: nn.Module, filtered: bool) -> str:
     modules = list(model.modules())
     if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
         return f"{name}: nothing can be found in what is scripted or traced; patch before that"
-    if isinstance(model, torch.fx.GraphModule):
+    if any(isinstance(module, torch.fx.GraphModule) for module in modules):
         return f"{name}: a torch.fx graph keeps no SE blocks as modules; patch before tracing"
     names = [type(module).__name__ for module in modules]
     has = [f"{names.count(other)} {other}" for other in _OTHER_ATTENTION if other in names]

@@ -317,6 +317,35 @@ def test_other_precisions(trained: nn.Module, dtype: torch.dtype) -> None:
     assert min(block.gate_r2 for block in report.blocks) > 0.7
 
 
+def test_under_autocast(trained: nn.Module) -> None:
+    """Which keeps rounded copies of weights, out of date once a block is fitted."""
+    fp32, bf16 = swapped(trained), swapped(trained)
+    expected = calibrated(fp32)
+    with torch.autocast("cpu", torch.bfloat16):
+        bf16(IMAGES[:2])
+        report = calibrated(bf16)
+        after = bf16(IMAGES[TEST])
+    assert torch.is_autocast_cache_enabled()
+    for block, one in zip(report.blocks, expected.blocks, strict=True):
+        assert block.gate_r2 == pytest.approx(one.gate_r2, abs=0.02)
+    with torch.no_grad():
+        assert (after.argmax(1) == bf16(IMAGES[TEST]).argmax(1)).double().mean() > 0.98
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_networks(trained: nn.Module, in_place: bool) -> None:
+    plain, model = swapped(trained), swapped(trained)
+    if in_place:
+        model.compile(backend="eager")
+        compiled: Any = model
+    else:
+        compiled = torch.compile(model, backend="eager")
+    compiled(IMAGES[:100])
+    calibrated(plain), calibrated(compiled)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+
+
 def test_a_copy_needs_the_original(trained: nn.Module) -> None:
     model = swapped(trained)
     other = copy.deepcopy(model)

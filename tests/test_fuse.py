@@ -35,6 +35,15 @@ def test_a_fused_block_computes_what_it_computed(pool, norm):
     torch.testing.assert_close(block(x), wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_bias_of_a_convolution_put_in_by_hand_is_folded():
+    block = ContextEncoding(24, 6)
+    block.conv = nn.Conv2d(24, block.rd_channels, 1)
+    nn.init.constant_(block.conv.bias, 3.0)
+    block, x = stirred(block.double()).eval(), torch.randn(2, 24, 5, 7, dtype=torch.float64)
+    wanted = block(x)
+    torch.testing.assert_close(block.fuse()(x), wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_unfuse_brings_every_value_back():
     block = stirred(ContextEncoding(24, 6)).eval()
     before, values = copy.deepcopy(block.state_dict()), list(block.parameters())

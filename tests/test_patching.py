@@ -10,6 +10,7 @@ import torch
 import torchvision
 from timm.layers import EffectiveSEModule, SEModule
 from timm.layers.squeeze_excite import SqueezeExciteCl
+from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
 import ctxenc
@@ -265,6 +266,26 @@ def test_other_settings_are_refused(net: nn.Module, other: dict[str, Any]) -> No
 
 
 # All or nothing
+
+
+def test_stages_have_settings_of_their_own(net: nn.Module) -> None:
+    names = [block.name for block in find_se_blocks(net)]
+    assert len(names) == 2
+    for name, num_codes in zip(names, (4, 8), strict=True):
+        patch_se_blocks(net, num_codes=num_codes, filter_fn=lambda found, _, name=name: found == name)
+    assert [block.num_codes for block in find_context_blocks(net)] == [4, 8]
+    before, modules = snapshot(net), []
+    with pytest.raises(ValueError, match=rf"{names[0]} has num_codes=4.*leave them out by filter_fn"):
+        patch_se_blocks(net, num_codes=8, filter_fn=lambda _, module: modules.append(module) or True)
+    assert all(isinstance(module, SqueezeExcite) for module in modules)
+    patch_se_blocks(net, num_codes=8, filter_fn=lambda name, _: name == names[1])
+    with pytest.raises(ValueError, match="must have SE blocks"):
+        patch_se_blocks(net, num_codes=16, filter_fn=lambda *_: False)
+    assert_same(net, before)
+    assert len(net.no_weight_decay()) == 4
+    restore_se_blocks(net)
+    assert [block.name for block in find_se_blocks(net)] == names
+    assert "no_weight_decay" not in vars(net)
 
 
 def test_error_in_an_owner_leaves_all_as_it_was() -> None:

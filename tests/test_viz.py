@@ -432,3 +432,23 @@ def test_the_extra_is_named_where_it_is_missing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "ctxenc.viz needs the extra: pip install 'ctxenc[viz]'" in done.stdout
+
+
+def test_pictures_are_read_as_for_training(patched, tmp_path):
+    """16 bits a channel are not clipped, and PostScript is nobody's image, whatever it is called."""
+    ramp = np.linspace(0, 65535, 64 * 64, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    (shown,) = viz.look(patched, [tmp_path / "ramp.png"]).photographs
+    torch.testing.assert_close(shown[..., 0], torch.from_numpy((ramp >> 8).astype(np.float32)) / 255, atol=1e-6, rtol=0)
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(OSError, match="cannot identify image file"):
+        viz.look(patched, [tmp_path / "script.png"])
+    with pytest.raises(ValueError, match="image must have 8 or 16 bits a channel, got 32"):
+        viz.look(patched, [Image.fromarray(ramp.astype(np.float32))])
+
+
+def test_colours_may_be_arrays(patched, photograph):
+    as_lists, as_arrays = (
+        viz.look(patched, [photograph], mean=kind(MEAN), std=kind(STD)).photographs[0] for kind in (list, torch.tensor)
+    )
+    assert torch.equal(as_lists, as_arrays)

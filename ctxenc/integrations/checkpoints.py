@@ -125,11 +125,13 @@ def save_encnet_checkpoint(network: EncNet, path: str | os.PathLike[str]) -> Non
 
     Raises:
         TypeError: network is no EncNet, or an argument that it was made with is no JSON.
-        ValueError: its arguments build another network, as after patch_se_blocks.
+        ValueError: its arguments build another network, as after patch_se_blocks, or path does not end in .safetensors.
         OSError: the file cannot be written.
     """
     if not isinstance(network, EncNet):
         raise TypeError(f"save_encnet_checkpoint: network must be an EncNet, got {type(network).__name__}")
+    if Path(path).suffix != ".safetensors":  # by which load_encnet_checkpoint knows the file again
+        raise ValueError(f"save_encnet_checkpoint: path must end in .safetensors, got {str(path)!r}")
     metadata = {"format": "pt", METADATA: json.dumps(network.checked_config())}
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     with_usual_mode(Path(path), lambda: save_file(state, path, metadata))
@@ -181,6 +183,10 @@ def _unwrapped(state: dict[str, Any]) -> dict[str, Tensor]:
         raise ValueError(
             f"{NAME}: a state dict must hold tensors, got {type(state[wrong[0]]).__name__} at {wrong[0]!r}"
         )
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
+            raise ValueError(f"{NAME}: a state dict must hold dense tensors with values, got a {kind} one at {name!r}")
     return state
 
 
@@ -201,6 +207,11 @@ def _recognised(state: dict[str, Tensor]) -> Source:
         return PYTORCH_ENCODING
     if "decode_head.enc_module.encoding.0.codewords" in state:
         return MMSEGMENTATION
+    if "encoding.context.encoding.codewords" in state:
+        raise ValueError(
+            f"{NAME}: a state dict of ctxenc's own EncNet does not say what network it is of: build that and call its"
+            " load_state_dict, or save with save_encnet_checkpoint"
+        )
     raise ValueError(
         f"{NAME}: neither PyTorch-Encoding's nor mmsegmentation's EncNet: no codewords among {len(state)} names such as"
         f" {', '.join(sorted(state)[:3])}"
@@ -222,7 +233,7 @@ def _renamed(state: dict[str, Tensor], source: Source) -> dict[str, str]:
 
 
 def _converted(name: str, tensor: Tensor) -> Tensor:
-    return -tensor if name.endswith(".scale") else tensor
+    return -tensor if name.endswith(".scale") and tensor.is_floating_point() else tensor
 
 
 def _configuration(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -266,6 +277,11 @@ def _check(wanted: dict[str, Tensor], state: dict[str, Tensor], names: dict[str,
             f"{names[name]} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
             for name, tensor in wanted.items()
             if name in state and state[name].shape != tensor.shape
+        ],
+        "of another kind": [
+            f"{names[name]} {state[name].dtype} for {tensor.dtype}"
+            for name, tensor in wanted.items()
+            if name in state and state[name].is_floating_point() != tensor.is_floating_point()
         ],
     }
     if any(wrong.values()):

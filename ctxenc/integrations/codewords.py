@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctxenc.encoding import Encoding, check_sizes
+from ctxenc.encoding import Encoding, check_sizes, uncompiled
 from ctxenc.starts import kmeans_centres
 
 METHODS = ("kmeans", "sample")
@@ -31,8 +31,8 @@ def init_codewords(
         The module, its codewords changed in place.
 
     Raises:
-        ValueError: the module has no Encoding or several, the features hold too few pixels or values that are not finite, or the
-            method is unknown.
+        ValueError: the module has no Encoding or several, or its forward does not reach it; the features hold too few pixels or
+            values that are not finite; or the method is unknown.
         TypeError: module is no module, or features no tensor.
         ModuleNotFoundError: method="kmeans" without scikit-learn: pip install 'ctxenc[train]'.
     """
@@ -73,9 +73,12 @@ def _seen(module: nn.Module, layer: Encoding, features: Tensor) -> Tensor:
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     modes = {each: each.training for each in module.modules()}
     try:
-        module.eval()(features)
+        with uncompiled():
+            module.eval()(features)
     finally:
         hook.remove()
         for each, training in modes.items():
             each.training = training
+    if not seen:
+        raise ValueError(f"init_codewords: the forward of module must reach its Encoding, got {type(module).__name__}")
     return seen[0].float()

@@ -13,9 +13,15 @@ from huggingface_hub import PyTorchModelHubMixin, constants
 
 def with_usual_mode(path: Path, write: Callable[[], Any]) -> None:
     """Write a file that others may read as any new file: safetensors makes its files for the owner alone."""
+    new = not path.exists()
     path.touch()
     mode = S_IMODE(path.stat().st_mode)
-    write()
+    try:
+        write()
+    except BaseException:
+        if new:
+            path.unlink(missing_ok=True)
+        raise
     with suppress(PermissionError):  # a file system without modes
         path.chmod(mode)
 
@@ -43,7 +49,7 @@ class Saved(PyTorchModelHubMixin):
 
         Raises:
             TypeError: one of them is no JSON.
-            ValueError: they build another network, as after patch_se_blocks.
+            ValueError: they build another network, as after patch_se_blocks or with another classifier.
         """
         name = type(self).__name__
         for argument, value in self.config.items():
@@ -54,10 +60,13 @@ class Saved(PyTorchModelHubMixin):
         config = self.config | {"pretrained_backbone": False}
         fresh: Any = without_memory(lambda: type(self)(**config))
         own: Any = self
-        if changed := sorted(fresh.state_dict().keys() ^ own.state_dict().keys()):
+        built, mine = (
+            {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} for network in (fresh, own)
+        )
+        if changed := sorted(dict(built.items() ^ mine.items())):
             raise ValueError(
-                f"{name}: to be saved, a network must be as its arguments build it, got one that was changed (patched?) at"
-                f" {changed[0]}; restore_se_blocks takes a swap back"
+                f"{name}: to be saved, a network must be as its arguments build it, got one that was changed at {changed[0]}:"
+                f" {mine.get(changed[0])} for {built.get(changed[0])}; restore_se_blocks and unfuse() take back what they did"
             )
         return config
 

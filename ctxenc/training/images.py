@@ -7,14 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from ctxenc.training.bad_images import BrokenImageError
 from ctxenc.training.console import UserError, one_line
-
-# Pillow knows others too; of PostScript, whatever it is called, it would have Ghostscript run the program.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+from ctxenc.viz.reading import FORMATS, as_rgb
 
 
 @contextmanager
@@ -53,9 +50,4 @@ def open_image(path: str | Path) -> Image.Image:
         UserError: The file is not there, or the system refuses it.
     """
     with opened(path) as image:
-        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-        if image.mode in ("I", "F") and not sixteen:
-            raise BrokenImageError(f"broken image {path}: must have 8 or 16 bits a channel, got 32 (mode {image.mode})")
-        if sixteen:  # which convert() would clip at 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        return as_rgb(image)

@@ -1,9 +1,8 @@
 """What the blocks of a network see: assignments and gates, taken by hooks while images run through it."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ctxenc.context import ContextEncoding
-from ctxenc.encoding import Encoding, check_sizes
+from ctxenc.encoding import Encoding, check_sizes, uncompiled
 from ctxenc.functional import assign
+from ctxenc.viz.reading import FORMATS, as_rgb
 
 Block = ContextEncoding | Encoding
 Chosen = str | int | nn.Module
@@ -116,8 +116,8 @@ def look(
         A Look.
 
     Raises:
-        ValueError: there is no image, no block, or no such block; a tensor has another shape; image_size is not positive; or the
-            forward did not reach a block.
+        ValueError: there is no image, no block, or no such block; a tensor has another shape, a picture 32 bits a channel;
+            image_size is not positive; or the forward did not reach a block.
         TypeError: model is no module, or an image or a block is of no such type.
         OSError: an image file cannot be read.
     """
@@ -187,7 +187,7 @@ def observe(
     model = _unwrapped(model)
     config = getattr(model, "pretrained_cfg", None) or {}
     colours = [
-        torch.tensor(given or config.get(key) or usual)[:, None, None]
+        torch.as_tensor(config.get(key) or usual if given is None else given)[:, None, None]
         for key, given, usual in zip(("mean", "std"), (mean, std), IMAGENET, strict=True)
     ]
     fixed = (
@@ -197,11 +197,7 @@ def observe(
     for image in images:
         x = _tensor(caller, image, colours, image_size, fixed)
         given = x.permute(0, 2, 3, 1) if getattr(model, "channels_last", False) and model in blocks.values() else x
-        # torch.compile leaves out the hooks that came after it; nothing is compiled where its package was never imported.
-        eager: AbstractContextManager[Any] = nullcontext()
-        if "torch._dynamo" in sys.modules:
-            eager = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), eager, _evaluation(model), _hooked(blocks) as (weights, gates):
+        with torch.no_grad(), uncompiled(), _evaluation(model), _hooked(blocks) as (weights, gates):
             output = model(given.to(like.device, like.dtype))
         for name in blocks:
             if name not in weights:
@@ -229,11 +225,11 @@ def _tensor(
             raise ValueError(f"{caller}: image must have shape (C, H, W) or (1, C, H, W), got {tuple(image.shape)}")
         return image.detach() if image.dim() == 4 else image.detach()[None]
     if isinstance(image, str | os.PathLike):
-        with Image.open(image) as file:
-            image = file.convert("RGB")
+        with Image.open(image, formats=FORMATS) as file:
+            image = as_rgb(file)
     if not isinstance(image, Image.Image):
         raise TypeError(f"{caller}: image must be a Pillow image, a path or a tensor, got {type(image).__name__}")
-    image = image.convert("RGB")
+    image = as_rgb(image)
     scale = min(1.0, image_size / max(image.size))
     size = fixed or tuple(max(1, round(side * scale)) for side in image.size)
     if size != image.size:

@@ -155,6 +155,11 @@ def without(state, part):
             lambda s: s | {"decode_head.enc_module.encoding.0.codewords": torch.ones(1).expand(10**6, 10**6)},
             r"does not fit the network that it names: of another shape|cannot be built",
         ),
+        (lambda s: s | {"decode_head.enc_module.encoding.0.scale": torch.ones(32, dtype=torch.bool)}, "another kind: .*bool for"),
+        (lambda s: s | {"decode_head.conv_seg.bias": s["decode_head.conv_seg.bias"].to(torch.uint8)}, "of another kind: .*uint8 for"),
+        (lambda s: s | {"decode_head.conv_seg.bias": torch.ones(19).to_sparse()}, "dense tensors with values, got a torch.sparse"),
+        (lambda s: s | {"decode_head.conv_seg.bias": torch.ones(19, device="meta")}, "dense tensors with values, got a meta one"),
+        (lambda s: {"encoding.context.encoding.codewords": torch.ones(2, 3)}, "of ctxenc's own EncNet does not say what network"),
         (lambda s: {}, "neither PyTorch-Encoding's nor mmsegmentation's EncNet: no codewords among 0 names"),
     ],
 )  # fmt: skip
@@ -184,6 +189,9 @@ def test_ours_goes_through_a_file(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
     with pytest.raises(TypeError, match="save_encnet_checkpoint: network must be an EncNet, got Linear"):
         save_encnet_checkpoint(torch.nn.Linear(1, 1), tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"save_encnet_checkpoint: path must end in .safetensors, got '.*c.pth'"):
+        save_encnet_checkpoint(network, tmp_path / "c.pth")
+    assert not (tmp_path / "c.pth").exists()
 
 
 @pytest.mark.parametrize(

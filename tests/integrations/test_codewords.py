@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -50,6 +52,26 @@ def test_the_same_seed_gives_the_same_codewords_and_leaves_the_generator_alone(m
     assert not torch.equal(first.codewords, other.codewords)
 
 
+def test_compiled_modules_are_called_too():
+    torch.manual_seed(0)
+    block, x = ContextEncoding(8, 3).eval(), torch.randn(2, 8, 10, 10)
+    plain = init_codewords(copy.deepcopy(block), x)
+    block.compile(backend="eager")
+    with torch.no_grad():
+        block(x)
+    init_codewords(block, x)
+    torch.testing.assert_close(block.encoding.codewords, plain.encoding.codewords)
+
+
+class NotReached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = Encoding(6, 3)
+
+    def forward(self, x):
+        return x
+
+
 def test_modules_around_the_layer_are_called_and_left_as_they_were():
     block = ContextEncoding(8, 3).train()
     block.norm.eval()
@@ -77,6 +99,7 @@ def test_modules_around_the_layer_are_called_and_left_as_they_were():
         (Encoding(2, 4), torch.ones(1, 2, 3), {}, ValueError, "features must hold 4 pixels, one a codeword, got 3"),
         (Encoding(2, 4), torch.ones(1, 2, 9), {"samples": 3}, ValueError, "features must hold 4 pixels, one a codeword, got 3"),
         (Encoding(2, 4), torch.ones(1, 2, 9), {"method": "vlad"}, ValueError, "method must be one of kmeans, sample"),
+        (NotReached(), torch.ones(1, 6, 3), {}, ValueError, "the forward of module must reach its Encoding, got NotReached"),
         (Encoding(2, 4), torch.full((1, 2, 9), torch.nan), {}, ValueError, "features must be finite"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import ctxenc
+from ctxenc.integrations.checkpoints import save_encnet_checkpoint
 from ctxenc.integrations.encnet import EncNet
 
 FAMILIES = {
@@ -152,11 +153,27 @@ def test_saved_files_may_be_read_as_any_other(tmp_path):
 def test_a_patched_network_is_not_saved_as_what_it_was(tmp_path):
     network = EncNet("seresnet18", 3, channels=16, num_codes=4)
     ctxenc.patch_se_blocks(network)
-    with pytest.raises(ValueError, match=r"EncNet: to be saved, .* changed \(patched\?\) at backbone.layer1.0.se"):
+    with pytest.raises(ValueError, match=r"EncNet: to be saved, .* changed at backbone.layer1.0.se"):
         network.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     ctxenc.restore_se_blocks(network)
     network.save_pretrained(tmp_path / "folder")
+
+
+def test_another_classifier_is_not_saved_as_the_old_one(tmp_path):
+    network = small()
+    network.classifier[1] = nn.Conv2d(network.classifier[1].in_channels, 9, 1)
+    with pytest.raises(ValueError, match=r"changed at classifier.1.bias: \(9,\) for \(\d,\)"):
+        network.save_pretrained(tmp_path / "folder")
+
+
+def test_a_save_that_fails_leaves_no_file(tmp_path):
+    network = small()
+    network.encoding.context.fc.weight = network.encoding.presence.weight = nn.Parameter(torch.zeros(16, 16))  # tied
+    network.checked_config = lambda: {}
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_encnet_checkpoint(network, tmp_path / "tied.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_syncbn_as_timm_converts_it_keeps_the_network():
