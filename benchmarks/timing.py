@@ -49,9 +49,24 @@ def cpu_timer(call: Call, warm_up: int = 5) -> Timer:
     return timer
 
 
-def _each(calls: Sequence[Call]) -> None:
-    for call in calls:
-        call()
+def _each(calls: Sequence[Call]) -> list[Any]:
+    """Their results, all there at the end: what a captured call writes would else be written to the same addresses by the next."""
+    return [call() for call in calls]
+
+
+def _check_no_waiting(call: Call, stream: torch.cuda.Stream) -> None:
+    """A call that waits for the GPU cannot be captured, and one that tries leaves the process unable to draw random numbers.
+
+    Raises:
+        RuntimeError: it waits.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def cuda_timer(calls: Sequence[Call]) -> tuple[Timer, str]:
@@ -67,6 +82,8 @@ def cuda_timer(calls: Sequence[Call]) -> tuple[Timer, str]:
             call()
     torch.cuda.synchronize()
     try:
+        _check_no_waiting(calls[0], stream)
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             _each(calls)

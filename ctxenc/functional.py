@@ -210,12 +210,15 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
 def fuses_gate(x: Tensor, logits: Tensor) -> bool:
     """Whether fused_gate takes the place of the plain gate: where Triton is in force by name, as no kernel is proven yet.
 
-    float64 takes the plain expression: encode() refuses it, but what is encoded of such a map may be fp32.
+    float64 takes the plain expression: encode() refuses it, but what is encoded of such a map may be fp32. So does what
+    torch.compile compiles, which fuses it with the layers around, where an operator of ours would be one more pass.
 
     Raises:
         RuntimeError: Triton is in force and cannot run here, as for encode().
     """
     if not _wants_triton("auto", "gate") or torch.float64 in (x.dtype, logits.dtype):
+        return False
+    if torch.compiler.is_compiling():
         return False
     if reason := _why_no_kernels(x):
         raise RuntimeError(f'gate: backend="triton" cannot run: {reason}')

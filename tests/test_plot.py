@@ -152,6 +152,15 @@ def test_nothing_is_timed_where_the_tests_fail(steps, tmp_path):
     assert list(commands) == ["tests"]
 
 
+@pytest.mark.parametrize(("status", "options"), [(everything.TIME_IS_OVER, []), (1, ["--keep-going"])])
+def test_tests_that_did_not_end_hold_nothing_up(steps, tmp_path, status, options):
+    statuses, commands = steps
+    statuses["tests"] = status
+    with pytest.raises(SystemExit, match=r"failed: tests$"):
+        everything.main(["--device", "cpu", "--out", str(tmp_path), *options])
+    assert list(commands) == ["tests", "encode", "swap", "plot"]
+
+
 def test_one_benchmark_that_fails_is_named_and_the_rest_runs(steps, tmp_path):
     statuses, commands = steps
     statuses["encode"] = 3

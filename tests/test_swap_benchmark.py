@@ -376,8 +376,9 @@ def test_the_default_on_a_gpu_is_everything():
     plan = planned(device="cuda")
     assert len({(table.network, table.setting) for table in plan}) == len(plan) == 8 * 2 * 3 * 2
     assert [(table.network, table.setting.precision) for table in plan[:4]] == [
-        ("seresnet50", "fp32"), ("EncNet-R50", "fp32"), ("seresnet50", "bf16"), ("EncNet-R50", "bf16"),
+        ("seresnet50", "bf16"), ("EncNet-R50", "bf16"), ("seresnet50", "bf16"), ("EncNet-R50", "bf16"),
     ]  # fmt: skip
+    assert [table.setting.mode for table in plan[:4]] == ["eager"] * 2 + ["compile"] * 2
     assert {table.names for table in plan if table.setting.mode == "compile"} == {networks.MAIN}
 
 

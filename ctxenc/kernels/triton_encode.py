@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ctxenc.kernels.triton_autotune import AUTOTUNE, Cut, tuned
 from ctxenc.kernels.triton_backward import encode_bwd_kernel
 from ctxenc.kernels.triton_forward import encode_fwd_kernel
-from ctxenc.kernels.triton_operands import INTERPRETED, prepare_codewords_kernel, prepare_grad_kernel
+from ctxenc.kernels.triton_operands import INTERPRETED, prepare_codewords_kernel, prepare_grad_kernel, scan
 from ctxenc.kernels.triton_tiles import (
     Tiles,
     backward_tiles,
@@ -81,7 +81,15 @@ class Launch:
         bias = self.x.new_empty((self.blocks, self.block_k), dtype=torch.float32)
         near = self.x.new_empty((), dtype=torch.int32)
         prepare_codewords_kernel[(self.blocks,)](
-            self.codewords, operands, centers, bias, near, RESIDENT=self.tiles.resident, **self.shape, **FUSED
+            self.codewords,
+            operands,
+            centers,
+            bias,
+            near,
+            RESIDENT=self.tiles.resident,
+            SCAN=scan(self.D, self.block_k),
+            **self.shape,
+            **FUSED,
         )
         return operands, centers, bias, near
 
@@ -89,7 +97,15 @@ class Launch:
         operands = self.operands.new_empty((self.B, self.block_k, self.padded))
         product = self.bias.new_empty((self.B, self.block_k))
         prepare_grad_kernel[(self.B,)](
-            grad, self.codewords, self.centers, operands, product, *grad.stride(), **self.shape, **FUSED
+            grad,
+            self.codewords,
+            self.centers,
+            operands,
+            product,
+            *grad.stride(),
+            SCAN=scan(self.padded, self.block_k),
+            **{name: value for name, value in self.shape.items() if name != "BLOCK_D"},
+            **FUSED,
         )
         return operands, product
 
@@ -293,11 +309,14 @@ def _backward_flops(
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # weight_sum has none, and zeros in its place would be a launch
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if grad is None:
+        return None, None, None
     x_wanted = ctx.needs_input_grad[0]
     dx, dcodewords, dsmoothing = _encode_backward_op(grad, *ctx.saved_tensors, x_wanted)
     return dx if x_wanted else None, dcodewords, dsmoothing

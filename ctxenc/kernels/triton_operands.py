@@ -64,6 +64,14 @@ def _load_shifted(
     return tl.where(mask, d - c[None, :], 0.0), c
 
 
+SCANNED = 4096  # values that a program prepares at a time, 32 a thread: 512 channels of 32 codewords in four steps
+
+
+def scan(D: int, block_k: int) -> int:
+    """Channels that the kernels below take at a time where they go over all of them: each step waits for the one before."""
+    return max(16, min(triton.next_power_of_2(D), SCANNED // block_k))
+
+
 @triton.jit
 def prepare_codewords_kernel(
     p_codewords,  # (K, D)
@@ -76,15 +84,19 @@ def prepare_codewords_kernel(
     PADDED_D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCAN: tl.constexpr,
     DOT: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """Prepares the codewords; those near the origin with c = 0 for the resident form of forward, which cannot shift x."""
+    """Prepares the codewords, each program a block of channels.
+
+    Those near the origin with c = 0 for the resident form of forward, which cannot shift x.
+    """
     block = tl.program_id(0)
     o_k = tl.arange(0, BLOCK_K)
     distance = tl.zeros((BLOCK_K,), tl.float32)  # of every codeword to the mean of all, squared
-    for start in range(0, D, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
+    for start in range(0, D, SCAN):
+        o_d = start + tl.arange(0, SCAN)
         mask = (o_k < K)[:, None] & (o_d < D)[None, :]
         d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
         away = d - tl.sum(d, 0)[None, :] / K
@@ -94,8 +106,8 @@ def prepare_codewords_kernel(
     near = False
     if RESIDENT:
         distance, norm = tl.zeros((BLOCK_K,), tl.float32), 0.0  # |d'|^2, |c|^2
-        for start in range(0, D, BLOCK_D):
-            d, c = _load_shifted(p_codewords, nearest, start, D, K, BLOCK_D, BLOCK_K)
+        for start in range(0, D, SCAN):
+            d, c = _load_shifted(p_codewords, nearest, start, D, K, SCAN, BLOCK_K)
             distance += tl.sum(d * d, 1)
             norm += tl.sum(c * c, 0)
         near = 2 * tl.sum(tl.where((o_k < K) & (norm <= distance * (NEAR * NEAR)), 1, 0), 0) >= K
@@ -133,22 +145,23 @@ def prepare_grad_kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     PADDED_D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCAN: tl.constexpr,
     DOT: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     product = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, PADDED_D, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
+    for start in range(0, PADDED_D, SCAN):
+        o_d = start + tl.arange(0, SCAN)
+        m_d = (o_d < PADDED_D)[None, :]
         mask = (o_k < K)[:, None] & (o_d < D)[None, :]
         o_grad = (o_k.to(tl.int64) * stride_k)[:, None] + (o_d.to(tl.int64) * stride_d)[None, :]
         grad = rounded(
             tl.load(p_grad + b * stride_b + o_grad, mask=mask, other=0.0), DOT
         )  # fp32, as encode's result is
         d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        base = tl.load(p_centers + PADDED_D + o_d)
+        base = tl.load(p_centers + PADDED_D + o_d, mask=o_d < PADDED_D, other=0.0)
         product += tl.sum((d - base[None, :]) * grad.to(tl.float32), 1)
-        tl.store(p_operands + (b * BLOCK_K + o_k[:, None]) * PADDED_D + o_d[None, :], grad)
+        tl.store(p_operands + (b * BLOCK_K + o_k[:, None]) * PADDED_D + o_d[None, :], grad, mask=m_d)
     tl.store(p_product + b * BLOCK_K + o_k, product)

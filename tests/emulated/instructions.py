@@ -182,6 +182,18 @@ def _field(instruction: Instruction, _: Kernel) -> Execute:
     return execute
 
 
+@makes("popc")
+def _ones(instruction: Instruction, _: Kernel) -> Execute:
+    result, source = instruction.operands
+    mask, a = masked(instruction), operand(source)
+
+    def execute(warp: Warp) -> None:
+        bytes_ = np.ascontiguousarray(warp.read(a, "u32")).view(np.uint8).reshape(LANES, 4)
+        warp.write(result, np.unpackbits(bytes_, axis=1).sum(1).astype(np.uint32), mask(warp))
+
+    return execute
+
+
 @makes("prmt")
 def _permute(instruction: Instruction, _: Kernel) -> Execute:
     result, *sources = instruction.operands

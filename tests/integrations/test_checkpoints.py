@@ -156,7 +156,7 @@ def without(state, part):
             r"does not fit the network that it names: of another shape|cannot be built",
         ),
         (lambda s: s | {"decode_head.enc_module.encoding.0.scale": torch.ones(32, dtype=torch.bool)}, "another kind: .*bool for"),
-        (lambda s: s | {"decode_head.conv_seg.bias": s["decode_head.conv_seg.bias"].to(torch.uint8)}, "of another kind: .*uint8 for"),
+        (lambda s: s | {"decode_head.conv_seg.bias": s["decode_head.conv_seg.bias"].to(torch.uint8)}, "another kind: .*uint8 for"),
         (lambda s: s | {"decode_head.conv_seg.bias": torch.ones(19).to_sparse()}, "dense tensors with values, got a torch.sparse"),
         (lambda s: s | {"decode_head.conv_seg.bias": torch.ones(19, device="meta")}, "dense tensors with values, got a meta one"),
         (lambda s: {"encoding.context.encoding.codewords": torch.ones(2, 3)}, "of ctxenc's own EncNet does not say what network"),
