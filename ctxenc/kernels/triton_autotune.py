@@ -26,7 +26,16 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from ctxenc.kernels.triton_tiles import Target, Tiles, is_channels_last, partial_rows, target_of, vector
+from ctxenc.kernels.triton_tiles import (
+    Target,
+    Tiles,
+    block_of,
+    ceil_div,
+    is_channels_last,
+    partial_rows,
+    target_of,
+    vector,
+)
 
 AUTOTUNE = os.environ.get("CTXENC_AUTOTUNE") == "1" and os.environ.get("TRITON_INTERPRET") != "1"  # which has no speed
 
@@ -147,14 +156,14 @@ def recut(direction: str, x: Tensor, K: int, base: Cut, choice: Choice) -> Cut:
     """
     tiles, (_, programs, groups) = choice.tiles, base
     B, D, N = x.shape
-    items, rows = -(-N // tiles.block_n), partial_rows(x, K)
+    items, rows = ceil_div(N, tiles.block_n), partial_rows(x, K)
     if direction.startswith("forward"):  # whose programs share one image
         rows //= B
     else:
         items *= B
     fill = max(1, int(programs * groups * choice.factor))
     programs = min(fill, items, max(rows, programs))
-    return tiles, programs, 1 if tiles.resident else max(1, min(-(-D // tiles.block_d), fill // programs))
+    return tiles, programs, 1 if tiles.resident else max(1, min(ceil_div(D, tiles.block_d), fill // programs))
 
 
 def neighbours(choice: Choice, field: str, D: int) -> Iterator[Choice]:
@@ -163,7 +172,7 @@ def neighbours(choice: Choice, field: str, D: int) -> Iterator[Choice]:
     if choice.tiles.resident:
         low = RESIDENT_LOWEST.get(field, low)
     if field == "block_d":
-        high = min(high, max(16, 1 << (D - 1).bit_length()))
+        high = min(high, block_of(D))
     value = choice.factor if field == "factor" else getattr(choice.tiles, field)
     for other in (value - 1, value + 1) if field == "stages" else (value / 2, value * 2):
         if not low <= other <= high:

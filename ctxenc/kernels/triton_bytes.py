@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ctxenc.kernels.triton_tiles import Target, Tiles, backward_tiles, forward_tiles, padded_channels, project_tiles
+from ctxenc.kernels.triton_tiles import (
+    Target,
+    Tiles,
+    backward_tiles,
+    block_of,
+    ceil_div,
+    forward_tiles,
+    padded_channels,
+    project_tiles,
+)
 
 PROGRAMS_AT_A_TIME = 2  # on a multiprocessor: what the choice of tiles fills it with in the walking form
 
@@ -118,7 +127,7 @@ def project_bytes(
     x = torch.empty((B, N, C) if channels_last else (B, C, N), dtype=dtype, device="meta")
     x = x.transpose(1, 2) if channels_last else x
     tiles, _, splits = project_tiles(x, K, D, target)
-    per_image = -(-N // tiles.block_n)
+    per_image = ceil_div(N, tiles.block_n)
     splits = _launched(per_image, splits)
     z = x[:, :1].expand(B, D, N)
     _, prepared = _prepared(z, K, tiles)
@@ -135,13 +144,13 @@ def project_bytes(
 
 def _launched(items: int, programs: int) -> int:
     """Programs that get a share of the items, as the launchers cut them."""
-    return -(-items // -(-items // programs))
+    return ceil_div(items, ceil_div(items, programs))
 
 
 def _prepared(x: Tensor, K: int, tiles: Tiles) -> tuple[int, int]:
     """Bytes of an operand (K, D) as it is prepared, and of all that is prepared of the codewords."""
     itemsize = 2 if x.dtype == torch.bfloat16 else 4
-    block_k, padded = max(16, 1 << (K - 1).bit_length()), padded_channels(x.shape[1], tiles)
+    block_k, padded = block_of(K), padded_channels(x.shape[1], tiles)
     operand = block_k * padded * itemsize
     return operand, 2 * operand + 4 * (2 * padded + block_k * (padded // tiles.block_d))
 
@@ -155,11 +164,11 @@ def _walks(x: Tensor, K: int, target: Target, tiles: Tiles, programs: int, group
     # Every group walks over all channels for the weights; for the sums it walks over its own, which makes one walk of all groups.
     passes = groups + 1
     sums = 0 if padded_channels(D, tiles) == tiles.block_d else 4 * K * D  # those of one block stay in registers
-    at_a_time = min(programs, -(-PROGRAMS_AT_A_TIME * target.multiprocessors // groups))
+    at_a_time = min(programs, ceil_div(PROGRAMS_AT_A_TIME * target.multiprocessors, groups))
     return {
         "x": x.nbytes,
         "l2_x": (passes - 1) * x.nbytes,
-        "l2_sums": B * -(-N // tiles.block_n) * 2 * sums,
+        "l2_sums": B * ceil_div(N, tiles.block_n) * 2 * sums,
         "passes": passes,
         "in_flight": at_a_time * (item + sums),
     }
@@ -168,7 +177,7 @@ def _walks(x: Tensor, K: int, target: Target, tiles: Tiles, programs: int, group
 def _forward_bytes(x: Tensor, K: int, target: Target) -> Bytes:
     B, D, N = x.shape
     tiles, splits, groups = forward_tiles(x, K, target)
-    splits = _launched(-(-N // tiles.block_n), splits)
+    splits = _launched(ceil_div(N, tiles.block_n), splits)
     _, prepared = _prepared(x, K, tiles)
     results = 4 * B * K * (D + 1)
     partial = splits * results if splits > 1 else 0
@@ -185,7 +194,7 @@ def _forward_bytes(x: Tensor, K: int, target: Target) -> Bytes:
 def _backward_bytes(x: Tensor, K: int, target: Target) -> Bytes:
     B, D, N = x.shape
     tiles, programs, groups = backward_tiles(x, K, target)
-    programs = _launched(B * -(-N // tiles.block_n), programs)
+    programs = _launched(B * ceil_div(N, tiles.block_n), programs)
     operand, prepared = _prepared(x, K, tiles)
     # The incoming gradient is read to be prepared, and once more to be multiplied by the sums of the weights, whose product is
     # written and read.

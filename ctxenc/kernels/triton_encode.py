@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -30,6 +29,8 @@ from ctxenc.kernels.triton_operands import INTERPRETED, prepare_codewords_kernel
 from ctxenc.kernels.triton_tiles import (
     Tiles,
     backward_tiles,
+    block_of,
+    ceil_div,
     forward_tiles,
     is_channels_last,
     padded_channels,
@@ -60,8 +61,8 @@ class Launch:
         if not self.channels_last and x.stride(2) != 1 and self.N > 1:
             x = x.contiguous()  # no unit stride
         self.x, self.codewords, self.smoothing = x, codewords.contiguous(), smoothing.contiguous()
-        self.tiles, self.tiles_per_image = tiles, triton.cdiv(self.N, tiles.block_n)
-        self.block_k = max(16, triton.next_power_of_2(self.K))
+        self.tiles, self.tiles_per_image = tiles, ceil_div(self.N, tiles.block_n)
+        self.block_k = block_of(self.K)
         self.padded = padded_channels(self.D, tiles)
         self.blocks = self.padded // tiles.block_d
         self.shape = {
@@ -176,8 +177,8 @@ def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor, cut: Cut | None = 
     )
     with torch.cuda.device_of(x):
         launch = Launch(x, codewords, smoothing, tiles)
-        share = triton.cdiv(launch.tiles_per_image, splits)
-        splits = triton.cdiv(launch.tiles_per_image, share)  # none without a tile
+        share = ceil_div(launch.tiles_per_image, splits)
+        splits = ceil_div(launch.tiles_per_image, share)  # none without a tile
         encoding = x.new_empty((B, splits, K, D), dtype=torch.float32)
         weight_sum = x.new_empty((B, splits, K), dtype=torch.float32)
         encode_fwd_kernel[(groups * splits * B,)](
@@ -226,8 +227,8 @@ def _backward(
     with torch.cuda.device_of(x):
         launch = Launch(x, codewords, smoothing, tiles)
         grad_operands, product = launch.prepare_grad(grad)
-        share = triton.cdiv(B * launch.tiles_per_image, programs)
-        programs = triton.cdiv(B * launch.tiles_per_image, share)
+        share = ceil_div(B * launch.tiles_per_image, programs)
+        programs = ceil_div(B * launch.tiles_per_image, share)
         dcodewords = x.new_empty((programs, K, D), dtype=torch.float32)
         dsmoothing = x.new_empty((programs, K), dtype=torch.float32)
         chunk = min(CHUNK, launch.padded)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ctxenc.kernels.triton_operands import _INTERPRETED, INTERPRETED, drop_bits
+from ctxenc.kernels.triton_tiles import ceil_div
 from ctxenc.kernels.triton_walk import multiple
 
 # One binary for all sizes: how x and dy are aligned is in the explicit constexprs VECTOR and DY_VECTOR.
@@ -205,7 +206,7 @@ def gate_bytes(B: int, C: int, N: int, itemsize: int) -> tuple[int, int]:
     Returns:
         Bytes of forward (x, y, logits) and of backward (x, dy, dx, logits, the partial sums written and read, dlogits).
     """
-    x, logits, partial = B * C * N * itemsize, B * C * itemsize, B * triton.cdiv(N, WALK) * C * 4
+    x, logits, partial = B * C * N * itemsize, B * C * itemsize, B * ceil_div(N, WALK) * C * 4
     return 2 * x + logits, 3 * x + 2 * logits + 2 * partial
 
 
@@ -218,7 +219,7 @@ def _launch(x: Tensor, backward: bool) -> tuple[Tensor, int, dict[str, Any]]:
     block_c, block_n = _tiles(x.element_size(), unit, vector, backward)
     constants = {"UNIT": unit, "VECTOR": vector, "BLOCK_C": block_c, "BLOCK_N": block_n}
     constants |= {"num_warps": 4, "enable_fp_fusion": True}  # which Triton 3.10 would turn over
-    return x, triton.cdiv(x.shape[1], block_c), constants
+    return x, ceil_div(x.shape[1], block_c), constants
 
 
 # Bytes: x and the logits read, y written; see gate_bytes.
@@ -229,7 +230,7 @@ def _forward(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
         return y
     with torch.cuda.device_of(x):
         x, tiles_c, constants = _launch(x, backward=False)
-        tiles_n = triton.cdiv(N, constants["BLOCK_N"])
+        tiles_n = ceil_div(N, constants["BLOCK_N"])
         gate_fwd_kernel[(B * tiles_c * tiles_n,)](
             x, logits.contiguous(), y, C, N, tiles_c, tiles_n, *x.stride(), RESIDUAL=residual, **constants
         )
@@ -242,7 +243,7 @@ def _backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: b
     dx = _empty_as(x) if x_wanted else x.new_empty(0)
     if x.numel() == 0:
         return dx, _empty_rows(logits).zero_()
-    splits, unit = triton.cdiv(N, WALK), _unit(dy)
+    splits, unit = ceil_div(N, WALK), _unit(dy)
     with torch.cuda.device_of(x):
         x, tiles_c, constants = _launch(x, backward=True)
         constants |= {"DY_UNIT": unit, "DY_VECTOR": _vector(dy, unit), "RESIDUAL": residual, "DX": x_wanted}

@@ -5,6 +5,8 @@ import os
 import triton
 import triton.language as tl
 
+from ctxenc.kernels.triton_tiles import block_of
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 OFFSET = tl.constexpr(16)  # a channel's base is 0 up to this many times the spread of its codewords
@@ -69,7 +71,7 @@ SCANNED = 4096  # values that a program prepares at a time, 32 a thread: 512 cha
 
 def scan(D: int, block_k: int) -> int:
     """Channels that the kernels below take at a time where they go over all of them: each step waits for the one before."""
-    return max(16, min(triton.next_power_of_2(D), SCANNED // block_k))
+    return max(16, min(block_of(D), SCANNED // block_k))
 
 
 @triton.jit

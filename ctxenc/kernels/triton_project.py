@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ctxenc.kernels.triton_encode import DEVICES, Launch
 from ctxenc.kernels.triton_operands import _INTERPRETED, dot, drop_bits, rounded
-from ctxenc.kernels.triton_tiles import Tiles, project_tiles
+from ctxenc.kernels.triton_tiles import Tiles, ceil_div, project_tiles
 from ctxenc.kernels.triton_walk import add_channels, image, load_bias, multiple, offsets, softmax, subtract_codewords
 
 SIZES = ["p_x", "N", "tiles", "share", "splits", "stride_b", "stride_n", "stride_c"]
@@ -135,8 +135,8 @@ def _project_encode(
     tiles, block_c, splits = cut or project_tiles(x, K, D)
     with torch.cuda.device_of(x):
         launch = Launch(x, codewords, smoothing, tiles)
-        share = triton.cdiv(launch.tiles_per_image, splits)
-        splits = triton.cdiv(launch.tiles_per_image, share)
+        share = ceil_div(launch.tiles_per_image, splits)
+        splits = ceil_div(launch.tiles_per_image, share)
         encoding = x.new_empty((B, splits, K, D), dtype=torch.float32)
         project_encode_kernel[(splits * B,)](
             launch.x,

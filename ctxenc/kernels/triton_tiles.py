@@ -16,6 +16,16 @@ class Tiles(NamedTuple):
     resident: bool = False  # all channels of a tile in shared memory
 
 
+def ceil_div(size: int, part: int) -> int:
+    """Parts that cover a size. Triton's cdiv is made for kernels: of what a call took on the host it was a fifth."""
+    return -(-size // part)
+
+
+def block_of(size: int) -> int:
+    """Channels or codewords of a block that holds so many: a power of two, 16 at least, as tensor cores want it."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of x (B, D, N) are what lies together."""
     return x.shape[1] > 1 and x.stride(1) == 1
@@ -30,7 +40,7 @@ def vector(x: Tensor, channels_last: bool) -> int:
 
 def padded_channels(D: int, tiles: Tiles) -> int:
     """D filled up to whole blocks; to a power of two where a tile holds all channels."""
-    blocks = -(-D // tiles.block_d)
+    blocks = ceil_div(D, tiles.block_d)
     return tiles.block_d * (1 << (blocks - 1).bit_length() if tiles.resident else blocks)
 
 
@@ -88,7 +98,7 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
         tiles = Tiles(32 if major == 12 and wide else 64, 64, 4, 2)
     else:
         tiles = Tiles(32 if wide or (major == 12 and fp16 and D > 16) else 64, 32, 4, 2)
-    return tiles._replace(block_d=min(tiles.block_d, max(16, 1 << (D - 1).bit_length())))
+    return tiles._replace(block_d=min(tiles.block_d, block_of(D)))
 
 
 def may_be_resident(x: Tensor, backward: bool = False) -> bool:
@@ -110,7 +120,7 @@ def _resident_tiles(D: int, K: int, backward: bool = False) -> Tiles | None:
     With 64 pixels a warpgroup of 4 warps has one row of products each, and x @ x^T for the norms stays small. Backward holds the
     gradient beside the codewords, and has room for half as much.
     """
-    channels, block_k = max(16, 1 << (D - 1).bit_length()), max(16, 1 << (K - 1).bit_length())
+    channels, block_k = block_of(D), block_of(K)
     if block_k > (32 if backward else 64) or channels > min(512, 2**17 // block_k**2 if backward else 2**14 // block_k):
         return None
     return Tiles(64, min(16, channels), 4, 2, resident=True)
@@ -135,10 +145,10 @@ def forward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Tile
     if tiles and target.capability // 10 == 9 and may_be_resident(x):  # whatever B and N, which are compiled for once
         # Two rounds: an uneven last one costs less.
         fill = 2 * _programs_per_multiprocessor(D, K) * target.multiprocessors
-        return tiles, max(1, min(-(-N // tiles.block_n), fill // B, partial_rows(x, K) // B)), 1
+        return tiles, max(1, min(ceil_div(N, tiles.block_n), fill // B, partial_rows(x, K) // B)), 1
     tiles = _tiles(x, K, target, backward=False)
     fill = 2 * target.multiprocessors
-    splits = max(1, min(-(-N // tiles.block_n), -(-fill // B), partial_rows(x, K) // B))
+    splits = max(1, min(ceil_div(N, tiles.block_n), ceil_div(fill, B), partial_rows(x, K) // B))
     return tiles, splits, _groups(fill, B * splits, D, tiles)
 
 
@@ -150,7 +160,7 @@ def backward_tiles(x: Tensor, K: int, target: Target | None = None) -> tuple[Til
     if not (tiles and target.capability // 10 == 9 and may_be_resident(x, backward=True)):
         tiles = _tiles(x, K, target, backward=True)
     fill = 2 * target.multiprocessors
-    programs = max(1, min(B * -(-N // tiles.block_n), fill, partial_rows(x, K)))
+    programs = max(1, min(B * ceil_div(N, tiles.block_n), fill, partial_rows(x, K)))
     return tiles, programs, 1 if tiles.resident else _groups(fill, programs, D, tiles)
 
 
@@ -167,13 +177,13 @@ def project_tiles(x: Tensor, K: int, D: int, target: Target | None = None) -> tu
     """Tiles of that kernel, whose block holds all D channels; how many of x it takes at a time; programs of an image."""
     B, C, N = x.shape
     target = target or target_of(x)
-    block_d, fp32 = max(16, 1 << (D - 1).bit_length()), x.element_size() == 4
+    block_d, fp32 = block_of(D), x.element_size() == 4
     tiles = Tiles(32 if fp32 else 64, block_d, 8 if block_d > 32 else 4, 2)
     fill = 8 // tiles.warps * target.multiprocessors
-    splits = max(1, min(-(-N // tiles.block_n), -(-fill // B), partial_rows(x, K) * C // D // B))
+    splits = max(1, min(ceil_div(N, tiles.block_n), ceil_div(fill, B), partial_rows(x, K) * C // D // B))
     wide_blocks = not fp32 and block_d <= 64 and vector(x, is_channels_last(x)) > 1
     return tiles, 64 if wide_blocks else 32, splits
 
 
 def _groups(fill: int, programs: int, D: int, tiles: Tiles) -> int:
-    return max(1, min(-(-D // tiles.block_d), fill // programs))
+    return max(1, min(ceil_div(D, tiles.block_d), fill // programs))
