@@ -237,6 +237,10 @@ def _replace(model: nn.Module, chosen: Collection[tuple[SEBlock, nn.Module]], sw
     for _, source in chosen:
         _originals[blocks[id(source)]] = source if kind_of(source) else None
     after = sum(parameter.numel() for parameter in model.parameters())
+    if frozen := sum(not block.fc.weight.requires_grad for block in blocks.values()):
+        _logger.warning(
+            "patch_se_blocks: %d new blocks do not train, as what they replaced did not, and start at random", frozen
+        )
     _logger.info("patch_se_blocks: %d blocks replaced, %s, parameters %d -> %d", len(chosen), swap, before, after)
 
 

@@ -189,6 +189,13 @@ def test_one_line_is_logged(net: nn.Module, caplog: pytest.LogCaptureFixture) ->
     assert record.getMessage().endswith(f"parameters {before} -> {after}")
 
 
+def test_frozen_blocks_are_told(net: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    net.requires_grad_(False)
+    patch_se_blocks(net)
+    (record,) = caplog.records
+    assert (record.levelname, "2 new blocks do not train" in record.getMessage()) == ("WARNING", True)
+
+
 # Which blocks
 
 

@@ -59,7 +59,7 @@ class EncNet(
     Args:
         backbone: a timm model that timm can dilate: ResNets, SE-ResNets, ResNeSt, RegNet, ConvNeXt, EfficientNet, MobileNetV3,
             NFNet, RexNet.
-        num_classes: classes of a pixel.
+        num_classes: classes of a pixel; foreground and background are two.
         pretrained_backbone: load timm's ImageNet weights.
         num_codes: K, number of codewords.
         aux: an FCN head on the stage before the last ("aux"), for training.

@@ -147,6 +147,9 @@ class EncNetLoss(nn.Module):
         _check_logits("EncNetLoss", 'outputs["out"]', outputs["out"], target)
         shape = outputs["out"].shape
         for name, wanted in (("aux", shape), ("se", shape[:2])):
+            if name in outputs and not isinstance(outputs[name], Tensor):
+                got = type(outputs[name]).__name__
+                raise TypeError(f'EncNetLoss: outputs["{name}"] must be a tensor or left out, got {got}')
             if name in outputs and outputs[name].shape != wanted:
                 raise ValueError(
                     f'EncNetLoss: outputs["{name}"] must have shape {tuple(wanted)} to match out {tuple(shape)},'
@@ -276,3 +279,5 @@ def _check_logits(name: str, argument: str, logits: Tensor, target: Tensor) -> N
             f"{name}: target must have shape {(logits.shape[0], *logits.shape[2:])} to match {argument}"
             f" {tuple(logits.shape)}, got {tuple(target.shape)}"
         )
+    if logits.shape[1] == 1:  # of which every pixel is whatever the network says
+        raise ValueError(f"{name}: {argument} must have two classes or more, as foreground and background are, got 1")

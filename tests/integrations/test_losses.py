@@ -350,6 +350,8 @@ OUT = torch.zeros(3, 4, 2, 3)
             ValueError,
             r'outputs\["aux"\] must have shape \(3, 4, 2, 3\) .* \(3, 4, 2, 2\)',
         ),
+        ({"out": OUT[:, :1]}, ValueError, r'outputs\["out"\] must have two classes or more, .* got 1'),
+        ({"out": OUT, "aux": None}, TypeError, r'outputs\["aux"\] must be a tensor or left out, got NoneType'),
         ({"out": OUT, "se": OUT[:, :3, 0, 0]}, ValueError, r'outputs\["se"\] must have shape \(3, 4\) .* got \(3, 3\)'),
     ],
 )
