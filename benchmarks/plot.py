@@ -27,8 +27,8 @@ Row = dict[str, Any]
 FORMS = {
     "ctxenc, triton": ("ctxenc, Triton", "#D55E00", "o"),
     "ctxenc, torch": ("ctxenc", "#0072B2", "o"),
-    "torch.compile(shifted matmul)": ("torch.compile of the matmul form", "#009E73", "s"),
-    "shifted matmul": ("matmul form, autograd", "#56B4E9", "^"),
+    "torch.compile(shifted matmul)": ("torch.compile of the shifted matmul form", "#009E73", "s"),
+    "shifted matmul": ("shifted matmul form, autograd", "#56B4E9", "^"),
     "expanded": ("expanded form", "#999999", "D"),
     "mmsegmentation": ("mmsegmentation's Encoding", "#CC79A7", "v"),
 }
@@ -64,19 +64,24 @@ def _measured(result: dict[str, Any], sweep: bool) -> list[Row]:
     return _first_dtype([row for row in rows if row["layout"] == "channels_first"]) if rows else []
 
 
+def _source(row: Row) -> str:
+    """What a row is about, for an axis."""
+    return f"{row['source']}\nB, N, D, K = {', '.join(map(str, row['shape']))}"
+
+
 def _by_shape(result: dict[str, Any], title: str, entry: str, mark_of_ours: bool) -> Figure | None:
     """One entry of every form at the shapes that networks feed, a line a shape, a panel a direction."""
     rows = _measured(result, sweep=False)
     if not rows:
         return None
-    sources = list(dict.fromkeys(f"{row['source']}\n{row['shape']}" for row in rows))
+    sources = list(dict.fromkeys(map(_source, rows)))
     figure, axes = _figure(result, 2, 11, 1.6 + 0.42 * len(sources), title)
     for ax, (direction, name) in zip(axes, TITLES.items(), strict=True):
         for form, (label, colour, mark) in FORMS.items():
             points = [row for row in rows if row["form"] == form]
             if not points or (form == "ctxenc, torch" and not mark_of_ours):
                 continue
-            places = [sources.index(f"{row['source']}\n{row['shape']}") for row in points]
+            places = [sources.index(_source(row)) for row in points]
             values = [row[f"{direction}_{entry}"] for row in points]
             ax.scatter(values, places, color=colour, marker=mark, s=28, label=label, zorder=3)
         ax.axvline(1, color="black" if mark_of_ours else "#0072B2", label="roofline" if mark_of_ours else "ctxenc")
@@ -129,6 +134,11 @@ def growth(result: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def _is_ours(row: Row) -> bool:
+    """Whether a network of benchmarks.swap has context encoding: swaps are named "own, mean" and the like."""
+    return "," in row["variant"] or row["variant"].startswith("EncNet")
+
+
 def cost(result: dict[str, Any]) -> Figure | None:
     """What each variant of each network costs in times of the network as it is shipped, at the result's first setting."""
     rows = [row for row in of_first_setting(result) if "memory_ratio" in row]
@@ -150,7 +160,7 @@ def cost(result: dict[str, Any]) -> Figure | None:
         for row in rows:
             if measure not in row or (row["fused"] and measure != "inference_ratio"):
                 continue
-            colour = "#D55E00" if row["fused"] else "#0072B2" if "," in row["variant"] else "#999999"
+            colour = "#D55E00" if row["fused"] else "#0072B2" if _is_ours(row) else "#999999"
             place = places[row["network"], row["variant"]]
             ax.scatter(row[measure], place, color=colour, s=22, marker="|" if row["fused"] else "o", zorder=3)
         ax.set(title=title, ylim=(len(places) - 0.3, -0.7), yticks=list(places.values()))
@@ -159,8 +169,10 @@ def cost(result: dict[str, Any]) -> Figure | None:
         for key, label in zip(places, ax.get_yticklabels(), strict=True):
             label.set_fontweight("normal" if isinstance(key, tuple) else "bold")
         ax.grid(color="#EEEEEE", zorder=0)
-    axes[1].scatter([], [], color="#D55E00", marker="|", label="fused for inference")
-    axes[1].legend(fontsize=7)
+    axes[0].scatter([], [], color="#0072B2", label="with context encoding")
+    axes[0].scatter([], [], color="#999999", label="without")
+    axes[0].scatter([], [], color="#D55E00", marker="|", label="with it, fused for inference")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

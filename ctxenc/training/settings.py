@@ -273,6 +273,10 @@ class Settings(TrainingSettings):
             raise UserError(f"--batch-size must be even with --mixup or --cutmix, got {self.batch_size}")
         if self.pretrained and self.initial_checkpoint:
             raise UserError(f"--pretrained and --initial-checkpoint {self.initial_checkpoint}: take one of them")
+        if self.pretrained and self.model_kwargs == EMBEDDED["model_kwargs"]:
+            raise UserError(
+                "--pretrained: timm has no weights of the small network that is trained by default; give a --model"
+            )
 
     @property
     def arm_names(self) -> tuple[str, ...]:

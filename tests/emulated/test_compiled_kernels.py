@@ -79,7 +79,8 @@ def test_encode(chip, dtype, late, layout):
         ("sliced_channels", torch.bfloat16, 20, 150, 20),
         ("expanded", torch.float32, 24, 64, 8),
         ("no_unit_stride", torch.bfloat16, 16, 1, 1),
-        ("channels_last", torch.bfloat16, 300, 20, 20),  # prepared in three steps, the last of which goes beyond what there is
+        # prepared in three steps, the last of which goes beyond what there is
+        ("channels_last", torch.bfloat16, 300, 20, 20),
     ],
 )
 @each_chip

@@ -69,11 +69,14 @@ def test_the_se_arm_is_left_alone_and_equal_runs_are_equal(finetune):
 
 def test_pretrained_weights_are_calibrated_to_unless_told_otherwise():
     assert resolve({}).start == "random"
-    assert resolve({"pretrained": True}).start == "calibrated"
+    pretrained = {"pretrained": True, "model": "seresnet50"}
+    assert resolve(pretrained).start == "calibrated"
     assert resolve({"initial_checkpoint": "x"}).start == "calibrated"
-    assert resolve({"pretrained": True, "init": "random"}).start == "random"
+    assert resolve(pretrained | {"init": "random"}).start == "random"
     with pytest.raises(UserError, match="--pretrained and --initial-checkpoint x: take one"):
-        resolve({"pretrained": True, "initial_checkpoint": "x"})
+        resolve(pretrained | {"initial_checkpoint": "x"})
+    with pytest.raises(UserError, match="--pretrained: timm has no weights of the small network .* give a --model"):
+        resolve({"pretrained": True})
     with pytest.raises(UserError, match="--init must be calibrated, neutral, random, got warm"):
         resolve({"init": "warm"})
 
