@@ -75,7 +75,7 @@ def test_pretrained_weights_are_calibrated_to_unless_told_otherwise():
     assert resolve(pretrained | {"init": "random"}).start == "random"
     with pytest.raises(UserError, match="--pretrained and --initial-checkpoint x: take one"):
         resolve(pretrained | {"initial_checkpoint": "x"})
-    with pytest.raises(UserError, match="--pretrained: timm has no weights of the small network .* give a --model"):
+    with pytest.raises(UserError, match=r"--pretrained: timm has no weights .* give a --model"):
         resolve({"pretrained": True})
     with pytest.raises(UserError, match="--init must be calibrated, neutral, random, got warm"):
         resolve({"init": "warm"})
