@@ -5,7 +5,6 @@ fits each block, from the input on, to what the SE block in its place says of a 
 """
 
 import copy
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ctxenc import starts
 from ctxenc.calibration_report import BlockCalibration, Calibration, compared, gate_r2
+from ctxenc.calibration_states import all_or_nothing, no_kept_casts, random_states_kept
 from ctxenc.context import ContextEncoding
 from ctxenc.encoding import uncompiled
 from ctxenc.functional import assign
@@ -91,7 +91,8 @@ def calibrate(
     tqdm = _needed("tqdm").tqdm
     _needed("sklearn")
     places = _places(model, like, start)
-    with _random_states_kept(seed), _no_kept_casts(), uncompiled(), _all_or_nothing(places, model, like):
+    blocks = [place.block for place in places]
+    with random_states_kept(seed), no_kept_casts(), uncompiled(), all_or_nothing(blocks, model, like):
         fitted, kept = _images(batches, held_out, seed)
         places = _in_order(model, places, fitted[0][:1])
         if start != "random":
@@ -173,54 +174,6 @@ def _in_original(name: str, block: ContextEncoding, like: nn.Module) -> nn.Modul
     raise ValueError(
         f"calibrate: like must have an SE block of {channels} channels at {name}, got {type(like).__name__} without it"
     )
-
-
-@contextmanager
-def _random_states_kept(seed: int) -> Iterator[None]:
-    """Seeds what a loader of images may draw from, and puts the states back."""
-    import numpy as np  # which scikit-learn has brought
-
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
-def _no_kept_casts() -> Iterator[None]:
-    """Autocast keeps rounded weights for its whole region; of a block that has just been fitted they are out of date."""
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
-        torch.clear_autocast_cache()
-
-
-@contextmanager
-def _all_or_nothing(places: list[_Place], *models: nn.Module | None) -> Iterator[None]:
-    """Eval mode, and the modes back at the end; after an error the values of the blocks too."""
-    modes = {module: module.training for model in models if model is not None for module in model.modules()}
-    before = [{key: value.clone() for key, value in place.block.state_dict().items()} for place in places]
-    try:
-        for model in models:
-            if model is not None:
-                model.eval()
-        yield
-    except BaseException:
-        for place, values in zip(places, before, strict=True):
-            place.block.load_state_dict(values)
-        raise
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _images(batches: Iterable[Any], held_out: float, seed: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -24,6 +24,7 @@ ORDER = (
     "se_blocks",
     "patching",
     "starts",
+    "calibration_states",
     "calibration_report",
     "calibration",
     "__init__",
