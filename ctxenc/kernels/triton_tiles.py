@@ -69,6 +69,7 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
     """
     fp32, fp16, wide = x.element_size() == 4, x.dtype == torch.float16, K > 32
     D, major = x.shape[1], target.capability // 10  # 0 for AMD
+    aligned = vector(x, is_channels_last(x)) > 1
     if K > 64:
         tiles = Tiles(16, 16, 8 if fp32 else 4, 1)
     elif backward and fp32:
@@ -86,7 +87,7 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
                 8: Tiles(32, block_d, 4, 2),
                 9: Tiles(64, block_d, 8, 2 if fp16 else 1),
                 10: Tiles(32, 16, 4, 1),
-                12: Tiles(32, 32, 4, 2),
+                12: Tiles(32, 32, 4, 2 if aligned else 1),  # what is not is not loaded ahead of time anyway
             }
             tiles = narrow.get(major, Tiles(64, block_d, 8, 2))
         else:
@@ -94,10 +95,11 @@ def _tiles(x: Tensor, K: int, target: Target, backward: bool) -> Tiles:
             tiles = Tiles(64 if small else 128, 32, 8, 2)
     elif fp32:
         tiles = Tiles(32, 16, 4, 2) if major == 12 and not wide else Tiles(32, 32, 4, 2)
-    elif major == 0 or (x.dtype == torch.bfloat16 and vector(x, is_channels_last(x)) > 1):
+    elif major == 0 or (x.dtype == torch.bfloat16 and aligned):
         tiles = Tiles(32 if major == 12 and wide else 64, 64, 4, 2)
     else:
-        tiles = Tiles(32 if wide or (major == 12 and fp16 and D > 16) else 64, 32, 4, 2)
+        small = major == 12 and D > 16 and (fp16 or K > 16)
+        tiles = Tiles(32 if wide or small else 64, 32, 4, 2)
     return tiles._replace(block_d=min(tiles.block_d, block_of(D)))
 
 
