@@ -104,8 +104,7 @@ class Launch:
             operands,
             product,
             *grad.stride(),
-            SCAN=scan(self.padded, self.block_k),
-            **{name: value for name, value in self.shape.items() if name != "BLOCK_D"},
+            **(self.shape | {"BLOCK_D": scan(self.padded, self.block_k)}),
             **FUSED,
         )
         return operands, product

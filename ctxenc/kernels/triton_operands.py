@@ -147,23 +147,23 @@ def prepare_grad_kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     PADDED_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SCAN: tl.constexpr,
     DOT: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     product = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, PADDED_D, SCAN):
-        o_d = start + tl.arange(0, SCAN)
-        m_d = (o_d < PADDED_D)[None, :]
+    for start in range(0, PADDED_D, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        m_d = o_d < PADDED_D
         mask = (o_k < K)[:, None] & (o_d < D)[None, :]
         o_grad = (o_k.to(tl.int64) * stride_k)[:, None] + (o_d.to(tl.int64) * stride_d)[None, :]
         grad = rounded(
             tl.load(p_grad + b * stride_b + o_grad, mask=mask, other=0.0), DOT
         )  # fp32, as encode's result is
         d = tl.load(p_codewords + o_k[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        base = tl.load(p_centers + PADDED_D + o_d, mask=o_d < PADDED_D, other=0.0)
+        base = tl.load(p_centers + PADDED_D + o_d, mask=m_d, other=0.0)
         product += tl.sum((d - base[None, :]) * grad.to(tl.float32), 1)
-        tl.store(p_operands + (b * BLOCK_K + o_k[:, None]) * PADDED_D + o_d[None, :], grad, mask=m_d)
+        tl.store(p_operands + (b * BLOCK_K + o_k[:, None]) * PADDED_D + o_d[None, :], grad, mask=m_d[None, :])
     tl.store(p_product + b * BLOCK_K + o_k, product)

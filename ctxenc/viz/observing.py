@@ -187,7 +187,7 @@ def observe(
     model = _unwrapped(model)
     config = getattr(model, "pretrained_cfg", None) or {}
     colours = [
-        torch.as_tensor(config.get(key) or usual if given is None else given)[:, None, None]
+        torch.as_tensor(config.get(key) or usual if given is None else given, dtype=torch.float32)[:, None, None]
         for key, given, usual in zip(("mean", "std"), (mean, std), IMAGENET, strict=True)
     ]
     fixed = (

@@ -136,9 +136,7 @@ def test_every_pixel_counts_once(N, D, K, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("B", "D"), [(700, 1024), (1400, 512)]
-)  # the latter in tiles that the GPU copies on its own, if it does
+@pytest.mark.parametrize(("B", "D"), [(700, 1024), (1400, 512)])  # 512 in tiles that a GPU may copy on its own
 def test_a_batch_over_4_gib(B, D, layout):
     """More than 2^31 elements; of the first, the middle and the last image everything is compared, the others get no gradient."""
     N, K = 3136, 16
