@@ -31,8 +31,10 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.environment import describe
-from ctxenc.kernels import triton_encode, triton_project, triton_tiles
-from ctxenc.kernels.triton_tiles import Target, may_project
+from ctxenc.kernels.fused import launch
+from ctxenc.kernels.fused import project as triton_project
+from ctxenc.kernels.fused import tiles as triton_tiles
+from ctxenc.kernels.fused.tiles import Target, may_project
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -116,13 +118,13 @@ def launches(case: Case) -> list[Launch]:
         mock.patch.object(torch.version, "hip", "any" if chip.backend == "hip" else None),
     ):
         if case.direction == "forward":
-            triton_encode._forward(x, codewords, smoothing)
+            launch.encode_forward(x, codewords, smoothing)
         elif case.direction == "project":
             weight = torch.empty(case.D, C, dtype=dtype, device="meta")
             triton_project._project_encode(x, weight, weight[:, 0], codewords, smoothing)
         else:
             grad = torch.empty(B, case.K, case.D, device="meta")
-            triton_encode._backward(grad, x, codewords, smoothing, grad[..., 0], True)
+            launch.encode_backward(grad, x, codewords, smoothing, grad[..., 0], True)
     return made[-1:]
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.roofline [--dtype bf16 ...] [--layout channels_first]
 
-Bytes are those of ctxenc.kernels.triton_bytes, for the tiles that a launch would get; flops are those of the formulas, 2 products
+Bytes are those of benchmarks.bytes, for the tiles that a launch would get; flops are those of the formulas, 2 products
 of N x K x D in forward and 5 in backward, each once, though fp32 takes three terms of tf32 by default and bf16 a second one for the
 codewords. The floor is the greater of bytes from memory by bandwidth, and flops by the rate of the tensor cores (bf16 or tf32).
 Partial sums and operands count as memory's, though the cache may keep the small ones. What is to come from the L2 cache has no part
@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.bytes import Bytes, encode_bytes
 from benchmarks.shapes import Shape, problems
-from ctxenc.kernels.triton_bytes import Bytes, encode_bytes
-from ctxenc.kernels.triton_tiles import Target
+from ctxenc.kernels.fused.tiles import Target
 
 
 class Gpu(NamedTuple):

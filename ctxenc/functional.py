@@ -198,7 +198,7 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
     if triton:
         if reason := _why_not_triton(x, codewords, smoothing):
             raise RuntimeError(f'encode: backend="triton" cannot run: {reason}')
-        from ctxenc.kernels import triton_encode
+        from ctxenc.kernels.fused import encode as triton_encode
 
         return triton_encode.encode(x.flatten(2), codewords, smoothing)
     with _no_autocast(x):
@@ -228,7 +228,7 @@ def fuses_gate(x: Tensor, logits: Tensor) -> bool:
 @torch.jit.unused
 def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     """X * sigmoid(logits), or relu(x + x * sigmoid(logits)), of x (B, C, *spatial) and logits (B, C), laid out as x is."""
-    from ctxenc.kernels import triton_gate
+    from ctxenc.kernels.fused import gate as triton_gate
 
     return triton_gate.gate(x.flatten(2), logits, residual).unflatten(2, x.shape[2:])
 
@@ -250,7 +250,7 @@ def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor
         return False
     if (x.shape[1], codewords.shape[1]) != (weight.shape[1], weight.shape[0]):
         return False
-    from ctxenc.kernels.triton_tiles import may_project
+    from ctxenc.kernels.fused.tiles import may_project
 
     return may_project(dtype, codewords.shape[1], codewords.shape[0])
 
@@ -258,7 +258,7 @@ def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor
 @torch.jit.unused
 def fused_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """Encoding (B, K, C'), fp32, of relu(conv2d(x, weight, shift)), which is never in memory; weight is (C', C, 1, 1)."""
-    from ctxenc.kernels.triton_project import project_encode
+    from ctxenc.kernels.fused.project import project_encode
 
     return project_encode(x.flatten(2), weight.flatten(1).to(x.dtype), shift, codewords, smoothing)
 

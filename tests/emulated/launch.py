@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.kernel_report import CHIPS, Launch, source
-from ctxenc.kernels import triton_tiles
+from ctxenc.kernels.fused import tiles as triton_tiles
 from tests.emulated import copies, tensor_cores
 from tests.emulated.instructions import executable
 from tests.emulated.machine import Program

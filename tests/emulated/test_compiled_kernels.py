@@ -11,8 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctxenc.kernels import reference, triton_encode, triton_gate, triton_project, triton_tiles
-from ctxenc.kernels.triton_tiles import _resident_tiles, may_be_resident
+from ctxenc.kernels import reference
+from ctxenc.kernels.fused import (
+    gate as triton_gate,
+)
+from ctxenc.kernels.fused import (
+    launch,
+)
+from ctxenc.kernels.fused import (
+    project as triton_project,
+)
+from ctxenc.kernels.fused import (
+    tiles as triton_tiles,
+)
+from ctxenc.kernels.fused.tiles import _resident_tiles, may_be_resident
 from tests.emulated.copies import NEEDS_FENCE
 from tests.emulated.launch import emulated
 from tests.emulated.memory import KernelError
@@ -44,7 +56,7 @@ def excess(arguments, *, forward=None, backward=None, **how) -> float:
         @staticmethod
         def forward(ctx, features: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
             with emulated(**how):
-                encoding, weight_sum = triton_encode._forward(x, codewords, smoothing, forward)
+                encoding, weight_sum = launch.encode_forward(x, codewords, smoothing, forward)
             ctx.save_for_backward(codewords, smoothing, weight_sum)
             return encoding
 
@@ -52,7 +64,7 @@ def excess(arguments, *, forward=None, backward=None, **how) -> float:
         def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
             codewords, smoothing, weight_sum = ctx.saved_tensors
             with emulated(**how):
-                return triton_encode._backward(grad, x, codewords, smoothing, weight_sum, True, backward)
+                return launch.encode_backward(grad, x, codewords, smoothing, weight_sum, True, backward)
 
     return max(largest_excess(Encode.apply, *arguments, products=x.dtype).values())
 
@@ -110,7 +122,7 @@ def test_forward_at_512_channels(layout):
     """EncNet's, in 200 kB of shared memory."""
     x, codewords, smoothing, _ = problem(1, 512, 136, 32, torch.bfloat16, layout)
     with emulated("sm_90", late=True):
-        got, _ = triton_encode._forward(x, codewords, smoothing, (_resident_tiles(512, 32), 1, 1))
+        got, _ = launch.encode_forward(x, codewords, smoothing, (_resident_tiles(512, 32), 1, 1))
     exact = reference.encode(*(tensor.double() for tensor in (x, codewords, smoothing)))
     assert (got - exact).abs().max() <= 3e-3 * exact.abs().max()  # the weights' rounding
 

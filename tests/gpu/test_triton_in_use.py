@@ -227,7 +227,7 @@ def test_a_fused_block_projects_and_encodes_in_one_kernel(channels, side, batch,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(8, 256, 3136), (3, 100, 49)], ids=str)
 def test_the_gate(shape, dtype, layout, residual):
-    from ctxenc.kernels import triton_gate  # not at the top: tests are collected where Triton is not
+    from ctxenc.kernels.fused import gate as triton_gate  # not at the top: tests are collected where Triton is not
 
     generator = torch.Generator(DEVICE).manual_seed(0)
     x, dy = (features(*shape, layout, dtype, generator) for _ in range(2))

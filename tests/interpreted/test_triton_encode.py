@@ -11,8 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
-from ctxenc.kernels import reference, triton_encode, triton_tiles
-from ctxenc.kernels.triton_tiles import Tiles, may_be_resident
+from ctxenc.kernels import reference
+from ctxenc.kernels.fused import launch
+from ctxenc.kernels.fused import tiles as triton_tiles
+from ctxenc.kernels.fused.tiles import Tiles, may_be_resident
 from tests.tolerance import largest_excess
 
 # NumPy, which the interpreter computes with, warns of every overflow and NaN.
@@ -85,11 +87,11 @@ def cut_into(patch: pytest.MonkeyPatch, cut: tuple[Tiles, int, int], x: Tensor) 
     resident = may_be_resident(x) and groups < 3  # the groups draw tells the rest
     forward = tiles._replace(resident=True) if resident else tiles
     splits, shared_channels = min(programs, per_image), 1 if resident else groups
-    patch.setattr(triton_encode, "forward_tiles", lambda *_: (forward, splits, shared_channels))
+    patch.setattr(launch, "forward_tiles", lambda *_: (forward, splits, shared_channels))
     resident = may_be_resident(x, backward=True) and groups < 3
     backward = tiles._replace(resident=True) if resident else tiles
     programs = min(programs, per_image * x.shape[0])
-    patch.setattr(triton_encode, "backward_tiles", lambda *_: (backward, programs, 1 if resident else groups))
+    patch.setattr(launch, "backward_tiles", lambda *_: (backward, programs, 1 if resident else groups))
 
 
 @thorough
@@ -141,7 +143,7 @@ def test_the_resident_form(offset, shared, channels_last, monkeypatch):
     tiles, splits, groups = triton_tiles.forward_tiles(x, 5)
     assert tiles.resident
     assert (splits, groups) == (1, 1)  # more would be over a tenth of x
-    assert bool(triton_encode.Launch(x, codewords, smoothing, tiles).near) == (offset < 300)
+    assert bool(launch.Launch(x, codewords, smoothing, tiles).near) == (offset < 300)
     grad = torch.randn(8, 5, 40, generator=generator)
     excess = largest_excess(triton, x, codewords, smoothing, grad, products=torch.bfloat16)
     assert max(excess.values()) <= 1, excess

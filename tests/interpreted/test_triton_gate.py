@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ctxenc
 from ctxenc.functional import fuses_gate
-from ctxenc.kernels import triton_gate
+from ctxenc.kernels.fused import gate as triton_gate
 
 # NumPy, which the interpreter computes with, warns of every overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

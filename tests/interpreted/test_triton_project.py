@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ctxenc
 from ctxenc import ContextEncoding
 from ctxenc.functional import fuses_projection
-from ctxenc.kernels import triton_project
-from ctxenc.kernels.triton_tiles import Target, Tiles, may_project, project_tiles
+from ctxenc.kernels.fused import project as triton_project
+from ctxenc.kernels.fused.tiles import Target, Tiles, may_project, project_tiles
 from tests.blocks import stirred
 from tests.interpreted.test_triton_encode import DTYPES, EXAMPLES, LAYOUTS, lay_out, nothing_is_zero_by_luck, thorough
 from tests.tolerance import largest_excess

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ctxenc.kernels.triton_operands import _INTERPRETED, dot, drop_bits
+from ctxenc.kernels.fused.operands import _INTERPRETED, dot, drop_bits
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 the encoding of z, which is never in memory. Sections 3.1 of EncNet (arXiv 1803.08904) and 3 of Deep TEN (arXiv 1612.02844).
 
 A program projects a tile of pixels in blocks of channels, rounds z to the dtype of x as if it had been stored, and encodes it where
-it lies, in registers. Memory gives x once; L2 gives the weight once a tile. What comes after the projection is triton_walk.py's.
+it lies, in registers. Memory gives x once; L2 gives the weight once a tile. What comes after the projection is walk.py's.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ctxenc.kernels.triton_encode import DEVICES, Launch
-from ctxenc.kernels.triton_operands import _INTERPRETED, dot, drop_bits, rounded
-from ctxenc.kernels.triton_tiles import Tiles, ceil_div, project_tiles
-from ctxenc.kernels.triton_walk import add_channels, image, load_bias, multiple, offsets, softmax, subtract_codewords
+from ctxenc.kernels.fused.encode import DEVICES
+from ctxenc.kernels.fused.launch import Launch
+from ctxenc.kernels.fused.operands import _INTERPRETED, dot, drop_bits, rounded
+from ctxenc.kernels.fused.tiles import Tiles, ceil_div, project_tiles
+from ctxenc.kernels.fused.walk import add_channels, image, load_bias, multiple, offsets, softmax, subtract_codewords
 
 SIZES = ["p_x", "N", "tiles", "share", "splits", "stride_b", "stride_n", "stride_c"]
 
@@ -131,7 +132,7 @@ def _project_encode(
     if B == 0 or N == 0:
         return x.new_zeros((B, K, D), dtype=torch.float32)
     # Memory moves x once, 4 B K D bytes a split (twice where there are several), the weight and the operands; L2 gives the weight
-    # once a tile: triton_bytes.py.
+    # once a tile: bytes.py.
     tiles, block_c, splits = cut or project_tiles(x, K, D)
     with torch.cuda.device_of(x):
         launch = Launch(x, codewords, smoothing, tiles)

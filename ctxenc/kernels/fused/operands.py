@@ -5,7 +5,7 @@ import os
 import triton
 import triton.language as tl
 
-from ctxenc.kernels.triton_tiles import block_of
+from ctxenc.kernels.fused.tiles import block_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)

@@ -1,7 +1,7 @@
-"""The fused path of the operator: launchers of the Triton kernels, the registered op, its derivatives.
+"""Launchers of the fused encode kernels.
 
 With c the codeword nearest to the mean of all, x' = x - c and d' = d - c, as in torch_encode.py. Programs walk over tiles of pixels
-and keep the weights in registers; triton_forward.py, triton_backward.py and triton_walk.py hold the kernels, triton_tiles.py the
+and keep the weights in registers; forward.py, backward.py and walk.py hold the kernels, tiles.py the
 choice of tiles and the bytes of a launch. The sums of all programs are added in a fixed order: the same bits come out of every run.
 
 The tensor cores get x minus a base near c. In fp32 the base is c, and a product has three terms of tf32. Half precision goes in
@@ -12,21 +12,16 @@ leave the range of fp16.
 Deep TEN (arXiv 1612.02844), section 3.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ctxenc.kernels.triton_autotune import AUTOTUNE, Cut, tuned
-from ctxenc.kernels.triton_backward import encode_bwd_kernel
-from ctxenc.kernels.triton_forward import encode_fwd_kernel
-from ctxenc.kernels.triton_operands import INTERPRETED, prepare_codewords_kernel, prepare_grad_kernel, scan
-from ctxenc.kernels.triton_tiles import (
+from ctxenc.kernels.fused.backward import encode_bwd_kernel
+from ctxenc.kernels.fused.forward import encode_fwd_kernel
+from ctxenc.kernels.fused.operands import prepare_codewords_kernel, prepare_grad_kernel, scan
+from ctxenc.kernels.fused.tiles import (
     Tiles,
     backward_tiles,
     block_of,
@@ -149,31 +144,17 @@ def _registers(tiles: Tiles) -> dict[str, int]:
     return {} if tiles.resident or torch.version.hip else {"maxnreg": 255}
 
 
-def _cut(
-    direction: str,
-    x: Tensor,
-    codewords: Tensor,
-    smoothing: Tensor,
-    choose: Callable[..., Cut],
-    launch: Callable[[Cut], Any],
-) -> Cut:
-    """Tiles, programs and groups of a launch: the table's, unless CTXENC_AUTOTUNE=1 has them searched for."""
-    K = codewords.shape[0]
-    if not AUTOTUNE:
-        return choose(x, K)
-    return tuned(direction, _precision(x.dtype), x, K, smoothing.dim() == 0, choose, launch)
+Cut = tuple[Tiles, int, int]  # tiles, programs that share the pixels, groups that share the channels
 
 
-def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
+def encode_forward(x: Tensor, codewords: Tensor, smoothing: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
     B, D, _ = x.shape
     K = codewords.shape[0]
     if x.numel() == 0:
         return x.new_zeros((B, K, D), dtype=torch.float32), x.new_zeros((B, K), dtype=torch.float32)
     # Memory moves x once, 4 B K (D + 1) bytes a split (twice where there are several), and the operands; L2 gives x groups times
-    # more, and a program's sums twice a tile, unless tiles are resident: triton_bytes.py.
-    tiles, splits, groups = cut or _cut(
-        "forward", x, codewords, smoothing, forward_tiles, partial(_forward, x, codewords, smoothing)
-    )
+    # more, and a program's sums twice a tile, unless tiles are resident: bytes.py.
+    tiles, splits, groups = cut or forward_tiles(x, K)
     with torch.cuda.device_of(x):
         launch = Launch(x, codewords, smoothing, tiles)
         share = ceil_div(launch.tiles_per_image, splits)
@@ -200,7 +181,7 @@ def _forward(x: Tensor, codewords: Tensor, smoothing: Tensor, cut: Cut | None = 
     return encoding.sum(1), weight_sum.sum(1)
 
 
-def _backward(
+def encode_backward(
     grad: Tensor,
     x: Tensor,
     codewords: Tensor,
@@ -211,18 +192,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, D, _ = x.shape
     K = codewords.shape[0]
-    dx = _empty_dx(x, x_wanted)
+    dx = empty_dx(x, x_wanted)
     if x.numel() == 0:
         return dx, codewords.new_zeros(codewords.shape), smoothing.new_zeros(smoothing.shape)
     # Memory moves x and dx once, 4 K (D + 1) bytes a program twice, and the operands, those of grad for every image; L2 as above.
-    tiles, programs, groups = cut or _cut(
-        "backward" if x_wanted else "backward, no dx",
-        x,
-        codewords,
-        smoothing,
-        backward_tiles,
-        partial(_backward, grad, x, codewords, smoothing, weight_sum, x_wanted),
-    )
+    tiles, programs, groups = cut or backward_tiles(x, K)
     with torch.cuda.device_of(x):
         launch = Launch(x, codewords, smoothing, tiles)
         grad_operands, product = launch.prepare_grad(grad)
@@ -258,83 +232,9 @@ def _backward(
     return dx, total.to(codewords.dtype), ds.to(smoothing.dtype)
 
 
-def _empty_dx(x: Tensor, wanted: bool) -> Tensor:
+def empty_dx(x: Tensor, wanted: bool) -> Tensor:
     """Room for the gradient in x, dense, in the layout of x; none where it is not wanted."""
     if not wanted:
         return x.new_empty(0)
     B, D, N = x.shape
     return x.new_empty((B, N, D)).transpose(1, 2) if is_channels_last(x) else x.new_empty((B, D, N))
-
-
-DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
-
-
-@torch.library.custom_op("ctxenc::encode", mutates_args=(), device_types=DEVICES)
-def _encode_op(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
-    return _forward(x, codewords, smoothing)
-
-
-@_encode_op.register_fake
-def _(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
-    B, K, D = x.shape[0], *codewords.shape
-    return x.new_empty((B, K, D), dtype=torch.float32), x.new_empty((B, K), dtype=torch.float32)
-
-
-@register_flop_formula(torch.ops.ctxenc.encode)
-def _forward_flops(x: Sequence[int], codewords: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of the two products, given shapes."""
-    return 2 * 2 * math.prod(x) * codewords[0]
-
-
-@torch.library.custom_op("ctxenc::encode_backward", mutates_args=(), device_types=DEVICES)
-def _encode_backward_op(
-    grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad, x, codewords, smoothing, weight_sum, x_wanted)
-
-
-@_encode_backward_op.register_fake
-def _(
-    grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_dx(x, x_wanted), codewords.new_empty(codewords.shape), smoothing.new_empty(smoothing.shape)
-
-
-@register_flop_formula(torch.ops.ctxenc.encode_backward)
-def _backward_flops(
-    grad: Any, x: Sequence[int], codewords: Sequence[int], smoothing: Any, weight_sum: Any, x_wanted: bool, **_: Any
-) -> int:
-    """Of the logits once more, the gradient of the weights, that of the codewords, and two for that in x."""
-    return (5 if x_wanted else 3) * 2 * math.prod(x) * codewords[0]
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # weight_sum has none, and zeros in its place would be a launch
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if grad is None:
-        return None, None, None
-    x_wanted = ctx.needs_input_grad[0]
-    dx, dcodewords, dsmoothing = _encode_backward_op(grad, *ctx.saved_tensors, x_wanted)
-    return dx if x_wanted else None, dcodewords, dsmoothing
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        'encode: the Triton path has no second derivatives; take backend="torch" or ctxenc.use_backend("torch")'
-    )
-
-
-_encode_op.register_autograd(_gradients, setup_context=_save)
-_encode_backward_op.register_autograd(_no_second_derivative)
-
-
-def encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Encoding of x (B, D, N) on codewords (K, D) with smoothing (K,) or (): (B, K, D), fp32.
-
-    fp32, fp16 and bf16 on a GPU, any strides: read where it lies if one stride is 1, copied otherwise. D up to 4096, K up to 256.
-    """
-    return _encode_op(x, codewords, smoothing)[0]

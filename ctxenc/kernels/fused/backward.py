@@ -7,9 +7,9 @@ products: dx = weights @ grad + 2 s q @ d - diag(2 s q 1) @ x, the last with the
 import triton
 import triton.language as tl
 
-from ctxenc.kernels.triton_operands import _INTERPRETED, dot, drop_bits, load_operand, rounded
-from ctxenc.kernels.triton_resident import load_tile, resident_nearness, store_tile
-from ctxenc.kernels.triton_walk import (
+from ctxenc.kernels.fused.operands import _INTERPRETED, dot, drop_bits, load_operand, rounded
+from ctxenc.kernels.fused.resident import load_tile, resident_nearness, store_tile
+from ctxenc.kernels.fused.walk import (
     add_product,
     image,
     load_bias,

@@ -4,15 +4,15 @@ The resident form, for bf16 on a GPU that copies tiles on its own (TMA, compute 
 shared memory, x is read once, and no element of it passes through a register. The squared norms of the pixels are the diagonal of
 x @ x^T. Two tiles take turns, one copied while the other is multiplied.
 
-The walking form, for all else: see triton_walk.py.
+The walking form, for all else: see walk.py.
 """
 
 import triton
 import triton.language as tl
 
-from ctxenc.kernels.triton_operands import dot, load_operand, rounded
-from ctxenc.kernels.triton_resident import load_tile, resident_nearness
-from ctxenc.kernels.triton_walk import (
+from ctxenc.kernels.fused.operands import dot, load_operand, rounded
+from ctxenc.kernels.fused.resident import load_tile, resident_nearness
+from ctxenc.kernels.fused.walk import (
     add_product,
     image,
     load_bias,

@@ -7,7 +7,7 @@ cache. What it sums up stays in registers where all channels fit one block, else
 import triton
 import triton.language as tl
 
-from ctxenc.kernels.triton_operands import dot, load_operand, rounded
+from ctxenc.kernels.fused.operands import dot, load_operand, rounded
 
 
 @triton.jit

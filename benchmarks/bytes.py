@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ctxenc.kernels.triton_tiles import (
+from ctxenc.kernels.fused.tiles import (
     Target,
     Tiles,
     backward_tiles,

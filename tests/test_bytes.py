@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from ctxenc.kernels.triton_bytes import encode_bytes, project_bytes
-from ctxenc.kernels.triton_tiles import Target, backward_tiles, forward_tiles
+from benchmarks.bytes import encode_bytes, project_bytes
+from ctxenc.kernels.fused.tiles import Target, backward_tiles, forward_tiles
 
 SHAPES = [(2, 3600, 512, 32), (16, 196, 256, 16), (32, 784, 128, 16)]  # B, N, D, K
 TARGETS = [Target(80, 108), Target(90, 132), Target(100, 148)]

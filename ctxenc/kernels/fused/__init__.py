@@ -1,0 +1,1 @@
+"""The fused Triton path. Nothing here is imported before a kernel is to serve."""
