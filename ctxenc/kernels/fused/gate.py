@@ -59,7 +59,7 @@ def _sigmoid(p_logits, mask):
 
 
 @triton.jit
-def _store(pointers, value, mask):
+def store_rounded(pointers, value, mask):
     """The fp32 value, rounded to what the pointers point to."""
     dtype = pointers.dtype.element_ty
     if _INTERPRETED and dtype == tl.bfloat16:  # which the interpreter cuts
@@ -101,7 +101,7 @@ def gate_fwd_kernel(
     if RESIDUAL:
         y += x
         y = tl.where(y < 0, 0.0, y)  # lets NaN through
-    _store(_pointers(p_y + b * C * N, c, n, o_c, o_n, N, C, UNIT, VECTOR), y, mask)
+    store_rounded(_pointers(p_y + b * C * N, c, n, o_c, o_n, N, C, UNIT, VECTOR), y, mask)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
@@ -152,7 +152,7 @@ def gate_bwd_kernel(
             dx = dy * gate[:, None]
             if RESIDUAL:
                 dx += dy
-            _store(_pointers(p_dx + b * C * N, c, n, o_c, o_n, N, C, UNIT, VECTOR), dx, mask)
+            store_rounded(_pointers(p_dx + b * C * N, c, n, o_c, o_n, N, C, UNIT, VECTOR), dx, mask)
     p_sums = p_dlogits + (b * splits + split) * C + c + o_c
     tl.store(p_sums, tl.sum(products, 1) * slope, mask=m_c)
 
