@@ -262,6 +262,19 @@ def test_a_change_of_the_running_statistics_is_told_to_autograd():
         kept.sum().backward()
 
 
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_example_for_a_check_on_a_device(dtype, training, monkeypatch):
+    cut_into(monkeypatch, 64, 4)
+    encoding, norm, dfeatures = fused.example_problem(6, 40, training, "cpu")
+    assert fused._cut(encoding.shape[0] * 40) == (3 * 64, 3)
+    assert norm(encoding.unsqueeze(3)).abs().min() > 0.05  # no kink of relu is near
+    got, exact = (fused.example_results(encoding, norm, dfeatures, of) for of in (dtype, torch.float64))
+    for index, (result, value) in enumerate(zip(got, exact, strict=True)):
+        eps = 8 * torch.finfo(torch.float32).eps + (torch.finfo(result.dtype).eps / 2 if index == 0 else 0)
+        assert (result - value).abs().max() <= eps * value.abs().max(), index
+
+
 # The block
 
 

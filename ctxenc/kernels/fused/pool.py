@@ -8,6 +8,7 @@ Arithmetic is fp32. There is no registered operator: functional.fuses_pool leave
 EncNet (arXiv 1803.08904), section 3.1.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -283,3 +284,37 @@ def pool(encoding: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
     must be more than 1.
     """
     return _Pool.apply(encoding, norm.weight, norm.bias, norm, dtype)
+
+
+def example_problem(
+    K: int, C: int, training: bool, device: torch.device | str, images: int | None = None
+) -> tuple[Tensor, nn.BatchNorm2d, Tensor]:
+    """An encoding, a norm and a gradient of the features, for a check on the device that the kernels are to serve.
+
+    As many images as make programs take more than one step, and the last a ragged one. No value is near the kink of relu, where a
+    rounding decides on a gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    B = images or BLOCK * PARTS // C + 7
+    encoding, weight = (torch.randn(shape, generator=generator) for shape in ((B, K, C), (K, 1)))
+    encoding, weight = encoding + 0.5 * encoding.sign(), weight + 0.5 * weight.sign()
+    norm = nn.BatchNorm2d(K).train(training)
+    norm.weight.data, norm.bias.data = weight[:, 0], 0.1 * weight[:, 0]
+    norm.running_mean = weight[:, 0].clone()
+    dfeatures = torch.randn((B, C), generator=generator).mul(8).round() / 8  # which half precision holds
+    return (encoding + weight).to(device), norm.to(device), dfeatures.to(device)
+
+
+def example_results(encoding: Tensor, norm: nn.BatchNorm2d, dfeatures: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Features, gradients of encoding, weight and bias, running mean and variance: from the kernels, in fp64 from torch.
+
+    They may differ by 8 eps of fp32 of the largest value of each; features in half precision by half an eps of their own besides.
+    """
+    leaf, norm = encoding.detach().clone().requires_grad_(), copy.deepcopy(norm)
+    if dtype == torch.float64:
+        leaf, norm = leaf.detach().double().requires_grad_(), norm.double()
+        features = norm(leaf.unsqueeze(3)).squeeze(3).relu().mean(1)
+    else:
+        features = pool(leaf, norm, dtype)
+    grads = torch.autograd.grad(features, (leaf, norm.weight, norm.bias), dfeatures.to(dtype))
+    return [features.detach(), *grads, norm.running_mean, norm.running_var]
