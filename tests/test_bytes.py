@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks.bytes import encode_bytes, project_bytes
+from benchmarks.bytes import encode_bytes, gate_bytes, project_bytes
 from ctxenc.kernels.fused.tiles import Target, backward_tiles, forward_tiles
 
 SHAPES = [(2, 3600, 512, 32), (16, 196, 256, 16), (32, 784, 128, 16)]  # B, N, D, K
@@ -143,3 +143,14 @@ def test_new_sizes_take_the_same_tiles(D, K, choose, channels_last, target):
         x = torch.empty((B, N, D) if channels_last else (B, D, N), dtype=torch.bfloat16, device="meta")
         chosen.add(choose(x.transpose(1, 2) if channels_last else x, K, target)[0])
     assert len(chosen) == 1
+
+
+def test_bytes_of_the_gate():
+    """The sums of programs that share the pixels come to little, and there are none where the images are enough."""
+    pytest.importorskip("triton")
+    x, logits, sums = 2 * 3 * 800 * 2, 2 * 3 * 2, 4 * 2 * 3 * 4
+    assert gate_bytes(2, 3, 800, 2) == (2 * x + logits, 3 * x + 2 * logits + 2 * sums)
+    x, logits = 64 * 1024 * 196 * 2, 64 * 1024 * 2
+    assert gate_bytes(64, 1024, 196, 2) == (2 * x + logits, 3 * x + 2 * logits)
+    forward, backward = gate_bytes(8, 512, 56 * 56, 2)
+    assert backward < 1.51 * forward  # three passes for two, and the partial sums
