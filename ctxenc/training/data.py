@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import BrokenImageError, check_share
 from ctxenc.training.console import UserError, one_line
+from ctxenc.training.files import walk
 from ctxenc.training.images import open_image
 from ctxenc.training.settings import PHOTOGRAPHS, Settings
 
@@ -96,15 +97,10 @@ def class_images(folder: Path) -> dict[str, list[str]]:
         UserError: There are none, one lies in no class folder, a class folder holds none, or two have one name.
         OSError: A folder cannot be read.
     """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
     images: dict[str, list[str]] = {}
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders.sort()
+    for root, folders, files in walk(folder):
         name = os.path.basename(root)
-        found = [os.path.join(root, file) for file in sorted(files) if Path(file).suffix.lower() in IMG_EXTENSIONS]
+        found = [os.path.join(root, file) for file in files]
         if root == str(folder):
             if found:
                 raise UserError(f"{found[0]} lies in no class folder: {folder} must hold one folder a class")
@@ -112,7 +108,7 @@ def class_images(folder: Path) -> dict[str, list[str]]:
             if name in images:
                 raise UserError(f"two folders of the class {name}: {os.path.dirname(images[name][0])} and {root}")
             images[name] = found
-        elif not folders and not name.startswith("."):  # .ipynb_checkpoints and the like are no classes
+        elif not folders:
             raise UserError(f"the class folder {root} holds no images ({', '.join(IMG_EXTENSIONS)})")
     if not images:
         raise UserError(f"{folder} holds no images in class folders")

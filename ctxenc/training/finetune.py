@@ -12,7 +12,7 @@ from torch import nn
 
 from ctxenc.training import runner
 from ctxenc.training import settings as options
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, listed, one_line
 from ctxenc.training.data import Datasets, build_datasets, train_transform, verify
 from ctxenc.training.loop import make_optimizer
 from ctxenc.training.report import write_report
@@ -91,7 +91,10 @@ def describe(settings: Settings, datasets: Datasets) -> str:
     """What is trained on, in a line."""
     kind = ("crops an epoch", "test tiles") if settings.data == PHOTOGRAPHS else ("images", "validation images")
     train, val = len(datasets.train.targets), len(datasets.val.targets)
-    return f"{settings.data}: {len(datasets.classes)} classes, {train:,} training {kind[0]}, {val:,} {kind[1]}"
+    return (
+        f"{settings.data}: {len(datasets.classes)} classes ({listed(datasets.classes)}),"
+        f" {train:,} training {kind[0]}, {val:,} {kind[1]}"
+    )
 
 
 TRAINING = runner.Training(

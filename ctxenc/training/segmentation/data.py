@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ctxenc.training.bad_images import SKIP, BrokenImageError
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, read_all, seeded
+from ctxenc.training.files import images_below
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
 from ctxenc.training.segmentation.scenes import TEST_SCENES, TRAIN_SCENES, Scenes
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
@@ -196,7 +197,7 @@ def cityscapes(data_dir: Path) -> Datasets:
 
 
 def _cityscapes_pairs(root: Path, split: str) -> Pairs:
-    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    images = [path for path in images_below(root / "leftImg8bit" / split) if path.name.endswith("_leftImg8bit.png")]
     if not images:
         raise UserError(f"{root / 'leftImg8bit' / split} must hold */*_leftImg8bit.png, got none")
 

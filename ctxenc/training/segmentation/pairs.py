@@ -3,8 +3,7 @@
 EXIF orientation is ignored in both: a mask is drawn over the pixels as they are stored.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
 from ctxenc.training.console import UserError
+from ctxenc.training.files import images_below
 from ctxenc.training.images import open_image, opened
 
 IGNORED = 255  # in a mask: counts neither in the loss nor in a metric
@@ -112,23 +112,12 @@ def matched(images: Path, masks: Path) -> Paths:
 
 def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in _files(folder):
+    for path in images_below(folder, suffixes):
         stem = path.relative_to(folder).with_suffix("").as_posix()
-        if path.suffix.lower() not in suffixes:
-            continue
         if stem in found:
             raise UserError(f"two files of one stem: {found[stem]} and {path}")
         found[stem] = path
     return found
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = sorted(each for each in folders if not each.startswith("."))  # .ipynb_checkpoints and the like
-        yield from (Path(root, each) for each in sorted(files) if not each.startswith("."))
 
 
 def present(paths: Paths) -> Paths:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ctxenc.training import runner
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, listed, one_line
 from ctxenc.training.segmentation import settings as options
 from ctxenc.training.segmentation.data import Datasets, build_datasets, verify
 from ctxenc.training.segmentation.networks import SegmentConfig, arm_configs, build_network
@@ -53,7 +53,10 @@ def tried_configs(settings: SegmentSettings, datasets: Datasets, fresh: bool) ->
 def describe(settings: SegmentSettings, datasets: Datasets) -> str:
     """What is trained on, in a line."""
     train, val = len(datasets.train), len(datasets.val)
-    return f"{settings.data}: {len(datasets.classes)} classes, {train:,} training images, {val:,} validation images"
+    return (
+        f"{settings.data}: {len(datasets.classes)} classes ({listed(datasets.classes)}),"
+        f" {train:,} training images, {val:,} validation images"
+    )
 
 
 TRAINING = runner.Training(
