@@ -53,3 +53,20 @@ def walk(folder: Path, suffixes: Collection[str] = IMG_EXTENSIONS) -> Iterator[t
 def images_below(folder: Path, suffixes: Collection[str] = IMG_EXTENSIONS) -> list[Path]:
     """Return the paths of the image files at and below `folder`, sorted."""
     return sorted(Path(root, each) for root, _, files in walk(folder, suffixes) for each in files)
+
+
+def subfolder(folder: Path, *names: str) -> Path | None:
+    """Return the subfolder of the first of these lower-case `names` that is there, in any case; None where there is none."""
+    found = {each.name.lower(): each for each in _subfolders(folder)}  # of two that differ in case alone, the lower one
+    return next((found[name] for name in names if name in found), None)
+
+
+def unused(root: Path, *used: Path | None) -> list[str]:
+    """Return the folders beside those that are `used`, as they are called below `root`."""
+    taken = [each for each in used if each is not None]
+    beside = {each for parent in {each.parent for each in taken} for each in _subfolders(parent)}
+    return sorted(str(each.relative_to(root)) for each in beside if each not in taken)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if is_data(each.name) and each.is_dir()) if folder.is_dir() else []

@@ -91,9 +91,10 @@ def describe(settings: Settings, datasets: Datasets) -> str:
     """What is trained on, in a line."""
     kind = ("crops an epoch", "test tiles") if settings.data == PHOTOGRAPHS else ("images", "validation images")
     train, val = len(datasets.train.targets), len(datasets.val.targets)
+    left = f"; left unused: {listed(datasets.unused)}" if datasets.unused else ""
     return (
         f"{settings.data}: {len(datasets.classes)} classes ({listed(datasets.classes)}),"
-        f" {train:,} training {kind[0]}, {val:,} {kind[1]}"
+        f" {train:,} training {kind[0]}, {val:,} {kind[1]}{left}"
     )
 
 

@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 from ctxenc.training.segmentation import data
 from ctxenc.training.segmentation.pairs import Pairs, held_out, matched
 from ctxenc.training.segmentation.settings import SegmentSettings
+from ctxenc.training.segmentation.train import describe
 from tests.training.pair_files import build, error_of, names, plain, read_error, write_image, write_mask, write_pair
 
 
@@ -183,7 +184,9 @@ class TestMatched:
 
 class TestFolder:
     @pytest.mark.parametrize("layout", ["images/{}", "{}/images"])
-    @pytest.mark.parametrize(("train", "val"), [("train", "val"), ("training", "validation")])
+    @pytest.mark.parametrize(
+        ("train", "val"), [("train", "val"), ("training", "validation"), ("Train", "Testing"), ("TRAIN", "dev")]
+    )
     def test_train_and_val(self, tmp_path, layout, train, val):
         for split, stems in ((train, ("a", "b")), (val, ("c",))):
             images = layout.format(split)
@@ -193,6 +196,22 @@ class TestFolder:
         assert (names(datasets.train), names(datasets.val)) == (["a", "b"], ["c"])
         assert datasets.classes == ["0", "1"]
         data.verify(datasets, show_progress=False)
+
+    def test_folders_of_masks_may_be_written_in_another_case(self, tmp_path):
+        for split, other in (("train", "Train"), ("val", "Validation"), ("test", "TEST")):
+            write_pair(tmp_path / "Images" / split, tmp_path / "MASKS" / other, split)
+        datasets = build(tmp_path)
+        assert (names(datasets.train), names(datasets.val), datasets.unused) == (["train"], ["val"], ["Images/test"])
+
+    @pytest.mark.parametrize("layout", ["images/{}", "{}/images"])
+    def test_folders_left_unused_are_named(self, tmp_path, layout):
+        for split in ("train", "Val", "test", "more"):
+            images = layout.format(split)
+            write_pair(tmp_path / images, tmp_path / images.replace("images", "masks"), split)
+        datasets = build(tmp_path)
+        assert datasets.unused == [layout.format(each).removesuffix("/images") for each in ("more", "test")]
+        line = describe(SegmentSettings(data=str(tmp_path)), datasets)
+        assert line.endswith(f"; left unused: {', '.join(datasets.unused)}")
 
     @pytest.mark.parametrize("split", ["", "train"])
     def test_some_are_held_out(self, tmp_path, split):

@@ -5,7 +5,7 @@ Cityscapes are left aside: they know neither the augmented VOC nor the 19 classe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ctxenc.training.bad_images import SKIP, BrokenImageError
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, read_all, seeded
-from ctxenc.training.files import images_below
+from ctxenc.training.files import images_below, subfolder, unused
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
 from ctxenc.training.segmentation.scenes import TEST_SCENES, TRAIN_SCENES, Scenes
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
@@ -94,10 +94,11 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a training needs: both sources over the same classes."""
+    """What a training needs: both sources over the same classes, and the folders of the data that are in neither."""
 
     train: Source | Scenes
     val: Source | Scenes
+    unused: Sequence[str] = field(default=(), kw_only=True)
 
     @property
     def classes(self) -> list[str]:
@@ -242,7 +243,8 @@ def folder(root: Path, val_fraction: float, seed: int, skip: bool = False) -> Da
     """Plain folders: images and masks of one stem, under images/ and masks/.
 
     The layouts are ROOT/images/train with ROOT/masks/train, ROOT/train/images with ROOT/train/masks (the same for val), and
-    ROOT/images with ROOT/masks. Where there is no val, some pairs are held out: the same for the same seed and files.
+    ROOT/images with ROOT/masks, names in any case. Where there is no val, some pairs are held out: the same for the same seed and
+    files.
     ROOT/classes.txt names the classes, one a line; without it they are the numbers up to the highest in any mask (with ``skip``,
     in any that can be read).
 
@@ -251,11 +253,12 @@ def folder(root: Path, val_fraction: float, seed: int, skip: bool = False) -> Da
     """
     if not root.is_dir():
         raise UserError(f"no folder of images and masks at {root}")
-    train, val = _split(root, TRAIN_NAMES), _split(root, VAL_NAMES)
-    if not (train or val or (root / "images").is_dir()):
+    (train_folder, train), (val_folder, val) = (_split(root, names) for names in (TRAIN_NAMES, VAL_NAMES))
+    images, masks = _kinds(root)
+    if not (train or val or images):
         raise UserError(f"{root} must hold images/ and masks/, or train/images/ and train/masks/, got neither")
     if val is None:
-        train, val = held_out(train or matched(root / "images", root / "masks"), val_fraction, seed)
+        train, val = held_out(train or matched(images or root, masks), val_fraction, seed)
     elif train is None:
         raise UserError(
             f"{root} must have a training folder ({', '.join(TRAIN_NAMES)}) beside that for validation, got none"
@@ -265,15 +268,21 @@ def folder(root: Path, val_fraction: float, seed: int, skip: bool = False) -> Da
     if not 2 <= len(classes) <= IGNORED:
         counted = f"{path} must name" if path.is_file() else f"the masks of {root} must hold"
         raise UserError(f"{counted} 2 to {IGNORED} classes ({IGNORED} is ignored), got {len(classes)}")
-    return Datasets(Pairs(train, classes), Pairs(val, classes))
+    return Datasets(Pairs(train, classes), Pairs(val, classes), unused=unused(root, train_folder, val_folder))
 
 
-def _split(root: Path, names: Sequence[str]) -> Paths | None:
-    for name in names:
-        for images, masks in (("images/" + name, "masks/" + name), (name + "/images", name + "/masks")):
-            if (root / images).is_dir():
-                return matched(root / images, root / masks)
-    return None
+def _split(root: Path, names: Sequence[str]) -> tuple[Path | None, Paths | None]:
+    """The folder of the split that has one of these ``names``, and its pairs."""
+    images, masks = _kinds(root)
+    if images and (split := subfolder(images, *names)):
+        return split, matched(split, subfolder(masks, split.name.lower(), *names) or masks / split.name)
+    split = subfolder(root, *names)
+    images, masks = _kinds(split or root)
+    return (split, matched(images, masks)) if split and images else (None, None)
+
+
+def _kinds(folder: Path) -> tuple[Path | None, Path]:
+    return subfolder(folder, "images"), subfolder(folder, "masks") or folder / "masks"
 
 
 def _highest(paths: Paths, root: Path, skip: bool) -> int:

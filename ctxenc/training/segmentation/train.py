@@ -53,9 +53,10 @@ def tried_configs(settings: SegmentSettings, datasets: Datasets, fresh: bool) ->
 def describe(settings: SegmentSettings, datasets: Datasets) -> str:
     """What is trained on, in a line."""
     train, val = len(datasets.train), len(datasets.val)
+    left = f"; left unused: {listed(datasets.unused)}" if datasets.unused else ""
     return (
         f"{settings.data}: {len(datasets.classes)} classes ({listed(datasets.classes)}),"
-        f" {train:,} training images, {val:,} validation images"
+        f" {train:,} training images, {val:,} validation images{left}"
     )
 
 
