@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import BrokenImageError, check_share
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.files import subfolder, unused, walk
+from ctxenc.training.files import both, nfc, subfolder, unused, walk
 from ctxenc.training.images import open_image
 from ctxenc.training.settings import PHOTOGRAPHS, Settings
 
@@ -100,14 +100,14 @@ def class_images(folder: Path) -> dict[str, list[str]]:
     """
     images: dict[str, list[str]] = {}
     for root, folders, files in walk(folder):
-        name = os.path.basename(root)
+        name = nfc(os.path.basename(root))
         found = [os.path.join(root, file) for file in files]
         if root == str(folder):
             if found:
                 raise UserError(f"{found[0]} lies in no class folder: {folder} must hold one folder a class")
         elif found:
             if name in images:
-                raise UserError(f"two folders of the class {name}: {os.path.dirname(images[name][0])} and {root}")
+                raise UserError(f"two folders of the class {name}: {both(os.path.dirname(images[name][0]), root)}")
             images[name] = found
         elif not folders:
             raise UserError(f"the class folder {root} holds no images ({', '.join(IMG_EXTENSIONS)})")

@@ -1,6 +1,7 @@
 """Image files below a folder: one walk for every command, past what systems and tools leave beside the data."""
 
 import os
+import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def walk(folder: Path, suffixes: Collection[str] = IMG_EXTENSIONS) -> Iterator[t
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(each for each in folders if is_data(each) and not returns(Path(root, each)))
         yield root, folders, sorted(each for each in files if is_data(each) and Path(each).suffix.lower() in suffixes)
+
+
+def nfc(name: str) -> str:
+    """Return the name in the Unicode form NFC, in which names that look the same are equal: macOS and zip tools write NFD."""
+    return unicodedata.normalize("NFC", name)
+
+
+def both(first: str | Path, second: str | Path) -> str:
+    """Return the two paths as a text, which says so where they differ in their Unicode form alone."""
+    alike = nfc(str(first)) == nfc(str(second))
+    return f"{first} and {second}{', one name in two Unicode forms' if alike else ''}"
 
 
 def images_below(folder: Path, suffixes: Collection[str] = IMG_EXTENSIONS) -> list[Path]:

@@ -1,5 +1,8 @@
 """The walk that every command takes through a data set: past what systems and tools leave there, and never round in a circle."""
 
+import unicodedata
+from functools import partial
+
 import pytest
 
 from ctxenc.training import data, finetune
@@ -7,10 +10,11 @@ from ctxenc.training.console import listed
 from ctxenc.training.files import LEFT_BEHIND, images_below, walk
 from ctxenc.training.predict import find_images
 from ctxenc.training.segmentation import train as segment
+from ctxenc.training.segmentation.pairs import Pairs, matched
 from ctxenc.training.segmentation.settings import SegmentSettings
 from ctxenc.training.settings import Settings
 from tests.training import test_segmentation_layouts as layouts
-from tests.training.pair_files import build, names, plain, write_image
+from tests.training.pair_files import build, error_of, names, plain, write_image, write_mask, write_pair
 
 FOLDERS = (
     ".ipynb_checkpoints",
@@ -131,3 +135,37 @@ def test_a_line_of_many_or_strange_names():
     assert listed(["a\x1b[2J", "b\nc", "\udcff", "\u202eexe", "été", "日本"]) == (
         r"a\x1b[2J, b\nc, \udcff, \u202eexe, été, 日本"
     )
+
+
+class TestUnicodeForms:
+    """Two names that look the same: macOS and zip tools write e with an accent as two characters."""
+
+    NFC, NFD = (unicodedata.normalize(form, "é한") for form in ("NFC", "NFD"))
+
+    def test_images_and_masks(self, tmp_path):
+        write_image(tmp_path / "images" / self.NFD / f"{self.NFC}.jpg")
+        write_mask(tmp_path / "masks" / self.NFC / f"{self.NFD}.png")
+        pairs = matched(tmp_path / "images", tmp_path / "masks")
+        assert len(pairs) == 1
+        Pairs(pairs, ["x", "y"]).pair(0)
+
+    def test_names_in_a_list(self, tmp_path):
+        make_voc = partial(layouts.make_voc, tmp_path, mask_names=[self.NFD])
+        make_voc({"train.txt": self.NFC, "val.txt": self.NFD})
+        for source in (build("voc", data_dir=str(tmp_path)).train, build("voc", data_dir=str(tmp_path)).val):
+            source.pair(0)
+        make_voc({"train_aug.txt": self.NFC}, "SegmentationClassAug")
+        assert "must hold no image of val.txt" in error_of(build, "voc_aug", data_dir=str(tmp_path))
+
+    def test_classes(self, tmp_path):
+        for split, form in (("train", self.NFC), ("val", self.NFD)):
+            write_image(tmp_path / split / form / "0.png")
+            write_image(tmp_path / split / "a" / "0.png")
+        assert data.build_datasets(Settings(data=str(tmp_path))).val.targets == [0, 1]
+
+    def test_both_in_one_folder(self, tmp_path):
+        for form in (self.NFC, self.NFD):
+            write_image(tmp_path / form / "0.png")
+            write_pair(tmp_path / "i", tmp_path / "m", form)
+        assert error_of(matched, tmp_path / "i", tmp_path / "m").endswith(", one name in two Unicode forms")
+        assert error_of(data.FolderSource, tmp_path).endswith(", one name in two Unicode forms")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ctxenc.training.bad_images import SKIP, BrokenImageError
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, read_all, seeded
-from ctxenc.training.files import images_below, subfolder, unused
+from ctxenc.training.files import images_below, nfc, subfolder, unused
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
 from ctxenc.training.segmentation.scenes import TEST_SCENES, TRAIN_SCENES, Scenes
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
@@ -180,7 +180,7 @@ def _voc_pairs(root: Path, names: Sequence[str], masks: str) -> Paths:
 
 def _listed(root: Path, name: str) -> list[str]:
     path = root / "ImageSets" / "Segmentation" / name
-    names = [Path(line.split()[0]).stem for line in _lines(path) if line.strip()]
+    names = [nfc(Path(line.split()[0]).stem) for line in _lines(path) if line.strip()]
     if not names:
         raise UserError(f"{path} must name at least one image, got none")
     return names

@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
 from ctxenc.training.console import UserError
-from ctxenc.training.files import images_below
+from ctxenc.training.files import both, images_below, nfc
 from ctxenc.training.images import open_image, opened
 
 IGNORED = 255  # in a mask: counts neither in the loss nor in a metric
@@ -113,22 +113,30 @@ def matched(images: Path, masks: Path) -> Paths:
 def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in images_below(folder, suffixes):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
+        stem = nfc(path.relative_to(folder).with_suffix("").as_posix())
         if stem in found:
-            raise UserError(f"two files of one stem: {found[stem]} and {path}")
+            raise UserError(f"two files of one stem: {both(found[stem], path)}")
         found[stem] = path
     return found
 
 
 def present(paths: Paths) -> Paths:
-    """The ``paths`` as they are.
+    """The ``paths`` as they are called on the disk, which may be in another Unicode form.
 
     Raises:
         UserError: One of them is no file.
     """
+    found = []
     for image, mask in paths:
-        if not image.is_file():
+        if not (stored := _stored(image)):
             raise UserError(f"image {image} is missing")
-        if not mask.is_file():
+        if not (stored_mask := _stored(mask)):
             raise UserError(f"image {image} must have a mask {mask}, got none")
-    return paths
+        found.append((stored, stored_mask))
+    return found
+
+
+def _stored(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    return next((each for each in path.parent.glob("*") if nfc(each.name) == nfc(path.name) and each.is_file()), None)
