@@ -1,6 +1,7 @@
 """Pairs of image and mask from disk: layouts, what the numbers in a mask mean, and what is refused."""
 
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,14 @@ from ctxenc.training.segmentation.pairs import Pairs, held_out, matched
 from ctxenc.training.segmentation.settings import SegmentSettings
 from ctxenc.training.segmentation.train import describe
 from tests.training.pair_files import build, error_of, names, plain, read_error, write_image, write_mask, write_pair
+
+
+def write_turned(path, orientation):
+    """An image that a viewer shows turned."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (8, 6)).save(path, exif=exif)
+    return path
 
 
 class TestPairs:
@@ -57,11 +66,14 @@ class TestPairs:
 
     def test_exif_orientation_is_ignored_in_both(self, tmp_path):
         image, mask = tmp_path / "i.jpg", write_mask(tmp_path / "m.png")
-        exif = Image.Exif()
-        exif[274] = 6  # to be shown turned by 90 degrees
-        Image.new("RGB", (8, 6)).save(image, exif=exif)
+        write_turned(image, 6)
         found, labels = Pairs([(image, mask)], ["x", "y"]).pair(0)
         assert found.shape[1:] == labels.shape == (6, 8)
+
+    def test_a_mask_of_the_turned_image(self, tmp_path):
+        image, mask = write_turned(tmp_path / "i.jpg", 6), write_mask(tmp_path / "m.png", size=(6, 8))
+        text = error_of(Pairs([(image, mask)], ["x", "y"]).pair, 0)
+        assert text.endswith("8 x 6, got 6 x 8; it has EXIF orientation 6, which is not applied: save it turned")
 
     def test_a_mask_of_another_size(self, tmp_path):
         text = read_error(tmp_path, lambda path: write_mask(path, size=(6, 8)))
@@ -111,6 +123,39 @@ class TestPairs:
             path.symlink_to(tmp_path / "nowhere.png")
 
         assert read_error(tmp_path, write).endswith("a mask.png: No such file or directory")
+
+
+class TestTurnedImages:
+    """A mask that was drawn on the turned view fits a square image, and one that stands on its head, all the same."""
+
+    @pytest.mark.parametrize("turn", range(2, 9))
+    def test_are_told_of_once(self, tmp_path, turn):
+        plain(tmp_path)
+        for name in "bd":
+            (tmp_path / "images" / f"{name}.png").unlink()
+            write_turned(tmp_path / "images" / f"{name}.jpg", turn)
+        where = re.escape(str(tmp_path / "images"))
+        with pytest.warns(
+            UserWarning, match=f"^2 of 5 images have an EXIF orientation, such as {where}/[bd].jpg: "
+        ) as told:
+            data.verify(build(tmp_path), show_progress=False)
+        assert len(told) == 1
+
+    def test_a_large_set_is_looked_at_in_part(self, tmp_path, monkeypatch):
+        plain(tmp_path, names=[f"{number}" for number in range(9)])
+        for path in (tmp_path / "images").iterdir():
+            write_turned(path, 3)
+        monkeypatch.setattr(data, "VERIFIED_UP_TO", 3)
+        monkeypatch.setattr("ctxenc.training.data.VERIFIED_UP_TO", 3)
+        with pytest.warns(UserWarning, match="3 of 3 images have"):
+            data.verify(build(tmp_path), show_progress=False)
+
+    @pytest.mark.parametrize("number", [0, 1, 9])
+    def test_numbers_that_turn_nothing(self, tmp_path, number):
+        plain(tmp_path)
+        for path in (tmp_path / "images").iterdir():
+            write_turned(path, number)
+        data.verify(build(tmp_path), show_progress=False)  # a warning is an error here
 
 
 class TestMatched:
@@ -340,15 +385,15 @@ def test_workers_change_nothing(tmp_path):
         assert (images.shape, images.dtype, masks.dtype) == ((4, 3, 10, 10), torch.float32, torch.int64)
 
 
-def test_a_large_set_is_not_read_beforehand(monkeypatch):
+def test_a_large_set_is_not_read_beforehand(tmp_path, monkeypatch):
     class Counting(Pairs):
         def pair(self, index):
             read.append(index)
 
-    read = []
+    read, image = [], write_image(tmp_path / "i.png")
     monkeypatch.setattr("ctxenc.training.data.VERIFIED_UP_TO", 5)
     for count, expected in ((2, [0, 1, 0, 1]), (3, [])):
         read.clear()
-        sources = [Counting([("i", "m")] * count, ["x", "y"]) for _ in range(2)]
+        sources = [Counting([(image, "m")] * count, ["x", "y"]) for _ in range(2)]
         data.verify(SimpleNamespace(train=sources[0], val=sources[1]), show_progress=False)
         assert read == expected

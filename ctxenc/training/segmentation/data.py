@@ -4,6 +4,7 @@ On disk they lie as Pascal VOC, Cityscapes and ADE20K are unpacked, or in plain 
 Cityscapes are left aside: they know neither the augmented VOC nor the 19 classes that count, and miss no mask until it is read.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from torchvision.datasets import Cityscapes
 from tqdm import tqdm
 
 from ctxenc.training.bad_images import SKIP, BrokenImageError
-from ctxenc.training.console import UserError, one_line
-from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, read_all, seeded
+from ctxenc.training.console import UserError, one_line, printable
+from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, read_all, seeded
 from ctxenc.training.files import images_below, nfc, subfolder, unused
+from ctxenc.training.images import orientation
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
 from ctxenc.training.segmentation.scenes import TEST_SCENES, TRAIN_SCENES, Scenes
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
@@ -138,12 +140,23 @@ def samples_of(
 def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -> None:
     """Reads every pair of a small data set, so that a broken one is told before training starts.
 
+    Warns:
+        UserWarning: Photographs have an EXIF orientation, so that masks may have been drawn on another view of them.
+
     Raises:
         UserError: See ``Pairs.pair``; with ``skip`` broken files are none until they are too many.
     """
     sources = [source for source in (datasets.train, datasets.val) if isinstance(source, Pairs)]
     samples = [(source.pair, index) for source in sources for index in range(len(source))]
     read_all(samples, "checking masks", show_progress, skip)
+    images = [image for source in sources for image, _ in source.paths]
+    seen = images[:: max(1, len(images) // VERIFIED_UP_TO)]
+    if turned := [image for image in seen if orientation(image) > 1]:
+        warnings.warn(
+            f"{len(turned)} of {len(seen)} images have an EXIF orientation, such as {printable(turned[0])}: it is not applied,"
+            " and masks must be drawn over the pixels as they are stored",
+            stacklevel=2,
+        )
 
 
 def voc(data_dir: Path) -> Datasets:

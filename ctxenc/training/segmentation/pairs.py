@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ctxenc.training.console import UserError
 from ctxenc.training.files import both, images_below, nfc
-from ctxenc.training.images import open_image, opened
+from ctxenc.training.images import open_image, opened, orientation
 
 IGNORED = 255  # in a mask: counts neither in the loss nor in a metric
 UNKNOWN = -1
@@ -53,7 +53,9 @@ class Pairs:
         height, width = numbers.shape
         if (width, height) != image.size:
             sizes = f"must be of the size of its image {image_path}, {image.width} x {image.height}"
-            raise UserError(f"mask {mask_path} {sizes}, got {width} x {height}")
+            turn = orientation(image_path)
+            hint = f"; it has EXIF orientation {turn}, which is not applied: save it turned" if turn > 1 else ""
+            raise UserError(f"mask {mask_path} {sizes}, got {width} x {height}{hint}")
         classes = self.table[np.minimum(numbers, IGNORED)]
         if (wrong := numbers[(classes == UNKNOWN) | (numbers > IGNORED)]).size:
             raise UserError(f"mask {mask_path} must hold {self.rule}, got {wrong[0]}")
