@@ -33,6 +33,13 @@ def listed(names: Sequence[str], limit: int = 20) -> str:
     return ", ".join([*map(printable, names[:limit]), *more])
 
 
+def counted(names: Sequence[str], counts: Sequence[int], limit: int = 40) -> str:
+    """Return each name with its count, on one line; of more than `limit`, those that have fewest."""
+    order = sorted(range(len(names)), key=counts.__getitem__)[:limit] if len(names) > limit else range(len(names))
+    text = listed([f"{names[index]} {counts[index]:,}" for index in order], limit)
+    return text if len(names) <= limit else f"fewest: {text}, ..."
+
+
 def near_names(name: str, known: Sequence[str]) -> str:
     """A hint for a name that is not among the known ones: the nearest, or how many there are."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from ctxenc.training import data, finetune
-from ctxenc.training.console import listed
+from ctxenc.training.console import counted, listed
 from ctxenc.training.files import LEFT_BEHIND, images_below, walk
 from ctxenc.training.predict import find_images
 from ctxenc.training.segmentation import train as segment
@@ -122,7 +122,7 @@ def test_cityscapes(tmp_path):
 def test_the_first_line_names_the_classes(classes, tmp_path):
     settings = Settings(data=str(classes))
     line = finetune.describe(settings, data.build_datasets(settings))
-    assert line == f"{classes}: 2 classes (cat, dog), 4 training images, 2 validation images"
+    assert line == f"{classes}: 2 classes, 4 training images (cat 2, dog 2), 2 validation images"
     plain(tmp_path / "pairs")
     (tmp_path / "pairs" / "classes.txt").write_text("road\nold wall\nsky\n")
     settings = SegmentSettings(data=str(tmp_path / "pairs"))
@@ -131,6 +131,8 @@ def test_the_first_line_names_the_classes(classes, tmp_path):
 
 
 def test_a_line_of_many_or_strange_names():
+    assert counted(["a", "b"], [1234, 0]) == "a 1,234, b 0"
+    assert counted(list("abcde"), [5, 1, 4, 1, 3], 3) == "fewest: b 1, d 1, e 3, ..."
     assert listed([str(number) for number in range(1234)], 3) == "0, 1, 2, 1,231 more"
     assert listed(["a\x1b[2J", "b\nc", "\udcff", "\u202eexe", "été", "日本"]) == (
         r"a\x1b[2J, b\nc, \udcff, \u202eexe, été, 日本"

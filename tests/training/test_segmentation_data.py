@@ -2,7 +2,7 @@
 
 import os
 import re
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from ctxenc.training.segmentation.pairs import Pairs, held_out, matched
 from ctxenc.training.segmentation.settings import SegmentSettings
 from ctxenc.training.segmentation.train import describe
 from tests.training.pair_files import build, error_of, names, plain, read_error, write_image, write_mask, write_pair
+from tests.training.test_segmentation_layouts import LISTS, make_voc
 
 
 def write_turned(path, orientation):
@@ -340,6 +341,74 @@ class TestFolder:
         assert str(mask) in error_of(data.verify, datasets, show_progress=False)
 
 
+class TestClassesInMasks:
+    def make(self, root, *numbers, classes=("sky", "road"), val=((0, 1), (1, 255))):
+        """A training mask of each of the numbers, and one validation mask."""
+        for index, each in enumerate(numbers):
+            write_pair(root / "images" / "train", root / "masks" / "train", f"{index}", numbers=((each, 0), (0, 0)))
+        write_pair(root / "images" / "val", root / "masks" / "val", "v", numbers=val)
+        if classes:
+            (root / "classes.txt").write_text("\n".join(classes))
+        return build(root)
+
+    def refused(self, datasets, skip=False):
+        return error_of(data.verify, datasets, show_progress=False, skip=skip)
+
+    def test_first_line(self, tmp_path):
+        datasets = self.make(tmp_path, 1, 1, 0, 255)
+        line = partial(describe, SegmentSettings(data=str(tmp_path)), datasets)
+        assert ": 2 classes (sky, road), 4 training images" in line()
+        data.verify(datasets, show_progress=False)
+        assert ": 2 classes (sky 4, road 2 of 4 training masks, 6.2% of pixels ignored), 4 training images" in line()
+
+    def test_255_for_the_object(self, tmp_path):
+        assert self.refused(self.make(tmp_path, 0, 255, 255, val=((0, 0), (255, 255)))) == (
+            "none of the 3 training masks holds a pixel of class 1 (road); they hold 0 and 255, which is taken for pixels to be"
+            " ignored (17%)"
+        )
+
+    def test_numbers_with_gaps(self, tmp_path):
+        text = self.refused(self.make(tmp_path, 128, 255, classes=None))
+        assert text.startswith(
+            "none of the 2 training masks holds a pixel of class 1 and of 126 more classes; they hold 0, 128 and 255,"
+        )
+
+    def test_a_class_that_only_validation_has(self, tmp_path):
+        text = self.refused(self.make(tmp_path, 0, 1, classes=("sky", "\x1broad", "sea"), val=((1, 2), (0, 2))))
+        assert text == (
+            "none of the 2 training masks holds a pixel of class 2 (sea); they hold 0, 1; masks of the validation set hold it"
+        )
+
+    def test_broken_masks_are_passed_over_where_they_may_be(self, tmp_path):
+        datasets = self.make(tmp_path, 1, 0)
+        datasets.train.paths[0][1].write_bytes(b"")
+        assert self.refused(datasets).startswith("broken image ")
+        assert self.refused(datasets, skip=True).startswith(
+            "none of the 1 training masks holds a pixel of class 1 (road)"
+        )
+
+    def test_a_large_set_is_read_until_each_class_is_found(self, tmp_path, monkeypatch):
+        datasets = self.make(tmp_path, 1, *[0] * 8, classes=("sky", "road"))
+        found = datasets.train.count(3, False)
+        assert (found.counts, found.read) == ([3, 1], 3)
+        later = Pairs(datasets.train.paths[1:] + datasets.train.paths[:1], ["sky", "road"])
+        assert later.count(3, False).counts == [9, 1]
+        assert Pairs(datasets.train.paths, ["sky", "road", "sea"]).count(3, False)[:2] == ([9, 1, 0], 9)
+
+    def test_part_of_a_published_data_set(self, tmp_path):
+        """May lack classes, of which the user did not write the list, but not all but one."""
+        root = make_voc(tmp_path, LISTS)
+        datasets = build("voc", data_dir=str(root))
+        data.verify(datasets, show_progress=False)
+        assert describe(SegmentSettings(data="voc"), datasets).startswith(
+            "voc: 21 classes (background 2, aeroplane 2, bicycle 0,"
+        )
+        for name in "ab":
+            write_mask(root / "SegmentationClass" / f"{name}.png", ((0, 0), (0, 255)))
+        text = self.refused(build("voc", data_dir=str(root)))
+        assert "holds a pixel of class 1 (aeroplane) and of 19 more classes; they hold 0 and 255" in text
+
+
 class TestSamples:
     @pytest.fixture
     def samples(self, tmp_path):
@@ -390,10 +459,10 @@ def test_a_large_set_is_not_read_beforehand(tmp_path, monkeypatch):
         def pair(self, index):
             read.append(index)
 
-    read, image = [], write_image(tmp_path / "i.png")
+    read, paths = [], write_pair(tmp_path, tmp_path / "m", "i")
     monkeypatch.setattr("ctxenc.training.data.VERIFIED_UP_TO", 5)
     for count, expected in ((2, [0, 1, 0, 1]), (3, [])):
         read.clear()
-        sources = [Counting([(image, "m")] * count, ["x", "y"]) for _ in range(2)]
-        data.verify(SimpleNamespace(train=sources[0], val=sources[1]), show_progress=False)
+        sources = [Counting([paths] * count, ["x", "y"]) for _ in range(2)]
+        data.verify(data.Datasets(*sources), show_progress=False)
         assert read == expected

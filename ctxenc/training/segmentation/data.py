@@ -18,7 +18,7 @@ from torchvision.datasets import Cityscapes
 from tqdm import tqdm
 
 from ctxenc.training.bad_images import SKIP, BrokenImageError
-from ctxenc.training.console import UserError, one_line, printable
+from ctxenc.training.console import UserError, listed, one_line, printable
 from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, read_all, seeded
 from ctxenc.training.files import images_below, nfc, subfolder, unused
 from ctxenc.training.images import orientation
@@ -96,11 +96,19 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a training needs: both sources over the same classes, and the folders of the data that are in neither."""
+    """What a training needs: both sources over the same classes.
+
+    Args:
+        train: To train on.
+        val: To validate on.
+        unused: The folders of the data that are in neither.
+        every_class: Whether a class in no training mask is a mistake: a part of a published data set may lack some.
+    """
 
     train: Source | Scenes
     val: Source | Scenes
     unused: Sequence[str] = field(default=(), kw_only=True)
+    every_class: bool = field(default=False, kw_only=True)
 
     @property
     def classes(self) -> list[str]:
@@ -144,7 +152,7 @@ def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -
         UserWarning: Photographs have an EXIF orientation, so that masks may have been drawn on another view of them.
 
     Raises:
-        UserError: See ``Pairs.pair``; with ``skip`` broken files are none until they are too many.
+        UserError: See ``Pairs.pair``; with ``skip`` broken files are none until they are too many. Or training masks lack a class.
     """
     sources = [source for source in (datasets.train, datasets.val) if isinstance(source, Pairs)]
     samples = [(source.pair, index) for source in sources for index in range(len(source))]
@@ -157,6 +165,29 @@ def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -
             " and masks must be drawn over the pixels as they are stored",
             stacklevel=2,
         )
+    if isinstance(datasets.train, Pairs):
+        check_classes(datasets.train, datasets.val, datasets.every_class, skip)
+
+
+def check_classes(train: Pairs, val: Any, every_class: bool, skip: bool) -> None:
+    """Count the classes in the masks of `train`.
+
+    Raises:
+        UserError: A class is in none of them; without `every_class`, fewer than two are in any.
+    """
+    counts, read, ignored = train.count(VERIFIED_UP_TO, skip)
+    missing = [number for number, count in enumerate(counts) if not count]
+    if not missing or (not every_class and len(counts) - len(missing) > 1):
+        return
+    number, held = missing[0], [str(number) for number, count in enumerate(counts) if count]
+    name = "" if train.classes[number] == str(number) else f" ({printable(train.classes[number])})"
+    more = f" and of {len(missing) - 1} more classes" if len(missing) > 1 else ""
+    text = f"none of the {read} training masks holds a pixel of class {number}{name}{more}; they hold {listed(held) or 'no class'}"
+    if ignored:
+        text += f" and {IGNORED}, which is taken for pixels to be ignored ({ignored:.0%})"
+    if val.count(VERIFIED_UP_TO, skip).counts[number]:
+        text += "; masks of the validation set hold it"
+    raise UserError(text)
 
 
 def voc(data_dir: Path) -> Datasets:
@@ -281,7 +312,8 @@ def folder(root: Path, val_fraction: float, seed: int, skip: bool = False) -> Da
     if not 2 <= len(classes) <= IGNORED:
         counted = f"{path} must name" if path.is_file() else f"the masks of {root} must hold"
         raise UserError(f"{counted} 2 to {IGNORED} classes ({IGNORED} is ignored), got {len(classes)}")
-    return Datasets(Pairs(train, classes), Pairs(val, classes), unused=unused(root, train_folder, val_folder))
+    left = unused(root, train_folder, val_folder)
+    return Datasets(Pairs(train, classes), Pairs(val, classes), unused=left, every_class=True)
 
 
 def _split(root: Path, names: Sequence[str]) -> tuple[Path | None, Paths | None]:

@@ -5,6 +5,7 @@ EXIF orientation is ignored in both: a mask is drawn over the pixels as they are
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
+from ctxenc.training.bad_images import BrokenImageError
 from ctxenc.training.console import UserError
 from ctxenc.training.files import both, images_below, nfc
 from ctxenc.training.images import open_image, opened, orientation
@@ -19,6 +21,14 @@ from ctxenc.training.images import open_image, opened, orientation
 IGNORED = 255  # in a mask: counts neither in the loss nor in a metric
 UNKNOWN = -1
 Paths = list[tuple[Path, Path]]
+
+
+class Presence(NamedTuple):
+    """In how many masks each class occurs, of how many that were read, and the share of their pixels that is ignored."""
+
+    counts: list[int]
+    read: int
+    ignored: float
 
 
 class Pairs:
@@ -29,6 +39,8 @@ class Pairs:
         classes: Class names in the order of the logits.
         labels: The class of each number that a mask may hold (default: itself). IGNORED always stands for itself.
     """
+
+    presence: Presence | None = None  # as far as it was asked for
 
     def __init__(self, paths: Paths, classes: Sequence[str], labels: Mapping[int, int] | None = None) -> None:
         self.paths, self.classes = paths, list(classes)
@@ -49,17 +61,47 @@ class Pairs:
                 holds a number that is no class. The text holds the paths.
         """
         image_path, mask_path = self.paths[index]
-        image, numbers = open_image(image_path), read_mask(mask_path)
-        height, width = numbers.shape
+        image, classes = open_image(image_path), self._classes(mask_path)
+        height, width = classes.shape
         if (width, height) != image.size:
             sizes = f"must be of the size of its image {image_path}, {image.width} x {image.height}"
             turn = orientation(image_path)
             hint = f"; it has EXIF orientation {turn}, which is not applied: save it turned" if turn > 1 else ""
             raise UserError(f"mask {mask_path} {sizes}, got {width} x {height}{hint}")
+        return tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(classes))
+
+    def _classes(self, path: Path) -> np.ndarray:
+        numbers = read_mask(path)
         classes = self.table[np.minimum(numbers, IGNORED)]
         if (wrong := numbers[(classes == UNKNOWN) | (numbers > IGNORED)]).size:
-            raise UserError(f"mask {mask_path} must hold {self.rule}, got {wrong[0]}")
-        return tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(classes.astype(np.uint8)))
+            raise UserError(f"mask {path} must hold {self.rule}, got {wrong[0]}")
+        return classes.astype(np.uint8)
+
+    def count(self, enough: int, skip: bool) -> Presence:
+        """Find out which classes occur: in `enough` masks spread over all, and further only for a class in none of these.
+
+        Raises:
+            UserError: A mask holds a number that is no class, or, without `skip`, cannot be read.
+        """
+        masks = [mask for _, mask in self.paths]
+        step = max(1, len(masks) // enough)
+        first = masks[::step]
+        counts, pixels, read = np.zeros(len(self.classes), np.int64), np.zeros(2, np.int64), 0
+        for mask in first + [each for number, each in enumerate(masks) if number % step]:
+            if read >= len(first) and counts.all():
+                break
+            try:
+                classes = self._classes(mask)
+            except BrokenImageError:
+                if not skip:
+                    raise
+                continue
+            found = np.bincount(classes.ravel(), minlength=IGNORED + 1)
+            counts += found[: len(counts)] > 0
+            pixels += found[IGNORED], classes.size
+            read += 1
+        self.presence = Presence(counts.tolist(), read, float(pixels[0] / max(pixels[1], 1)))
+        return self.presence
 
     def name(self, index: int) -> str:
         """The path of image ``index``."""
