@@ -5,7 +5,7 @@ EXIF orientation is ignored in both: a mask is drawn over the pixels as they are
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ctxenc.training.images import open_image, opened, orientation
 
 IGNORED = 255  # in a mask: counts neither in the loss nor in a metric
 UNKNOWN = -1
+SPREAD = {"L;2": 85, "L;4": 17}  # Pillow's factor for grey of 2 and 4 bits, by its name for the bytes in a PNG
 Paths = list[tuple[Path, Path]]
 
 
@@ -119,7 +120,8 @@ def read_mask(path: Path) -> np.ndarray:
             raise UserError(
                 f"mask {path} must be a PNG of class numbers, grey or with a palette, got {image.format} of mode {image.mode}"
             )
-        return np.asarray(image).astype(np.int32)
+        spread = SPREAD.get(cast(Any, image).tile[0][3], 1)  # before Pillow decodes, and forgets
+        return np.asarray(image).astype(np.int32) // spread
 
 
 def held_out(paths: Paths, fraction: float, seed: int) -> tuple[Paths, Paths]:
