@@ -3,9 +3,13 @@
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+# C0, C1, line and paragraph separators, marks that turn the direction of text, and bytes of a name that are no text
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -16,6 +20,24 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """The text of an error of another library, on one line of at most limit characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def printable(text: object) -> str:
+    r"""Return the text on one line, with escapes for what could steer a terminal or cannot be encoded: `\x1b`, `\n`, `\udcff`."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def listed(names: Sequence[str], limit: int = 20) -> str:
+    """Return the first `limit` names and the number of the others, on one line."""
+    more = [f"{len(names) - limit:,} more"] if len(names) > limit else []
+    return ", ".join([*map(printable, names[:limit]), *more])
+
+
+def counted(names: Sequence[str], counts: Sequence[int], limit: int = 40) -> str:
+    """Return each name with its count, on one line; of more than `limit`, those that have fewest."""
+    order = sorted(range(len(names)), key=counts.__getitem__)[:limit] if len(names) > limit else range(len(names))
+    text = listed([f"{names[index]} {counts[index]:,}" for index in order], limit)
+    return text if len(names) <= limit else f"fewest: {text}, ..."
 
 
 def near_names(name: str, known: Sequence[str]) -> str:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         for index in sorted(set(range(len(source.targets))) - set(result.indices.tolist())):
             print(f"ctxenc: skipped broken image {source.name(index)}", file=sys.stderr)
-        print(f"{loaded.folder}, {args.checkpoint} checkpoint, on {args.data or settings.data}")
+        print(f"{loaded.folder}, {args.checkpoint} checkpoint, on {getattr(source, 'folder', settings.data)}")
         print(report(result))
 
 

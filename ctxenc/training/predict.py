@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, positive_int, text_table
 from ctxenc.training.data import eval_transform
+from ctxenc.training.files import LEFT_BEHIND, images_below
 from ctxenc.training.images import open_image
 from ctxenc.training.runs import LoadedRun, autocast, load_run
 
@@ -83,12 +83,13 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         if not found:
             raise UserError(f"no such image, folder or glob: {argument}")
         for each in found:
+            met = set(each.parts) - set(path.parts)  # by a glob; one of a shell gives names, too
+            if not LEFT_BEHIND.isdisjoint(part.lower() for part in (*met, each.name)):
+                continue
             if not each.is_dir():
                 paths.append(each)
                 continue
-            inside = sorted(
-                file for file in each.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
-            )
+            inside = images_below(each)
             if not inside and len(found) == 1:
                 raise UserError(f"no images in the folder {each}")
             paths.extend(inside)
