@@ -4,13 +4,15 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ctxenc.training import signals
 from ctxenc.training.bad_images import SKIP
@@ -19,7 +21,9 @@ from ctxenc.training.console import UserError, one_line
 from ctxenc.training.processes import agree, make_accelerator, same, speaks
 from ctxenc.training.tensorboard import check_tensorboard
 
-UNFINISHED = re.compile(r"\.config\.\d+\.json")  # what a kill in the writing of the first configuration leaves
+LOCK = ".lock"
+PATIENCE = 10.0  # seconds: the workers of a killed training keep its lock until they look for it, every 5 s
+UNFINISHED = re.compile(r"\.lock|\.config\.\d+\.json")  # what a kill before the first configuration leaves
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ def run(args: argparse.Namespace, training: Training) -> None:
 
 
 def _run(args: argparse.Namespace, training: Training) -> None:
+    with ExitStack() as held:
+        _train(args, training, held)
+
+
+def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> None:
     started = time.perf_counter()
     options = training.options
     chosen = options.given(args)
@@ -112,8 +121,7 @@ def _run(args: argparse.Namespace, training: Training) -> None:
     training.verify(datasets, accelerator.is_local_main_process, settings.on_bad_image == SKIP)
     with accelerator.local_main_process_first():
         configs = training.configs(settings, datasets, stored is None)
-    if folder is None:
-        folder = agree(accelerator, lambda: new_folder(args.out, training.runs))
+    folder = agree(accelerator, lambda: take_folder(folder, args.out, training.runs, held))
     if accelerator.is_main_process:
         write_configs(folder, configs, settings.seed_list)
         print(f"{training.describe(settings, datasets)}; run folder {folder}", flush=True)
@@ -168,24 +176,68 @@ def check_format(folder: Path, config: Any) -> None:
         )
 
 
+def take_folder(run: Path | None, out: Path | None, runs: Path, held: ExitStack) -> Path:
+    """Lock the folder of `run`, or that of a new one, which is made, until `held` is closed.
+
+    Raises:
+        UserError: Another training holds it; or that of a new run holds something already, or cannot be made.
+    """
+    folder = run or new_folder(out, runs)
+    held.enter_context(locked(folder))
+    if run is None:
+        check_empty(folder)  # another training may have held it until now
+    return folder
+
+
 def new_folder(out: Path | None, runs: Path) -> Path:
-    """Makes the folder of a new run.
+    """Make the folder of a new run: `out`, or the next number in `runs` that no other training takes first.
 
     Raises:
         UserError: It holds something already, or cannot be made.
     """
-    if out is None:
-        numbers = [int(each.name) for each in runs.glob("*") if each.name.isdecimal()]
-        out = runs / f"{max(numbers, default=0) + 1:03d}"
     try:
-        if (out / "config.json").exists():
-            raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
-        if out.is_dir() and not all(UNFINISHED.fullmatch(each.name) for each in out.iterdir()):
-            raise UserError(f"--out {out} is not empty")
-        out.mkdir(parents=True, exist_ok=True)
+        if out is not None:
+            check_empty(out)
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        runs.mkdir(parents=True, exist_ok=True)
+        number = max((int(each.name) for each in runs.glob("*") if each.name.isdecimal()), default=0)
+        while True:
+            number += 1
+            folder = runs / f"{number:03d}"
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or one_line(error)}") from error
-    return out
+        raise UserError(f"--out {out or runs} cannot be written: {error.strerror or one_line(error)}") from error
+
+
+def check_empty(out: Path) -> None:
+    """Raise UserError where the folder `out` holds a run or anything else."""
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
+    if out.is_dir() and not all(UNFINISHED.fullmatch(each.name) for each in out.iterdir()):
+        raise UserError(f"--out {out} is not empty")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder in the body. It ends with the process, however that ends.
+
+    Raises:
+        UserError: Another training holds it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout as error:
+        raise UserError(f"{folder} is in use by another training") from error
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        print(f"{folder} cannot be locked ({one_line(error)}): start no second training in it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_configs(folder: Path, configs: Mapping[str, Any], seeds: Iterable[int]) -> None:
