@@ -29,7 +29,7 @@ COMMANDS = {
     "evaluate": Command("measure the accuracy of a run", "train"),
     "predict": Command("name the classes of images with a run's model", "train"),
     "export": Command("write a run's model as ONNX or as a torch.export program, and verify it", "train,export"),
-    "segment": Command("train EncNet, or segment images with it", "train"),
+    "segment": Command("train EncNet, measure it, or segment images with it", "train"),
     "look": Command("picture which codeword owns which pixel, the use of the codewords, and the gates", "train"),
     "convert": Command("turn PyTorch-Encoding's or mmsegmentation's EncNet into a safetensors file of ours", "train"),
     "inspect": Command("list the SE blocks of a model, with parameters before and after a swap", "train"),

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ctxenc.training.console import UserError, one_line
 
 FORMAT = 1
 SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")
-Config = TypeVar("Config")
+USES = {  # of the runs of each kind
+    "finetune": "finetune: use ctxenc evaluate, predict, look, export or finetune --resume",
+    "segment": "segment train: use ctxenc segment evaluate, segment predict, look, export or segment train --resume",
+}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # timm's
 CROP_MODES = ("center", "squash", "border")
 DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -192,11 +195,15 @@ def write_config(run: Path, config: Any) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def read_config(run: Path, kind: Callable[..., Config] = RunConfig) -> Config:  # type: ignore[assignment]
-    """Read and validate run/config.json, which holds the fields of the dataclass ``kind``.
+def read_config(run: Path, *kinds: Any) -> Any:
+    """Read and validate run/config.json.
+
+    Args:
+        run: The folder of a run or of an arm.
+        *kinds: The dataclasses that it may be of (default: RunConfig).
 
     Raises:
-        UserError: There is none, it is no JSON, it is of another format, or a field holds a wrong value.
+        UserError: There is none, it is no JSON, it is of another format or kind of run, or a field holds a wrong value.
     """
     path = run / "config.json"
     try:
@@ -211,7 +218,11 @@ def read_config(run: Path, kind: Callable[..., Config] = RunConfig) -> Config:  
         raise UserError(
             f"{path}: format must be {FORMAT}, got {shortened(table.get('format'))}: made by another ctxenc"
         )
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    found = "segment" if "kind" in table else "finetune"
+    kind = next((each for each in kinds or (RunConfig,) if getattr(each, "kind", "finetune") == found), None)
+    if kind is None:
+        raise UserError(f"{run} is a run of {USES[found]}")
+    names = {field.name for field in fields(kind)}
     if wrong := sorted(names ^ table.keys()):
         state = "is missing" if wrong[0] in names else "is unknown"
         raise UserError(f"{path}: field {wrong[0]} {state}")

@@ -47,10 +47,19 @@ def positive_int(text: str) -> int:
     return value
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+RUN_OF_SEGMENT = (
+    "run folder of segment train, or an EncNet: folder of save_pretrained,"
+    " or checkpoint of ours, PyTorch-Encoding or mmsegmentation"
+)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, run: str = "run folder of finetune") -> None:
     """Add the run folder and the checkpoint, for a command that uses a trained model."""
     parser.add_argument(
-        "run_folder", metavar="RUN", type=Path, help="run folder of finetune, or one arm's folder in it"
+        "run_folder",
+        metavar="RUN",
+        type=Path,
+        help=f"{run}; of several seeds the first is taken: name an arm's folder for another",
     )
     parser.add_argument(
         "--checkpoint",
@@ -60,7 +69,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int, of: str = "images") -> None:
     """Add the device, the batch size and mixed precision."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto)")
     parser.add_argument(
@@ -68,7 +77,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int) -> No
         type=positive_int,
         default=batch_size,
         metavar="N",
-        help=f"images a step (default: {batch_size})",
+        help=f"{of} a step (default: {batch_size})",
     )
     parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision (default: none)")
 

@@ -13,8 +13,9 @@ from ctxenc.training.data import Samples, Source, eval_transform, validation_sou
 from ctxenc.training.loop import worker_errors
 from ctxenc.training.metrics import bootstrap, interval
 from ctxenc.training.processes import make_accelerator
-from ctxenc.training.runs import LoadedRun, load_run
+from ctxenc.training.runs import RunConfig
 from ctxenc.training.settings import Settings
+from ctxenc.training.trained import LoadedRun, load_run
 from ctxenc.training.trainer import Evaluation, evaluate
 
 DATA_SETTINGS = {"data": str, "data_dir": str, "val_fraction": float, "seed": int}
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the accuracies and the interval over images."""
-    loaded = load_run(args.run_folder, args.checkpoint)
+    loaded = load_run(args.run_folder, args.checkpoint, kind=RunConfig)
     settings = Settings(
         **data_settings(loaded), device=args.device, amp=args.amp, batch_size=args.batch_size, workers=args.workers
     )
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         for index in sorted(set(range(len(source.targets))) - set(result.indices.tolist())):
             print(f"ctxenc: skipped broken image {source.name(index)}", file=sys.stderr)
-        print(f"{loaded.folder}, {args.checkpoint} checkpoint, on {args.data or settings.data}")
+        print(f"{loaded}, on {args.data or settings.data}")
         print(report(result))
 
 

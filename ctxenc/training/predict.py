@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, positive_int, text_table
 from ctxenc.training.data import eval_transform
 from ctxenc.training.images import open_image
-from ctxenc.training.runs import LoadedRun, autocast, load_run
+from ctxenc.training.runs import RunConfig, autocast
+from ctxenc.training.trained import LoadedRun, load_run
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what the model makes of the images, once all of them are done."""
     paths = find_images(args.images)
-    loaded = load_run(args.run_folder, args.checkpoint, args.device)
+    loaded = load_run(args.run_folder, args.checkpoint, args.device, RunConfig)
     predictions = predict(loaded, paths, args.top_k, args.batch_size, args.amp, args.skip_broken)
+    print(loaded, file=sys.stderr)
     if args.json:
         print(json.dumps([_as_json(each) for each in predictions], indent=2))
         return

@@ -5,14 +5,11 @@ RUN/<arm>-<seed>/config.json  metrics.csv  timings.csv  codebooks.csv  predictio
 RUN/<arm>-<first seed>/pictures/
 """
 
-import csv
 import importlib.metadata
-import os
 import platform
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from stat import S_IMODE
 from typing import Any
@@ -31,7 +28,6 @@ from ctxenc.training.console import UserError, near_names, one_line
 
 __all__ = [
     "SCORE",
-    "LoadedRun",
     "RunConfig",
     "UserError",
     "atomic",
@@ -39,8 +35,6 @@ __all__ = [
     "build_model",
     "check_model_name",
     "installed_versions",
-    "load",
-    "load_run",
     "load_weights",
     "pick_device",
     "read_config",
@@ -50,7 +44,7 @@ __all__ = [
     "write_config",
 ]
 
-SCORE = "balanced_accuracy"  # the column of metrics.csv by which the best arm is chosen
+SCORE = "balanced_accuracy"  # the column of metrics.csv by which the best epoch is chosen
 CHECKPOINTS = ("best", "last")
 
 
@@ -111,14 +105,14 @@ def load_initial(model: nn.Module, path: Path) -> None:
 
     Args:
         model: Not swapped yet.
-        path: A run of finetune (of its arms the best SE network), safetensors, or a checkpoint of timm's train.py, of which
+        path: A run of finetune (of its arms the first SE network), safetensors, or a checkpoint of timm's train.py, of which
             averaged weights are preferred. Read as data, never run.
 
     Raises:
         UserError: There is no such file, it cannot be read, or it is of another model. The model is then unchanged.
     """
     if path.is_dir():
-        path = resolve(path, preferred="se") / "best.safetensors"
+        path = resolve(path, preferred=("se-",)) / "best.safetensors"
     try:
         path.open("rb").close()  # for the system's reason: timm logs that there is no file
         with warnings.catch_warnings():
@@ -193,11 +187,11 @@ def _mismatch(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, .
     return f"the model has no {extra[0]}" if extra else ""
 
 
-def resolve(run: Path, checkpoint: str = "best", preferred: str = "context", score: str = SCORE) -> Path:
+def resolve(run: Path, checkpoint: str = "best", preferred: tuple[str, ...] = ("context-", "encnet-")) -> Path:
     """Find the folder of one arm in run.
 
-    run may be an arm's folder itself. Of several arms the one with the best score in its metrics.csv is taken, of those
-    whose name begins with ``preferred`` (any other only where there is none).
+    run may be an arm's folder itself. Of several arms the first seed of one whose name begins as ``preferred`` is taken (of any
+    other only where there is none): the best of several seeds would be chosen on the images that it is then judged by.
 
     Raises:
         UserError: No such folder, not a run, or no such checkpoint.
@@ -205,15 +199,14 @@ def resolve(run: Path, checkpoint: str = "best", preferred: str = "context", sco
     if checkpoint not in CHECKPOINTS:
         raise UserError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}")
     if not run.is_dir():
-        raise UserError(f"no run folder at {run}")
+        raise UserError(f"no run at {run}")
     if _is_arm(run):
         arms = [run]
     else:
-        arms = sorted(each for each in run.iterdir() if each.is_dir() and _is_arm(each))
+        arms = [each for each in run.iterdir() if each.is_dir() and _is_arm(each)]
         if not arms:
             raise UserError(f"{run} is no run folder: neither it nor a folder in it holds a configuration and weights")
-        arms = [each for each in arms if each.name.startswith(preferred)] or arms
-    arm = arms[0] if len(arms) == 1 else max(arms, key=lambda each: _score(each, checkpoint, score))
+    arm = min([each for each in arms if each.name.startswith(preferred)] or arms, key=_name_and_seed)
     weights = arm / f"{checkpoint}.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights} does not exist")
@@ -225,16 +218,9 @@ def _is_arm(folder: Path) -> bool:
     return weights and (folder / "config.json").is_file()
 
 
-def _score(arm: Path, checkpoint: str, score: str) -> float:
-    path = arm / "metrics.csv"
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            scores = [float(row[score]) for row in csv.DictReader(file)]
-        return max(scores) if checkpoint == "best" else scores[-1]
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
-        raise UserError(
-            f"cannot choose the best arm: {path} has no readable column {score}; name an arm's folder"
-        ) from error
+def _name_and_seed(arm: Path) -> tuple[str, int, str]:
+    name, _, seed = arm.name.rpartition("-")
+    return name, int(seed) if seed.isdecimal() else 0, seed
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -252,39 +238,6 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} cannot be used: {one_line(error)}") from error
     return device
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model with the configuration that it was built from."""
-
-    model: nn.Module
-    config: RunConfig
-    folder: Path
-
-
-def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str = "cpu") -> LoadedRun:
-    """Rebuild the model of run, load its weights, and put it on device in eval mode.
-
-    Args:
-        run: An arm's folder, or a run folder (then see resolve).
-        checkpoint: "best" or "last".
-        device: A torch device, or "auto".
-
-    Raises:
-        UserError: Whatever of this cannot be done.
-    """
-    where = pick_device(device)
-    arm = resolve(Path(run), checkpoint)
-    config: RunConfig = read_config(arm)
-    model = build_model(config)
-    load_weights(model, arm / f"{checkpoint}.safetensors")
-    return LoadedRun(model.to(where).eval(), config, arm)
-
-
-def load(run: str | os.PathLike[str], checkpoint: str = "best", device: str = "cpu") -> nn.Module:
-    """The trained model of run in eval mode: load_run without the configuration."""
-    return load_run(run, checkpoint, device).model
 
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:

@@ -56,7 +56,7 @@ class TestPickles:
         path, out = tmp_path / f"evil{suffix}", tmp_path / "out"
         arguments = {
             "convert": ("convert", path, tmp_path / "out.safetensors"),
-            "segment predict": ("segment", "predict", "--checkpoint", path, picture, "--out", out),
+            "segment predict": ("segment", "predict", path, picture, "--out", out),
             "look": ("look", path, picture, "--out", out),
         }[command]
         attacks = pickles(marker)
@@ -121,7 +121,6 @@ class TestPickles:
                         [
                             "segment",
                             "predict",
-                            "--checkpoint",
                             str(folder),
                             str(picture),
                             "--out",
