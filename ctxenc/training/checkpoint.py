@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from ctxenc.integrations.state_dicts import read_pickle
 from ctxenc.training import codebooks
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.durable import damage, keep_newest, write_folder
@@ -191,11 +192,11 @@ def load_state(
     try:
         for name, network in state.networks.items():
             network.load_state_dict(safetensors.torch.load_file(folder / f"{name}.safetensors"))
-        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = read_pickle(folder / "optimizer.pt")
         state.optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler is not None and saved["scaler"] is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
-        processes = torch.load(folder / "processes.pt", map_location="cpu", weights_only=True)
+        processes = read_pickle(folder / "processes.pt")
         table = json.loads((folder / "progress.json").read_bytes())
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:

@@ -7,7 +7,6 @@ RUN/<arm>-<first seed>/pictures/
 
 import importlib.metadata
 import platform
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +17,11 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import get_arch_pretrained_cfgs, load_state_dict, split_model_name_tag
-from torch import Tensor, nn
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
+from torch import nn
 
 import ctxenc.integrations.timm_models  # so that timm knows the names of our networks
+from ctxenc.integrations.state_dicts import read_pickle, read_safetensors, side_by_side, unwrapped
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training.config import RunConfig, atomic, read_config, write_config
 from ctxenc.training.console import UserError, near_names, one_line
@@ -105,27 +105,22 @@ def load_initial(model: nn.Module, path: Path) -> None:
 
     Args:
         model: Not swapped yet.
-        path: A run of finetune (of its arms the first SE network), safetensors, or a checkpoint of timm's train.py, of which
-            averaged weights are preferred. Read as data, never run.
+        path: A run of finetune (of its arms the first SE network), safetensors, or a checkpoint of timm's train.py, torchvision's
+            references, Lightning or others (see state_dicts.unwrapped); averaged weights are preferred. Read as data, never run.
 
     Raises:
         UserError: There is no such file, it cannot be read, or it is of another model. The model is then unchanged.
     """
     if path.is_dir():
         path = resolve(path, preferred=("se-",)) / "best.safetensors"
+    own = model.state_dict()
     try:
-        path.open("rb").close()  # for the system's reason: timm logs that there is no file
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of old pickles
-            weights = load_state_dict(str(path), weights_only=True)
+        content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+        weights = unwrapped(content, list(own))
     except OSError as error:
         raise UserError(f"--initial-checkpoint {path} cannot be read: {error.strerror or one_line(error)}") from error
-    except Exception as error:  # pickle, zip and safetensors each raise their own
-        text = one_line(error).partition(" No automatic unsafe")[0]  # then timm tells how to run the file's code
-        raise UserError(f"--initial-checkpoint {path} is no file of weights: {text}") from error
-    own = model.state_dict()
-    if not isinstance(weights, dict) or not all(isinstance(each, Tensor) for each in weights.values()):
-        raise UserError(f"--initial-checkpoint {path} is no file of weights: it must hold a tensor for each name")
+    except ValueError as error:
+        raise UserError(f"--initial-checkpoint {path} is no file of weights: {one_line(error)}") from error
     classifiers: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{each}." for each in ([classifiers] if isinstance(classifiers, str) else classifiers))
     other = [
@@ -133,7 +128,7 @@ def load_initial(model: nn.Module, path: Path) -> None:
     ]
     weights |= {name: own[name] for name in other}
     shapes, wanted = ({name: tuple(each.shape) for name, each in table.items()} for table in (weights, own))
-    if problem := _mismatch(shapes, wanted, aliases={}):
+    if problem := _mismatch(shapes, wanted):
         swapped = any(name.endswith(".encoding.codewords") for name in shapes.keys() - wanted.keys())
         hint = "; it is of a swapped network, and one with SE blocks is wanted" if swapped else ""
         raise UserError(f"--initial-checkpoint {path} does not fit the model: {problem}{hint}")
@@ -162,29 +157,42 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: The file is missing, damaged or of another model. The model is then unchanged.
     """
+    aliases = check_weights(model, path)
+    own = model.state_dict()
+    for name, kept in aliases.items():
+        if own[name].data_ptr() != own[kept].data_ptr():
+            raise UserError(f"{path} does not fit the model of its configuration: {name} is missing, {kept} is another")
+    safetensors.torch.load_model(model, path)
+
+
+def check_weights(model: nn.Module, path: Path) -> dict[str, str]:
+    """Raise UserError unless the file has the names and shapes of model, which may be on the meta device.
+
+    Returns:
+        Names of model that the file has as second names of a tensor, with the first.
+    """
     try:
         path.open("rb").close()  # for the system's reason: safetensors calls missing whatever it cannot open
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            aliases = file.metadata() or {}  # second names of shared tensors
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if problem := _mismatch(shapes, wanted, aliases):
-            raise UserError(f"{path} does not fit the model of its configuration: {problem}")
-        safetensors.torch.load_model(model, path)
+            second = file.metadata() or {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or no safetensors file: {one_line(error)}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    aliases = {name: kept for name, kept in second.items() if name in wanted.keys() - shapes.keys() and kept in wanted}
+    shapes |= {name: shapes[kept] for name, kept in aliases.items() if kept in shapes}
+    if problem := _mismatch(shapes, wanted):
+        raise UserError(f"{path} does not fit the model of its configuration: {problem}")
+    return aliases
 
 
-def _mismatch(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> str:
-    for name, shape in wanted.items():
-        if name not in shapes and name not in aliases:
-            return f"{name} is missing"
-        if name in shapes and shapes[name] != shape:
-            return f"{name} has shape {shapes[name]}, the model {shape}"
-    extra = sorted(shapes.keys() - wanted.keys())
-    return f"the model has no {extra[0]}" if extra else ""
+def _mismatch(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str:
+    if names := side_by_side(shapes, wanted):
+        return names
+    name = next((name for name, shape in wanted.items() if shapes[name] != shape), None)
+    return "" if name is None else f"{name} has shape {shapes[name]}, the model {wanted[name]}"
 
 
 def resolve(run: Path, checkpoint: str = "best", preferred: tuple[str, ...] = ("context-", "encnet-")) -> Path:

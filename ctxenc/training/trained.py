@@ -1,7 +1,9 @@
 """Trained networks: of a run of either kind, or of a checkpoint of an EncNet."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from torch import nn
 
 from ctxenc.integrations.checkpoints import load_encnet_checkpoint
 from ctxenc.integrations.encnet import EncNet
+from ctxenc.integrations.hub import without_memory
 from ctxenc.training.config import RunConfig, read_config
 from ctxenc.training.console import UserError, one_line
-from ctxenc.training.runs import build_model, load_weights, pick_device, resolve
+from ctxenc.training.runs import build_model, check_weights, load_weights, pick_device, resolve
 from ctxenc.training.segmentation.networks import IMAGENET, SegmentConfig, build_network
 
 
@@ -52,9 +55,22 @@ def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str 
         return LoadedRun(network.to(where).eval(), config, path)
     arm = resolve(path, checkpoint)
     config = read_config(arm, *((RunConfig, SegmentConfig) if kind is None else (kind,)))
-    model = build_network(config) if isinstance(config, SegmentConfig) else build_model(config)
-    load_weights(model, arm / f"{checkpoint}.safetensors")
+    weights = arm / f"{checkpoint}.safetensors"
+
+    build = partial(build_network if isinstance(config, SegmentConfig) else build_model, config)
+    check_claims(build, weights)
+    model = build()
+    load_weights(model, weights)
     return LoadedRun(model.to(where).eval(), config, arm, checkpoint)
+
+
+def check_claims(build: Callable[[], nn.Module], weights: Path) -> None:
+    """Raise UserError where a network does not fit its file, before it is allocated: a configuration may claim any size."""
+    try:
+        skeleton = without_memory(build)
+    except UserError:
+        return  # built in earnest it says why, or it only cannot do without memory
+    check_weights(skeleton, weights)
 
 
 def encnet_of(path: Path) -> tuple[EncNet, SegmentConfig]:

@@ -203,6 +203,17 @@ class TestWeights:
         assert torch.equal(other[1].weight, model[0].weight)
         assert other[0].weight is other[1].weight
 
+    @pytest.mark.parametrize("kept", ["conv_stem.weight", "bn1.weight", "nowhere"])
+    def test_a_second_name_that_the_model_does_not_have(self, config, tmp_path, kept):
+        """A file may name any tensor as the second name of another, of its own or of none."""
+        model, path = runs.build_model(config), tmp_path / "w.safetensors"
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        state = {name: tensor + 1 for name, tensor in before.items() if name != "bn1.bias"}
+        safetensors.torch.save_file(state, path, {"bn1.bias": kept})
+        with pytest.raises(UserError, match=r"does not fit the model of its configuration: .*bn1\.bias"):
+            runs.load_weights(model, path)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
     @pytest.mark.parametrize("length", [0, 4, 100, -1])
     def test_truncated(self, config, tmp_path, length):
         path = tmp_path / "w.safetensors"
@@ -235,10 +246,12 @@ class TestWeights:
         with pytest.raises(UserError, match=r"classifier\.\w+ has shape"):
             runs.load_weights(model, path)
         runs.save_weights(path, runs.build_model(replace(config, swap=None)))
-        with pytest.raises(UserError, match="is missing"):
+        with pytest.raises(
+            UserError, match=r"it has blocks\.3\.0\.se\.conv_expand\.bias, .*; the network blocks\.3\.0\.se\.conv"
+        ):
             runs.load_weights(model, path)
         safetensors.torch.save_file(before | {"extra": torch.zeros(1)}, path)
-        with pytest.raises(UserError, match="the model has no extra"):
+        with pytest.raises(UserError, match=r"it has extra \(1 and 0 such names\)"):
             runs.load_weights(model, path)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -282,6 +295,18 @@ class TestLoad:
         assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
         last = ctxenc.load(run_folder, checkpoint="last")
         assert any(not torch.equal(saved[name], tensor) for name, tensor in last.state_dict().items())
+
+    def test_takes_no_memory_for_what_the_file_does_not_hold(self, run_folder, tmp_path, monkeypatch):
+        """A configuration may name a network of any size."""
+        run = shutil.copytree(run_folder / "context-0", tmp_path / "run")
+        rewrite(run, model_kwargs={"channel_multiplier": 3.0})
+        devices, real = [], trained.build_model
+        monkeypatch.setattr(
+            trained, "build_model", lambda *a: (devices.append(torch.empty(0).device.type), real(*a))[1]
+        )
+        with pytest.raises(UserError, match="does not fit the model of its configuration"):
+            ctxenc.load(run)
+        assert devices == ["meta"]
 
     def test_downloads_nothing(self, run_folder, monkeypatch):
         def refuse(*args, **kwargs):
