@@ -91,6 +91,9 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
     with and without laterals, auxiliary head and SE-loss), and what save_encnet_checkpoint wrote. What the network is follows from
     names and shapes; align_corners from the code base: True in PyTorch-Encoding's networks, False in mmsegmentation's.
 
+    PyTorch-Encoding computed the softmax over the pixels, not over the codewords, from November 2017 to September 2018. Networks
+    trained then load without an error and give other outputs here; neither names nor shapes tell. Measure the network first.
+
     Args:
         source: a file of tensors (.safetensors, or what torch.save wrote, read with weights_only=True), or a state dict, as it is
             or as a trainer wraps it (DDP, Lightning, torch.compile, moving averages); see state_dicts.unwrapped.

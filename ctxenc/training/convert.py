@@ -7,6 +7,11 @@ from ctxenc.integrations.checkpoints import load_encnet_checkpoint, save_encnet_
 from ctxenc.training.config import atomic
 from ctxenc.training.console import UserError
 
+OLD = (
+    "note: PyTorch-Encoding computed the softmax over pixels from November 2017 to September 2018, and a file does not tell when it"
+    " was trained; such a network gives other outputs here: measure it first"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
@@ -36,3 +41,5 @@ def run(args: argparse.Namespace) -> None:
         end="",
     )
     print(f", {', '.join(parts)}" if parts else "")
+    if config["align_corners"]:  # theirs alone
+        print(OLD)
