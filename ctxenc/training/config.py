@@ -7,6 +7,7 @@ download, name a file to load, or run code.
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -156,6 +157,15 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def check_folder(path: Path) -> None:
+    """Raise UserError where something else than a folder is in its place: a link leads out of the run."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path} must be a folder, got {'a link' if path.is_symlink() else 'a file'}")
+
+
+TEMPORARY = r"\.[0-9a-f]{16}\.tmp(\.\w+)?"  # names of files of `atomic` that a kill leaves behind
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside path; on a clean exit that file takes the name path, else it is removed.
@@ -166,8 +176,8 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         if path.is_dir():  # first: "." has no name to put a temporary one in place of
             raise IsADirectoryError(None, "Is a directory")
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        temporary.touch()
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # through no link, over no file
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
     try:

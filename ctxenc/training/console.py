@@ -3,9 +3,13 @@
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+# C0, C1, line and paragraph separators, marks that turn the direction of text, and bytes of a name that are no text
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -18,6 +22,16 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def printable(text: object) -> str:
+    r"""Return the text on one line, with escapes for what could steer a terminal or cannot be encoded: `\x1b`, `\n`, `\udcff`."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print a line that may hold names of others."""
+    print(printable(text), file=file, flush=True)
+
+
 def near_names(name: str, known: Sequence[str]) -> str:
     """A hint for a name that is not among the known ones: the nearest, or how many there are."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -26,6 +40,11 @@ def near_names(name: str, known: Sequence[str]) -> str:
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
     """A table in plain text, columns two spaces apart; those whose header is in right are flushed right."""
+    header, rows, right = (
+        list(map(printable, header)),
+        [list(map(printable, row)) for row in rows],
+        list(map(printable, right)),
+    )
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
 

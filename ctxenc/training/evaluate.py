@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ctxenc.training.bad_images import Intact
-from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, text_table
+from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, say, text_table
 from ctxenc.training.data import Samples, Source, eval_transform, validation_source
 from ctxenc.training.loop import worker_errors
 from ctxenc.training.metrics import bootstrap, interval
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> None:
     result = evaluate_run(accelerator, loaded, source, settings, args.skip_broken)
     if accelerator.is_main_process:
         for index in sorted(set(range(len(source.targets))) - set(result.indices.tolist())):
-            print(f"ctxenc: skipped broken image {source.name(index)}", file=sys.stderr)
-        print(f"{loaded}, on {args.data or settings.data}")
+            say(f"ctxenc: skipped broken image {source.name(index)}", sys.stderr)
+        say(f"{loaded}, on {args.data or settings.data}")
         print(report(result))
 
 

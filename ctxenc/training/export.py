@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from ctxenc.training.config import RunConfig, atomic
-from ctxenc.training.console import RUN_OF_SEGMENT, UserError, add_run_arguments, one_line, positive_int
+from ctxenc.training.console import RUN_OF_SEGMENT, UserError, add_run_arguments, one_line, positive_int, say
 from ctxenc.training.trained import LoadedRun, load_run
 
 TRACED_BATCH = 2
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
         if onnx_file:
             _next(bar, "writing and checking the ONNX model")
             lines.append(f"{args.onnx}: {write_onnx(program, onnx_file, model, size)}")
-    print("\n".join(lines))
+    for line in lines:
+        say(line)
 
 
 class Logits(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training import photographs
 from ctxenc.training.config import atomic
-from ctxenc.training.console import UserError, near_names, one_line, positive_int, text_table
+from ctxenc.training.console import UserError, near_names, one_line, positive_int, say, text_table
 from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
 from ctxenc.training.pictures import spread
@@ -126,9 +126,9 @@ def run(args: argparse.Namespace) -> None:
     for name, figure in figures.items():
         with atomic(args.out / f"{name}.png") as temporary:
             figure.savefig(temporary, pil_kwargs={"optimize": True})
-    print(subject.remark)
+    say(subject.remark)
     print(report(seen))
-    print(f"{len(names)} image{'s' if len(names) > 1 else ''}: {args.out}/{{{','.join(figures)}}}.png")
+    say(f"{len(names)} image{'s' if len(names) > 1 else ''}: {args.out}/{{{','.join(figures)}}}.png")
 
 
 def load(model: str) -> Subject:

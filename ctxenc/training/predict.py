@@ -14,7 +14,15 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, positive_int, text_table
+from ctxenc.training.console import (
+    UserError,
+    add_device_arguments,
+    add_run_arguments,
+    positive_int,
+    printable,
+    say,
+    text_table,
+)
 from ctxenc.training.data import eval_transform
 from ctxenc.training.images import open_image
 from ctxenc.training.runs import RunConfig, autocast
@@ -50,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
     paths = find_images(args.images)
     loaded = load_run(args.run_folder, args.checkpoint, args.device, RunConfig)
     predictions = predict(loaded, paths, args.top_k, args.batch_size, args.amp, args.skip_broken)
-    print(loaded, file=sys.stderr)
+    say(loaded, sys.stderr)
     if args.json:
         print(json.dumps([_as_json(each) for each in predictions], indent=2))
         return
     rows = [
-        (each.image, str(rank), name, f"{probability:.4f}")
+        (printable(each.image), str(rank), printable(name), f"{probability:.4f}")
         for each in predictions
         for rank, (name, probability) in enumerate(zip(each.classes, each.probabilities, strict=True), 1)
     ]
@@ -126,7 +134,7 @@ def predict(
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             predictions.append(Prediction(name, [config.classes[index] for index in indices], values))
     for error in broken or ():
-        print(f"ctxenc: skipped {error}", file=sys.stderr)
+        say(f"ctxenc: skipped {error}", sys.stderr)
     if not predictions:
         raise UserError(f"all {len(paths)} images are broken")
     return predictions

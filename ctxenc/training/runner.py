@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ctxenc.training import signals
+from ctxenc.training import checkpoint, pictures, signals, tensorboard
 from ctxenc.training.bad_images import SKIP
-from ctxenc.training.config import read_config, write_config
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.config import TEMPORARY, check_folder, read_config, write_config
+from ctxenc.training.console import UserError, one_line, say
 from ctxenc.training.processes import agree, make_accelerator, same, speaks
 from ctxenc.training.tensorboard import check_tensorboard
 
+FOLDERS = (checkpoint.FOLDER, pictures.FOLDER, tensorboard.FOLDER)  # of an arm
 LOCK = ".lock"
 PATIENCE = 10.0  # seconds: the workers of a killed training keep its lock until they look for it, every 5 s
-UNFINISHED = re.compile(r"\.lock|\.config\.\d+\.json")  # what a kill before the first configuration leaves
+UNFINISHED = re.compile(rf"\.lock|{TEMPORARY}")  # what a kill before the first configuration leaves
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
     folder = agree(accelerator, lambda: take_folder(folder, args.out, training.runs, held))
     if accelerator.is_main_process:
         write_configs(folder, configs, settings.seed_list)
-        print(f"{training.describe(settings, datasets)}; run folder {folder}", flush=True)
+        say(f"{training.describe(settings, datasets)}; run folder {folder}")
     accelerator.wait_for_everyone()
     try:
         for seed in settings.seed_list:
@@ -133,11 +134,13 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
                 trainer.fit(f"{arm}, seed {seed}")
     except KeyboardInterrupt:
         if accelerator.is_main_process:
-            print(f"\nto go on: ctxenc {training.name} --resume {folder}", file=sys.stderr)
+            print(file=sys.stderr)
+            say(f"to go on: ctxenc {training.name} --resume {folder}", sys.stderr)
         raise
     if accelerator.is_main_process:
         table = training.write_report(folder, configs, settings, time.perf_counter() - started)
-        print(f"\n{table}\n\n{folder / 'report.html'}")
+        print(f"\n{table}\n")
+        say(folder / "report.html")
     accelerator.end_training()
 
 
@@ -233,7 +236,7 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise UserError(f"{folder} is in use by another training") from error
     except (OSError, NotImplementedError) as error:  # a file system without locks
-        print(f"{folder} cannot be locked ({one_line(error)}): start no second training in it", file=sys.stderr)
+        say(f"{folder} cannot be locked ({one_line(error)}): start no second training in it", sys.stderr)
     try:
         yield
     finally:
@@ -249,6 +252,8 @@ def write_configs(folder: Path, configs: Mapping[str, Any], seeds: Iterable[int]
     for arm, config in configs.items():
         for seed in seeds:
             own = folder / f"{arm}-{seed}"
+            for each in (own, *(own / name for name in FOLDERS)):
+                check_folder(each)
             try:
                 own.mkdir(exist_ok=True)
             except OSError as error:

@@ -79,7 +79,7 @@ class TestResume:
 
         def replace(source, target):
             if len(done) == written:
-                shutil.copy(source, source.with_name(".config.1.json"))
+                shutil.copy(source, source.with_name(f".{'0a' * 8}.tmp.json"))
                 raise KeyboardInterrupt
             done.append(real(source, target))
 

@@ -1,6 +1,7 @@
 """The folder of a run: one training at a time, and nothing outside it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from ctxenc.training import runner
+from ctxenc.__main__ import main
+from ctxenc.training import checkpoint, config, console, runner
+from ctxenc.training.bad_images import BadImages, BrokenImageError
 from ctxenc.training.console import UserError
 
 HOLDER = """
@@ -79,3 +82,108 @@ class TestOneTraining:
         with ExitStack() as held:
             assert runner.take_folder(tmp_path, None, tmp_path, held) == tmp_path
         assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+
+
+class TestNothingOutside:
+    @pytest.fixture
+    def home(self, tmp_path):
+        """What a link in a run folder leads to."""
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "file").write_text("dear")
+        return tmp_path / "home"
+
+    def test_temporary_files_are_made_through_no_link(self, tmp_path, home, monkeypatch):
+        monkeypatch.setattr("secrets.token_hex", lambda length: "0" * 2 * length)
+        (tmp_path / ".0000000000000000.tmp.txt").symlink_to(home / "file")
+        with pytest.raises(UserError, match="File exists"), config.atomic(tmp_path / "a.txt"):
+            pytest.fail("the body ran")
+        (tmp_path / ".0000000000000000.tmp.txt").unlink()
+        (tmp_path / ".0000000000000000.tmp.txt").symlink_to(home / "new")  # to nowhere yet
+        with pytest.raises(UserError, match="File exists"), config.atomic(tmp_path / "a.txt"):
+            pytest.fail("the body ran")
+        assert contents(home) == {"file": b"dear"}
+
+    def test_their_names_cannot_be_known_and_are_short(self, tmp_path):
+        seen = set()
+        for _ in range(20):
+            with config.atomic(tmp_path / f"{'x' * 240}.mask.png") as path:
+                assert runner.UNFINISHED.fullmatch(path.name)
+                seen.add(path.name)
+        assert len(seen) == 20
+        assert not any(str(os.getpid()) in name for name in seen)
+
+    def test_a_file_takes_the_place_of_a_link(self, tmp_path, home):
+        (tmp_path / "a.txt").symlink_to(home / "file")
+        with config.atomic(tmp_path / "a.txt") as path:
+            path.write_text("ours")
+        assert not (tmp_path / "a.txt").is_symlink()
+        assert contents(home) == {"file": b"dear"}
+
+    def test_the_list_of_bad_images_is_no_link(self, tmp_path, home):
+        (tmp_path / "bad_images.txt").symlink_to(home / "file")
+        with pytest.raises(UserError, match=r"cannot write .*bad_images\.txt: Too many levels of symbolic links"):
+            BadImages(tmp_path / "bad_images.txt", 9).add(BrokenImageError("broken image a.png"))
+        assert contents(home) == {"file": b"dear"}
+
+    @pytest.mark.parametrize(
+        "name", ["context-0", "context-0/checkpoints", "context-0/pictures", "context-0/tensorboard"]
+    )
+    @pytest.mark.parametrize("kind", ["link", "file"])
+    def test_folders_are_no_links(self, refused, done, tmp_path, home, name, kind):
+        run = shutil.copytree(done, tmp_path / "run")
+        shutil.rmtree(run / name, ignore_errors=True)
+        if kind == "link":
+            (run / name).symlink_to(home)
+        else:
+            (run / name).write_text("")
+        assert refused("--resume", run).endswith(f"{run / name} must be a folder, got a {kind}")
+        assert contents(home) == {"file": b"dear"}
+
+
+EVIL = "a\x1b]0;title\x07\x1b[2J\x9b31m\n\u202egpj.png"
+SHOWN = r"a\x1b]0;title\x07\x1b[2J\x9b31m\n\u202egpj.png"
+
+
+class TestNames:
+    """Names of files and classes cannot steer a terminal."""
+
+    def test_what_is_escaped(self):
+        assert console.printable(EVIL) == SHOWN
+        assert (
+            console.printable("\u96ea \u0627\u0644 caf\u00e9 \U0001f600\u200d.png")
+            == "\u96ea \u0627\u0644 caf\u00e9 \U0001f600\u200d.png"
+        )
+        assert console.text_table([EVIL], [[EVIL]]).splitlines() == [SHOWN, "-" * len(SHOWN), SHOWN]
+
+    def test_where_they_are_printed_and_written(self, tmp_path, capsys, run_folder):
+        assert main(["predict", str(run_folder), str(tmp_path / EVIL)]) == 2
+        assert capsys.readouterr().err == f"ctxenc: error: no such image, folder or glob: {tmp_path / SHOWN}\n"
+        (tmp_path / EVIL).write_text("no image")
+        image = next((run_folder.parent.parent).rglob("*.png"))
+        shutil.copy(image, tmp_path / f"{EVIL}.png")
+        for layout in ((), ("--csv",)):
+            assert (
+                main(
+                    [
+                        "predict",
+                        str(run_folder),
+                        str(tmp_path / EVIL),
+                        str(tmp_path / f"{EVIL}.png"),
+                        "--skip-broken",
+                        *layout,
+                    ]
+                )
+                == 0
+            )
+            out, err = capsys.readouterr()
+            assert f"{tmp_path / SHOWN}.png" in out
+            assert f"skipped broken image {tmp_path / SHOWN}: " in err
+            assert not console.CONTROLS.search((out + err).replace("\n", ""))
+        BadImages(tmp_path / "bad.txt", 9).add(BrokenImageError(f"broken image {EVIL}"))
+        checkpoint.write_rows(tmp_path / "rows.csv", ["name"], [{"name": EVIL}])
+        assert (tmp_path / "bad.txt").read_text() == f"broken image {SHOWN}\n"
+        assert (tmp_path / "rows.csv").read_text() == f"name\n{SHOWN}\n"

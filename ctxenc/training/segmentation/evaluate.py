@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctxenc.training.bad_images import SKIP, Intact
-from ctxenc.training.console import RUN_OF_SEGMENT, UserError, add_run_arguments, text_table
+from ctxenc.training.console import RUN_OF_SEGMENT, UserError, add_run_arguments, say, text_table
 from ctxenc.training.runner import difference
 from ctxenc.training.runs import autocast
 from ctxenc.training.segmentation.data import build_datasets, samples_of
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         (f"IoU of {name}", f"{100 * value:.2f} %")
         for name, value in zip(classes, measures["iou"].tolist(), strict=True)
     ]
-    print(f"{loaded}, on {len(samples)} validation images of {settings.data}")
+    say(f"{loaded}, on {len(samples)} validation images of {settings.data}")
     print(text_table(("measure", "value"), rows, right=("value",)))
 
 

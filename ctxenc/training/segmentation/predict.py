@@ -17,6 +17,7 @@ from ctxenc.training.console import (
     add_run_arguments,
     one_line,
     positive_int,
+    say,
 )
 from ctxenc.training.images import open_image
 from ctxenc.training.predict import find_images
@@ -86,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
         for name in PICTURES:
             with atomic(args.out / f"{path.stem}.{name}.png") as temporary:
                 pictures[name].save(temporary)
-    print(loaded)
-    print(f"{len(paths)} image{'s' if len(paths) > 1 else ''}: {args.out}/*.{{{','.join(PICTURES)}}}.png")
+    say(loaded)
+    say(f"{len(paths)} image{'s' if len(paths) > 1 else ''}: {args.out}/*.{{{','.join(PICTURES)}}}.png")
 
 
 def probabilities(network: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
