@@ -2,11 +2,13 @@
 
 import argparse
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -19,9 +21,12 @@ from ctxenc.training.bad_images import SKIP
 from ctxenc.training.config import TEMPORARY, check_folder, read_config, write_config
 from ctxenc.training.console import UserError, one_line, say
 from ctxenc.training.processes import agree, make_accelerator, same, speaks
+from ctxenc.training.settings import option_name
 from ctxenc.training.tensorboard import check_tensorboard
 
 FOLDERS = (checkpoint.FOLDER, pictures.FOLDER, tensorboard.FOLDER)  # of an arm
+# What a stored configuration does not do by itself: these read or fetch weights of others, `download` a data set.
+ASKED = ("pretrained", "initial_checkpoint", "pretrained_backbone")
 LOCK = ".lock"
 PATIENCE = 10.0  # seconds: the workers of a killed training keep its lock until they look for it, every 5 s
 UNFINISHED = re.compile(rf"\.lock|{TEMPORARY}")  # what a kill before the first configuration leaves
@@ -105,7 +110,10 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
     stored: Any = None if folder is None else read_config(folder, training.config)
     if folder is not None:
         check_format(folder, stored)
-    settings = options.resolve(chosen) if stored is None else options.resumed(stored.settings, chosen)
+    if folder is None:
+        settings = options.resolve(chosen)
+    else:
+        settings = consented(options.resumed(stored.settings, chosen), chosen, folder)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.tensorboard:
@@ -123,19 +131,19 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
     with accelerator.local_main_process_first():
         configs = training.configs(settings, datasets, stored is None)
     folder = agree(accelerator, lambda: take_folder(folder, args.out, training.runs, held))
+    agree(accelerator, lambda: write_config(folder, configs[list(configs)[-1]]))  # from here on --resume takes it
     if accelerator.is_main_process:
-        write_configs(folder, configs, settings.seed_list)
         say(f"{training.describe(settings, datasets)}; run folder {folder}")
-    accelerator.wait_for_everyone()
     try:
         for seed in settings.seed_list:
             for arm, config in configs.items():
-                trainer = training.trainer(config, settings, datasets, folder / f"{arm}-{seed}", seed)
-                trainer.fit(f"{arm}, seed {seed}")
+                own = folder / f"{arm}-{seed}"
+                agree(accelerator, partial(prepare_arm, own, config))
+                training.trainer(config, settings, datasets, own, seed).fit(f"{arm}, seed {seed}")
     except KeyboardInterrupt:
         if accelerator.is_main_process:
             print(file=sys.stderr)
-            say(f"to go on: ctxenc {training.name} --resume {folder}", sys.stderr)
+            say(f"to go on: ctxenc {training.name} --resume {folder}{asked_again(settings)}", sys.stderr)
         raise
     if accelerator.is_main_process:
         table = training.write_report(folder, configs, settings, time.perf_counter() - started)
@@ -163,6 +171,32 @@ def folder_to_resume(resume: str | None, out: Path | None, runs: Path) -> Path |
     if (folder.parent / "config.json").is_file():
         raise UserError(f"--resume: {folder} is one arm of a run: resume {folder.parent}")
     return folder
+
+
+def consented(settings: Any, chosen: Mapping[str, Any], folder: Path) -> Any:
+    """The settings of a run that is resumed, which may come from others, without what the command line must ask for.
+
+    By itself a stored configuration has its data read, its network built and trained, and its own folder written.
+
+    Raises:
+        UserError: An arm has yet to begin, from weights that the command line does not name.
+    """
+    arms = (folder / f"{arm}-{seed}" for seed in settings.seed_list for arm in settings.arm_names)
+    fresh = next((arm.name for arm in arms if not any((arm / checkpoint.FOLDER).glob("epoch-*"))), None)
+    named = [name for name in ASKED if getattr(settings, name, None) and name not in chosen]
+    if fresh and named:
+        raise UserError(f"--resume: {fresh} has yet to begin, from other weights: add{asked_again(settings)}")
+    if getattr(settings, "download", False) and "download" not in chosen:
+        return replace(settings, download=False)
+    return settings
+
+
+def asked_again(settings: Any) -> str:
+    """The options that a resumed run must be given once more, each after a space."""
+    values = {option_name(name): getattr(settings, name, None) for name in ASKED}
+    return "".join(
+        f" {name}" if value is True else f" {name} {shlex.quote(value)}" for name, value in values.items() if value
+    )
 
 
 def _age(run: Path) -> float:
@@ -243,22 +277,19 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_configs(folder: Path, configs: Mapping[str, Any], seeds: Iterable[int]) -> None:
-    """Writes the configuration of the run, and of each arm and seed into a folder of its own.
+def prepare_arm(arm: Path, config: Any) -> None:
+    """Make the folder of an arm, with its configuration.
 
-    That of the run comes first: whatever cuts this off later leaves a run that --resume takes, and that mends the rest.
+    Raises:
+        UserError: It leads out of the run, or cannot be written.
     """
-    write_config(folder, configs[list(configs)[-1]])
-    for arm, config in configs.items():
-        for seed in seeds:
-            own = folder / f"{arm}-{seed}"
-            for each in (own, *(own / name for name in FOLDERS)):
-                check_folder(each)
-            try:
-                own.mkdir(exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
-            write_config(own, config)
+    for each in (arm, *(arm / name for name in FOLDERS)):
+        check_folder(each)
+    try:
+        arm.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{arm} cannot be written: {error.strerror}") from error
+    write_config(arm, config)
 
 
 def difference(stored: Iterable[str], found: Iterable[str]) -> str:

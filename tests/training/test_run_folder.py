@@ -1,6 +1,8 @@
 """The folder of a run: one training at a time, and nothing outside it."""
 
+import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -8,11 +10,14 @@ import sys
 from contextlib import ExitStack
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from ctxenc.__main__ import main
-from ctxenc.training import checkpoint, config, console, runner
+from ctxenc.training import checkpoint, config, console, loop, runner
 from ctxenc.training.bad_images import BadImages, BrokenImageError
 from ctxenc.training.console import UserError
+from tests.training.small_runs import SEGMENT, make_pairs
 
 HOLDER = """
 import sys
@@ -187,3 +192,111 @@ class TestNames:
         checkpoint.write_rows(tmp_path / "rows.csv", ["name"], [{"name": EVIL}])
         assert (tmp_path / "bad.txt").read_text() == f"broken image {SHOWN}\n"
         assert (tmp_path / "rows.csv").read_text() == f"name\n{SHOWN}\n"
+
+
+class TestStoredConfigurations:
+    """What a configuration does by itself when its run is resumed: it may come from others."""
+
+    @pytest.fixture
+    def forged(self, done, tmp_path):
+        """A run whose last arm has yet to begin, with a configuration that asks for more."""
+
+        def forge(**settings):
+            run = shutil.copytree(done, tmp_path / "run")
+            shutil.rmtree(run / "context-1")
+            table = json.loads((run / "config.json").read_text())
+            (run / "config.json").write_text(json.dumps(table | {"settings": table["settings"] | settings}))
+            return run
+
+        return forge
+
+    @pytest.mark.parametrize(
+        ("name", "value", "option"),
+        [
+            ("pretrained", True, "--pretrained"),
+            ("initial_checkpoint", "/etc/some file", "--initial-checkpoint '/etc/some file'"),
+        ],
+    )
+    def test_weights_of_others_are_asked_for(self, forged, monkeypatch, capsys, name, value, option):
+        asked = []
+        monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: asked.append("pretrained"))
+        monkeypatch.setattr("ctxenc.training.runs.load_initial", lambda *_: asked.append("initial_checkpoint"))
+        run = forged(**{name: value})
+        assert main(["finetune", "--resume", str(run)]) == 2
+        assert capsys.readouterr().err.endswith(
+            f"--resume: context-1 has yet to begin, from other weights: add {option}\n"
+        )
+        assert not asked
+        assert main(["finetune", "--resume", str(run), *shlex.split(option)]) in (
+            0,
+            2,
+        )  # calibration may refuse six images
+        assert name in asked
+
+    def test_what_has_begun_needs_them_no_more(self, finetune, done, tmp_path):
+        run = shutil.copytree(done, tmp_path / "run")
+        table = json.loads((run / "config.json").read_text())
+        table["settings"]["initial_checkpoint"] = "/nowhere"
+        (run / "config.json").write_text(json.dumps(table))
+        assert finetune("--resume", run)[0] == 0
+
+    def test_segmentation_too(self, tmp_path, capsys):
+        arguments = [
+            "--data",
+            str(make_pairs(tmp_path / "data")),
+            *SEGMENT,
+            "--epochs",
+            "1",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+        assert main(["segment", "train", *arguments]) == 0
+        shutil.rmtree(tmp_path / "run" / "encnet-0")
+        table = json.loads((tmp_path / "run" / "config.json").read_text())
+        table["settings"]["pretrained_backbone"] = True
+        (tmp_path / "run" / "config.json").write_text(json.dumps(table))
+        assert main(["segment", "train", "--resume", str(tmp_path / "run")]) == 2
+        assert capsys.readouterr().err.endswith("has yet to begin, from other weights: add --pretrained-backbone\n")
+
+    def test_no_download(self, forged, monkeypatch, capsys, tmp_path):
+        asked = []
+        monkeypatch.setattr(
+            "urllib.request.urlopen", lambda *_, **__: asked.append(1) or (_ for _ in ()).throw(OSError)
+        )
+        run = forged(data="cifar10", data_dir=str(tmp_path), download=True)
+        assert main(["finetune", "--resume", str(run)]) == 2
+        assert "--download fetches it" in capsys.readouterr().err
+        assert not asked
+        assert main(["finetune", "--resume", str(run), "--download"]) == 2
+        assert asked
+
+    def test_arms_are_made_one_after_the_other(self, forged, finetune, monkeypatch):
+        """Not a folder for each of thousands of seeds."""
+        run, real = forged(seeds=100_000), loop.Loop.fit
+
+        def fit(made, label):
+            if made.seed == 2:
+                raise KeyboardInterrupt
+            real(made, label)
+
+        monkeypatch.setattr(loop.Loop, "fit", fit)
+        assert finetune("--resume", run)[0] == 130
+        assert sorted(each.name for each in run.iterdir() if each.is_dir()) == [
+            "context-0",
+            "context-1",
+            "se-0",
+            "se-1",
+            "se-2",
+        ]
+
+    def test_how_to_go_on_names_them(self, finetune, monkeypatch, weights_of_se, tmp_path):
+        monkeypatch.setattr(loop.Loop, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, err = finetune("--out", tmp_path / "run", "--initial-checkpoint", weights_of_se, "--init", "random")
+        assert code == 130
+        assert f"--resume {tmp_path / 'run'} --initial-checkpoint '{weights_of_se}'" in err
+
+
+@pytest.fixture
+def weights_of_se(tmp_path):
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "an se network.safetensors")
+    return tmp_path / "an se network.safetensors"
