@@ -56,17 +56,16 @@ def test_only_backward_writes_a_gradient():
 @pytest.mark.parametrize("D", [16, 512])
 def test_counts_are_what_the_launchers_hand_over(chip, dtype, channels_last, D):
     pytest.importorskip("triton")
-    from benchmarks.kernel_report import CHIPS, DTYPES, Case, launches
+    from benchmarks.compiled import DTYPES, main_launch
+    from benchmarks.gpus import GPUS
+    from benchmarks.kernel_report import Case
 
-    K = 32
-    torch_dtype = next(key for key, name in DTYPES.items() if name == dtype)
-    handed = {
-        direction: launches(Case(chip, direction, dtype, channels_last, True, D, K))[0].arguments
-        for direction in ("forward", "backward")
-    }
-    B, N = 64, 4096  # of launches()
+    K, torch_dtype = 32, DTYPES[dtype]
+    x = Case(chip, "forward", dtype, channels_last, True, D, K).x()
+    handed = {direction: main_launch(direction, x, K, GPUS[chip]).arguments for direction in ("forward", "backward")}
+    B, _, N = x.shape
     options = {"dtype": torch_dtype, "channels_last": channels_last}
-    forward, backward = encode_bytes(B, D, N, K, torch_dtype.itemsize, CHIPS[chip].target, **options)
+    forward, backward = encode_bytes(B, D, N, K, torch_dtype.itemsize, GPUS[chip].target, **options)
 
     def nbytes(direction, *names):
         return sum(handed[direction][name].nbytes for name in names)
@@ -89,13 +88,15 @@ def test_counts_are_what_the_launchers_hand_over(chip, dtype, channels_last, D):
 @pytest.mark.parametrize("D", [16, 100])
 def test_counts_of_the_projection_are_what_is_handed_over(dtype, channels_last, D):
     pytest.importorskip("triton")
-    from benchmarks.kernel_report import CHIPS, DTYPES, Case, launches
+    from benchmarks.compiled import DTYPES, main_launch
+    from benchmarks.gpus import GPUS
+    from benchmarks.kernel_report import Case
 
-    K = 16
-    torch_dtype = next(key for key, name in DTYPES.items() if name == dtype)
-    handed = launches(Case("sm_90", "project", dtype, channels_last, True, D, K))[0].arguments
-    B, N, C = 64, 4096, 16 * D  # of launches()
-    counted = project_bytes(B, C, N, D, K, CHIPS["sm_90"].target, dtype=torch_dtype, channels_last=channels_last)
+    K, torch_dtype = 16, DTYPES[dtype]
+    x = Case("sm_90", "project", dtype, channels_last, True, D, K).x()
+    handed = main_launch("project", x, K, GPUS["sm_90"]).arguments
+    B, C, N = x.shape
+    counted = project_bytes(B, C, N, D, K, GPUS["sm_90"].target, dtype=torch_dtype, channels_last=channels_last)
     assert handed["splits"] > 1
     once = ("p_x", "p_weight", "p_codewords", "p_smoothing")
     twice = ("p_operands", "p_centers", "p_bias", "p_encoding")

@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.kernel_report import CHIPS, Launch, source
+from benchmarks.compiled import Launch, source
+from benchmarks.gpus import GPUS
 from ctxenc.kernels.fused import tiles as triton_tiles
 from tests.emulated import copies, tensor_cores
 from tests.emulated.instructions import executable
@@ -29,7 +30,7 @@ _compiled: dict[tuple, tuple[str, Any]] = {}
 
 def _compile(launch: Launch, chip: str) -> tuple[str, Any]:
     """PTX and what the launcher must know besides."""
-    made, target = source(launch), CHIPS[chip]
+    made, target = source(launch), GPUS[chip]
     for parameter in launch.kernel.params:  # source() takes every tensor for aligned
         value = launch.arguments[parameter.name]
         if isinstance(value, Tensor) and value.data_ptr() % 16:
@@ -86,7 +87,7 @@ def _bind(launch: Launch, kernel: Kernel, metadata: Any) -> tuple[GlobalMemory, 
 def emulated(
     chip: str, *, late: bool = False, seed: int = 0, change: Callable[[str], str] = lambda ptx: ptx
 ) -> Iterator[list[str]]:
-    """Triton kernels that are launched inside run as compiled for a chip of benchmarks.kernel_report, on CPU tensors.
+    """Triton kernels that are launched inside run as compiled for a chip of benchmarks.gpus, on CPU tensors.
 
     Args:
         chip: "sm_80" or "sm_90".
@@ -115,7 +116,7 @@ def emulated(
                 Program(read, code, number, memory, parameters, maps, metadata.shared, draw, late).run()
         ran.append(kernel.fn.__name__)
 
-    target, before = CHIPS[chip].target, torch.are_deterministic_algorithms_enabled()
+    target, before = GPUS[chip].target, torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
     try:
         with (
