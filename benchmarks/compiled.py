@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that need not be there: a launch is made as at run time on tensors without memory, then compiled, not run."""
+"""Kernels compiled for GPUs that need not be there: a launch is made as at run time, on tensors without memory, and compiled."""
 
 import math
 import re

@@ -1,11 +1,11 @@
 """GPUs that need not be there: targets of the compiler, their limits, and the figures that estimates divide by.
 
-Sources. Multiprocessors, bandwidth, size of the L2 cache and rates of the tensor cores (dense, fp32 sums): NVIDIA's data sheets of the A100 80GB
-SXM, A40, L40, H200 and HGX B200, and the RTX Blackwell architecture paper for the RTX 5090. Registers, warps and shared memory a
-multiprocessor: the table of compute capabilities in the CUDA programming guide. L2 bandwidth: measured by the public repository
-te42kyfo/gpu-benches (gpu-l2-cache for the A100, L40 and H200, gpu-cache for the A40); for the B200 and RTX 5090 nobody's measurement was
-found, so it is that of the H200 and L40 times the ratio of multiprocessors. Latency of memory: measured there too, for an A100, an H100
-(taken for the H200 and B200) and an L40 (taken for the A40 and RTX 5090), unloaded.
+Sources. Multiprocessors, bandwidth, size of the L2 cache and rates of the tensor cores (dense, with fp32 sums): NVIDIA's data sheets of
+the A100 80GB SXM, A40, L40, H200 and HGX B200, and the paper on the RTX Blackwell architecture for the RTX 5090. Registers, warps and
+shared memory of a multiprocessor: the table of compute capabilities in the CUDA programming guide. L2 bandwidth: measured in the
+public repository te42kyfo/gpu-benches (gpu-l2-cache for the A100, L40 and H200, gpu-cache for the A40); none was found for the B200
+and the RTX 5090, so theirs is that of the H200 and the L40 times the ratio of multiprocessors. Latency of memory, unloaded: measured
+there for an A100, an H100 (taken for the H200 and B200) and an L40 (taken for the A40 and RTX 5090).
 """
 
 from typing import NamedTuple

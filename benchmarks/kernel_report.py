@@ -6,7 +6,7 @@ Every launch is made as for tensors of the given dtype, layout, alignment, K and
 time, but compiled instead of run. Columns: registers and bytes of stack a thread, shared memory, matrix instructions, loads and
 copies from global memory and how many of them take 16 bytes, instructions in all. It ends with an error if a kernel spills a
 register, takes more shared memory than the target has, multiplies without matrix instructions, or loads nothing by 16 bytes where x
-is aligned. With --report-spills a spill is told, not an error: tiles are chosen for one version of Triton, and others spill a little.
+is aligned. With --report-spills a spill is told, not an error: tiles are chosen for one version of Triton, others spill a little.
 """
 
 import argparse
