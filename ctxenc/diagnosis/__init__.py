@@ -1,1 +1,1 @@
-"""What the fused kernels do on this machine: needs timm for a model's own shapes."""
+"""Checks of the fused kernels on this machine, each in a process of its own: what `ctxenc doctor` runs."""
