@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
         print(f"written: {args.out}")
     failed = [verdict for verdict in found["verdicts"] if not verdict["serves"]]
-    if failed or found["problems"] or any(gpu["why_no_kernels"] for gpu in found["environment"]["gpus"][:1]):
+    needs = found.get("needs", {"device": "unknown", "why_no_kernels": None})
+    if failed or found["problems"] or (needs["why_no_kernels"] and needs["device"] != "meta"):
         raise SystemExit(1)
 
 
@@ -100,11 +101,9 @@ def environment_text(found: dict[str, Any]) -> str:
     platform = {"CUDA": found["cuda"], "ROCm": found["rocm"], "driver": found["driver"], "Python": found["python"]}
     lines = [", ".join([*versions, *(f"{name} {version}" for name, version in platform.items() if version)])]
     for index, gpu in enumerate(found["gpus"]):
-        reason = gpu["why_no_kernels"]
         lines.append(
             f"GPU {index}: {gpu['name']}, {gpu['capability']}, {gpu['multiprocessors']} multiprocessors,"
-            f" {gpu['memory_bytes'] / 2**30:.0f} GiB: "
-            + (f"the PyTorch path serves, since {reason}" if reason else "kernels serve once they are proved")
+            f" {gpu['memory_bytes'] / 2**30:.0f} GiB"
         )
     if not found["gpus"]:
         lines.append("no GPU that PyTorch can use: the PyTorch path serves every call")
@@ -119,6 +118,8 @@ def environment_text(found: dict[str, Any]) -> str:
 def needs_text(needs: dict[str, Any], interpret: bool) -> str:
     """What is going to be tried."""
     kinds, calls = len(needs["kinds"]), len(needs["calls"])
+    if needs["why_no_kernels"] and needs["device"] != "meta":
+        return f"the PyTorch path serves every call: {needs['why_no_kernels']}"
     if needs["device"] == "meta":
         return f"{calls} kinds of encode calls, all on the PyTorch path; --interpret checks the kernels without a GPU"
     where = "in Triton's interpreter" if interpret else "on this GPU"

@@ -110,8 +110,8 @@ def examine(request: dict[str, Any], interpret: bool, jobs: int, seconds: float)
         seconds: For a kernel.
 
     Yields:
-        What is known, by name: "mistake" of the user, with nothing after it; "environment"; "needs" (device, kinds, calls); "verdict"
-        of each kind; "times" of each call; "problem" where a process failed.
+        What is known, by name: "mistake" of the user, with nothing after it; "environment"; "needs" (device, kinds, calls);
+        "verdict" of each kind; "times" of each call; "problem" where a process failed.
     """
     with Children(interpret) as children:
         looked = children.run("look", request | {"interpret": interpret}, LOOK_SECONDS)

@@ -47,6 +47,7 @@ def look(request: Request) -> Iterator[Result]:
         request |= {"batch": INTERPRETED_BATCH}
     subjects = [_model(request, device)] if request["model"] else _blocks(request, device)
     yield {"environment": environment()}
+    reason = backends.why_not(torch.empty(1, device=device))
     kinds: dict[str, None] = {}
     calls: dict[str, Result] = {}
     for module, shape in subjects:
@@ -55,7 +56,8 @@ def look(request: Request) -> Iterator[Result]:
                 with ctxenc.use_backend("auto"), verdicts.watching() as watched, _recorded(module, calls):
                     _train_and_evaluate(module, shape, dtype, layout)
                 kinds |= dict.fromkeys(kind.to_json() for kind in watched)
-    yield {"needs": {"device": device.type, "kinds": list(kinds), "calls": list(calls.values())}}
+    needs = {"device": device.type, "why_no_kernels": reason, "kinds": list(kinds), "calls": list(calls.values())}
+    yield {"needs": needs}
 
 
 def environment() -> Result:
@@ -64,14 +66,12 @@ def environment() -> Result:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
-        reason = backends.why_not(torch.empty(1, device=f"cuda:{index}"))
         gpus.append(
             {
                 "name": properties.name,
                 "capability": getattr(properties, "gcnArchName", capability) if torch.version.hip else capability,
                 "multiprocessors": properties.multi_processor_count,
                 "memory_bytes": properties.total_memory,
-                "why_no_kernels": reason,
             }
         )
     triton_cache = Path(
