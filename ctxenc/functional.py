@@ -250,7 +250,7 @@ def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor
         return False
     if (x.shape[1], codewords.shape[1]) != (weight.shape[1], weight.shape[0]):
         return False
-    from ctxenc.kernels.fused.tiles import may_project
+    from ctxenc.kernels.fused.project import may_project
 
     return may_project(dtype, codewords.shape[1], codewords.shape[0])
 

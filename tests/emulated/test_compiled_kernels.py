@@ -28,7 +28,7 @@ from ctxenc.kernels.fused.tiles import _resident_tiles, may_be_resident
 from tests.emulated.copies import NEEDS_FENCE
 from tests.emulated.launch import emulated
 from tests.emulated.memory import KernelError
-from tests.interpreted.test_triton_encode import lay_out
+from tests.interpreted.test_encode import lay_out
 from tests.tolerance import largest_excess
 
 pytestmark = pytest.mark.slow

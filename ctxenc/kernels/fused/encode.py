@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ctxenc.kernels.fused.launch import empty_dx, encode_backward, encode_forward
-from ctxenc.kernels.fused.operands import INTERPRETED
+from ctxenc.kernels.fused.backward import empty_dx, encode_backward
+from ctxenc.kernels.fused.forward import encode_forward
+from ctxenc.kernels.fused.steps import INTERPRETED
 
 DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
 

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.fused.operands import _INTERPRETED, INTERPRETED, drop_bits
+from ctxenc.kernels.fused.steps import _INTERPRETED, INTERPRETED, drop_bits, multiple
 from ctxenc.kernels.fused.tiles import ceil_div
-from ctxenc.kernels.fused.walk import multiple
 
 # One binary for all sizes: how x and dy are aligned is in the explicit constexprs VECTOR and DY_VECTOR.
 SIZES = ["p_x", "p_logits", "p_dy", "C", "N", "tiles_c", "tiles_n", "splits"]
