@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -18,11 +19,14 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.gpus import Gpu
-from ctxenc.kernels.fused import launch, project
-from ctxenc.kernels.fused import tiles as kernel_tiles
+from ctxenc.kernels.fused import launch as launcher
+from ctxenc.kernels.fused.backward import encode_backward
+from ctxenc.kernels.fused.forward import encode_forward
+from ctxenc.kernels.fused.project import project_forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32"}  # in a signature
+FOUND = ("registers", "stack", "matrix", "loads", "loads_16_bytes", "loads_8_bytes", "instructions")  # in a binary
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -54,25 +58,28 @@ def launches(direction: str, x: Tensor, K: int, gpu: Gpu) -> list[Launch]:
     codewords, smoothing = torch.empty(K, D, device="meta"), torch.empty(K, device="meta")
     made: list[Launch] = []
 
-    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         named = dict(zip(kernel.arg_names, args, strict=False))
         named |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
         options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
-        made.append(Launch(kernel, tuple(grid), named, options))
+        launch = Launch(kernel, tuple(grid), named, options)
+        return room(launch, gpu) if warmup else made.append(launch)
 
+    launcher._slots.clear()
+    launcher.plan_of.cache_clear()
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(kernel_tiles, "target_of", return_value=gpu.target),
+        mock.patch.object(launcher, "gpu_of", return_value=gpu.target),
         mock.patch.object(torch.version, "hip", "any" if gpu.backend == "hip" else None),
     ):
         if direction == "forward":
-            launch.encode_forward(x, codewords, smoothing)
+            encode_forward(x, codewords, smoothing)
         elif direction == "project":
             weight = torch.empty(D, C, dtype=x.dtype, device="meta")
-            project._project_encode(x, weight, weight[:, 0], codewords, smoothing)
+            project_forward(x, weight, weight[:, 0], codewords, smoothing)
         else:
             grad = torch.empty(B, K, D, device="meta")
-            launch.encode_backward(grad, x, codewords, smoothing, grad[..., 0], True)
+            encode_backward(grad, x, codewords, smoothing, grad[..., 0], True)
     return made
 
 
@@ -129,6 +136,12 @@ def resources(launch: Launch, gpu: Gpu) -> Resources:
     return _resources[key]
 
 
+def room(launch: Launch, gpu: Gpu) -> Any:
+    """What a launcher asks of a kernel that it has compiled but not run, to choose the number of programs."""
+    taken = resources(launch, gpu)
+    return SimpleNamespace(run=None, n_regs=taken.registers, metadata=SimpleNamespace(shared=taken.shared))
+
+
 def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -154,9 +167,9 @@ def disassemble(cubin: bytes) -> dict[str, int]:
         "registers": registers,
         "stack": stack,
         "matrix": count(r"[A-Z]*(HGMMA|HMMA|UTC\w*MMA|QGMMA)"),
-        "tile_copies": count("UTMALDG"),
         "loads": count(r"LDG\.|LDGSTS\."),
         "loads_16_bytes": count(r"(LDG|LDGSTS)\..*128"),
+        "loads_8_bytes": count(r"(LDG|LDGSTS)\..*\b64\b"),
         "instructions": sum(operations.values()),
     }
 
@@ -172,8 +185,8 @@ def read_amdgcn(text: str) -> dict[str, int]:
         "registers": field("vgpr_count"),
         "stack": field("private_segment_fixed_size") + field("vgpr_spill_count"),
         "matrix": sum(line.startswith("v_mfma") for line in lines),
-        "tile_copies": 0,
         "loads": sum(line.startswith(("global_load", "buffer_load")) for line in lines),
         "loads_16_bytes": sum(line.endswith("load_dwordx4") for line in lines),
+        "loads_8_bytes": sum(line.endswith("load_dwordx2") for line in lines),
         "instructions": len(lines),
     }

@@ -2,11 +2,12 @@
 
     python -m benchmarks.kernel_report [--targets sm_90 ...] [--codes 16 ...] [--quick] [--report-spills] [--out PATH]
 
-Every launch is made as for tensors of the given dtype, layout, alignment, K and D, so that tiles are chosen as they are at run
-time, but compiled instead of run. Columns: registers and bytes of stack a thread, shared memory, matrix instructions, loads and
-copies from global memory and how many of them take 16 bytes, instructions in all. It ends with an error if a kernel spills a
-register, takes more shared memory than the target has, multiplies without matrix instructions, or loads nothing by 16 bytes where x
-is aligned. With --report-spills a spill is told, not an error: tiles are chosen for one version of Triton, others spill a little.
+Every kernel of a call is launched as for tensors of the given dtype, layout, alignment, K and D, so that tiles are chosen as at run
+time, but compiled instead of run. Columns: registers and bytes of stack a thread, shared memory, matrix instructions, loads from
+global memory and how many of them take 16 and 8 bytes, instructions in all. It ends with an error if a kernel does not compile,
+spills a register, takes more shared memory than the target has, multiplies without matrix instructions, or loads nothing by as many
+bytes as the rows of x are aligned to. With --report-spills a spill is told and no error: for other versions of Triton than the
+tiles' own.
 """
 
 import argparse
@@ -14,17 +15,22 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.compiled import DTYPES, compiled, disassemble, main_launch, read_amdgcn
+from benchmarks.compiled import DTYPES, FOUND, Launch, compiled, disassemble, launches, read_amdgcn
 from benchmarks.environment import describe
-from benchmarks.gpus import GPUS
-from ctxenc.kernels.fused.tiles import may_project
+from benchmarks.gpus import GPUS, Gpu
+from ctxenc.kernels.fused.project import may_project
+
+IMAGES, PIXELS = (
+    3,
+    4096,
+)  # large enough that several programs share an image, and their sums are added by a kernel of its own
 
 
 class Case(NamedTuple):
@@ -34,59 +40,80 @@ class Case(NamedTuple):
     direction: str  # of encode; "project" for the projection of 16 D channels and its encoding in one kernel
     dtype: str
     channels_last: bool
-    aligned: bool
+    align: int  # bytes at whose multiples the rows of x begin: 16, 8, or 1 for an odd number of elements
     D: int
     K: int
 
     def x(self) -> Tensor:
-        """An input without memory whose rows begin at multiples of 16 bytes, or do not."""
-        B, N, C = 64, 4096 if self.aligned else 4095, 16 * self.D if self.direction == "project" else self.D
+        """An input without memory."""
+        dtype, C = DTYPES[self.dtype], 16 * self.D if self.direction == "project" else self.D
+        beyond = {16: 0, 8: 8 // dtype.itemsize, 1: 1}[self.align]
         if not self.channels_last:
-            return torch.empty((B, C, N), dtype=DTYPES[self.dtype], device="meta")
-        pitch = C if self.aligned else C + 1
-        return torch.empty((B, N, pitch), dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)[:, :C]
+            return torch.empty((IMAGES, C, PIXELS + beyond), dtype=dtype, device="meta")
+        return torch.empty((IMAGES, PIXELS, C + beyond), dtype=dtype, device="meta").transpose(1, 2)[:, :C]
 
 
 def cases(chips: list[str], codes: list[int], quick: bool) -> list[Case]:
     """All that is reported; the quick ones leave out what differs least."""
     sizes = (64, 512) if quick else (16, 32, 64, 100, 128, 256, 512, 1024, 2048)
-    alignments = (True,) if quick else (True, False)
+    alignments = (16, 8) if quick else (16, 8, 1)
     every = product(chips, ("forward", "backward", "project"), DTYPES, (False, True), alignments, sizes, codes)
     found = [Case(*values) for values in every]
     return [case for case in found if case.direction != "project" or may_project(DTYPES[case.dtype], case.D, case.K)]
 
 
-def report(case: Case) -> dict[str, Any]:
-    """One row."""
+def report(case: Case) -> list[dict[str, Any]]:
+    """A row for each kernel of a call; those that finish it depend on D and K alone, and are reported once."""
     gpu = GPUS[case.chip]
-    launch = main_launch(case.direction, case.x(), case.K, gpu)
-    kernel = compiled(launch, gpu)
+    first = case.dtype == "bf16" and not case.channels_last and case.align == 16
+    made = launches(case.direction, case.x(), case.K, gpu)
+    return [_row(case, launch, gpu) for launch in made if first or "DOT" in launch.arguments]
+
+
+def _row(case: Case, launch: Launch, gpu: Gpu) -> dict[str, Any]:
+    a = launch.arguments
+    row = {"kernel": launch.kernel.fn.__name__} | case._asdict()
+    row |= {name: a.get(name, 0) for name in ("BLOCK_N", "BLOCK_D", "STAGES")}
+    row |= {
+        "warps": launch.options.get("num_warps", 4),
+        "vector_bytes": a.get("VECTOR", 1) * DTYPES[case.dtype].itemsize,
+    }
+    try:
+        kernel = compiled(launch, gpu)
+    except Exception as error:  # of Triton, LLVM or ptxas
+        return (
+            row
+            | dict.fromkeys(("shared", *FOUND), 0)
+            | {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
+        )
     found = disassemble(kernel.asm["cubin"]) if gpu.backend == "cuda" else read_amdgcn(kernel.asm["amdgcn"])
-    tiles = {name: launch.arguments[name] for name in ("BLOCK_N", "BLOCK_D", "STAGES")}
-    tiles |= {"warps": launch.options["num_warps"], "vector": launch.arguments["VECTOR"]}
-    return case._asdict() | tiles | {"shared": kernel.metadata.shared} | found
+    return row | {"shared": kernel.metadata.shared} | found | {"error": None}
 
 
 def faults(row: dict[str, Any], spills_allowed: bool = False) -> str | None:
     """Why a row may not be shipped."""
-    limit = GPUS[row["chip"]].shared
+    if row["error"]:
+        return f"does not compile: {row['error']}"
+    limit, width = GPUS[row["chip"]].shared, row["vector_bytes"]
+    wide_loads = row["loads_16_bytes"] + (row["loads_8_bytes"] if width == 8 else 0)
     found = {
         f"spills {row['stack']} bytes": row["stack"] > 0 and not spills_allowed,
         f"takes {row['shared']} bytes of shared memory of {limit}": row["shared"] > limit,
-        "has no matrix instruction": row["matrix"] == 0,
-        "loads nothing by 16 bytes": row["vector"] > 1 and row["loads_16_bytes"] + row["tile_copies"] == 0,
+        "has no matrix instruction": row["BLOCK_N"] > 0 and row["matrix"] == 0,
+        f"loads nothing by {width} bytes": width >= 8 and wide_loads == 0,
     }
     return ", ".join(fault for fault, there in found.items() if there) or None
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    layout = ("last" if row["channels_last"] else "first") + ("" if row["aligned"] else ", unaligned")
-    tiles = f"{row['BLOCK_N']} x {row['BLOCK_D']}, {row['warps']} warps"
-    loads = f"{row['loads_16_bytes']}/{row['loads']}" + (f" + {row['tile_copies']} tiles" if row["tile_copies"] else "")
+    layout = f"{'last' if row['channels_last'] else 'first'}, {row['align']}"
+    tiles = f"{row['BLOCK_N']} x {row['BLOCK_D']}, {row['warps']} warps" if row["BLOCK_N"] else ""
+    loads = f"{row['loads']} {row['loads_16_bytes']} {row['loads_8_bytes']}"
     return (
-        f"{row['chip']:<7} {row['direction']:<9} {row['dtype']:<5} {layout:<17} {row['D']:>5} {row['K']:>3}  {tiles:<19}"
-        f" {row['registers']:>4} {row['stack']:>5} {row['shared']:>7} {row['matrix']:>6} {loads:>15} {row['instructions']:>6}"
+        f"{row['chip']:<7} {row['kernel']:<21} {row['direction']:<8} {row['dtype']:<5} {layout:<9} {row['D']:>5} {row['K']:>3} "
+        f" {tiles:<17} {row['registers']:>4} {row['stack']:>5} {row['shared']:>7} {row['matrix']:>6} {loads:>10}"
+        f" {row['instructions']:>6}"
     )
 
 
@@ -116,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--codes", nargs="+", type=int, default=[16, 32, 64], help="K")
-    parser.add_argument("--quick", action="store_true", help="D 64 and 512, aligned")
+    parser.add_argument("--quick", action="store_true", help="D 64 and 512, aligned to 16 and 8 bytes")
     parser.add_argument(
         "--report-spills", action="store_true", help="no error for a spill: for other versions of Triton"
     )
@@ -124,12 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernel_report.json")
     args = parser.parse_args(arguments)
     print(
-        f"{'target':<7} {'kernel':<9} {'dtype':<5} {'channels':<17} {'D':>5} {'K':>3}  {'tile':<19} {'regs':>4} {'stack':>5}"
-        f" {'shared':>7} {'matrix':>6} {'16-byte loads':>15} {'instr.':>6}"
+        f"{'target':<7} {'kernel':<21} {'of':<8} {'dtype':<5} {'channels':<9} {'D':>5} {'K':>3}  {'tile':<17} {'regs':>4}"
+        f" {'stack':>5} {'shared':>7} {'matrix':>6} {'loads 16 8':>10} {'instr.':>6}"
     )
     rows, wrong = [], []
     with ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(report, cases(args.targets, args.codes, args.quick)):
+        for row in chain.from_iterable(pool.map(report, cases(args.targets, args.codes, args.quick))):
             rows.append(row)
             print(line(row), flush=True)
             if fault := faults(row, args.report_spills):
