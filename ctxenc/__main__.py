@@ -17,11 +17,11 @@ class Command(NamedTuple):
 
     summary: str
     extra: str
+    room: str = "training"
 
-    @staticmethod
-    def module(name: str) -> Any:
+    def module(self, name: str) -> Any:
         """The module that runs the command: it has add_arguments(parser) and run(args)."""
-        return importlib.import_module(f"ctxenc.training.{name}")
+        return importlib.import_module(f"ctxenc.{self.room}.{name}")
 
 
 COMMANDS = {
@@ -33,6 +33,7 @@ COMMANDS = {
     "look": Command("picture which codeword owns which pixel, the use of the codewords, and the gates", "train"),
     "convert": Command("turn PyTorch-Encoding's or mmsegmentation's EncNet into a safetensors file of ours", "train"),
     "inspect": Command("list the SE blocks of a model, with parameters before and after a swap", "train"),
+    "doctor": Command("check the fused kernels on this machine, and time them", "timm", "commands"),
 }
 
 

@@ -163,12 +163,12 @@ def finish_bwd_kernel(
         store_rounded(p_dcodewords + o, tl.sum(total, 0), o < K * D)
     else:
         o_k = tl.arange(0, BLOCK_K)
-        total = tl.zeros((ROWS, BLOCK_K), tl.float32)
+        smoothing = tl.zeros((ROWS, BLOCK_K), tl.float32)
         for first in range(0, smoothing_rows, ROWS):
             row = (first + o_row).to(tl.int64)[:, None]
             m = (o_k < K)[None, :] & (row < smoothing_rows)
-            total += tl.load(p_smoothing_rows + row * smoothing_row + o_k[None, :], mask=m, other=0.0)
-        dsmoothing = tl.sum(total, 0)
+            smoothing += tl.load(p_smoothing_rows + row * smoothing_row + o_k[None, :], mask=m, other=0.0)
+        dsmoothing = tl.sum(smoothing, 0)
         if SHARED:
             store_rounded(p_dsmoothing + o_k, tl.sum(dsmoothing, 0) + o_k * 0.0, o_k < 1)
         else:

@@ -1,0 +1,171 @@
+"""Which backend serves a call: what "auto" means, and why the fused kernels cannot run.
+
+"auto" takes the fused kernels on a GPU wherever nothing is lost by them. Inside the operators a kernel then serves once it has proved
+itself (verdicts.py).
+"""
+
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+BACKENDS = ("auto", "torch", "triton")
+MAX_CHANNELS, MAX_CODES = 4096, 256  # of the fused kernels
+PLAIN = (Tensor, Parameter)  # a subclass may give an operator another meaning, as DTensor does
+GPUS: tuple[str, ...] = ("cuda",)  # device types, ROCm's among them; tests in the interpreter add "cpu"
+
+
+class BackendInfo(NamedTuple):
+    """The backend that serves, and why."""
+
+    backend: str
+    reason: str
+
+
+def checked(backend: str, source: str) -> str:
+    """The backend's name.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+DEFAULT = checked(os.environ.get("CTXENC_BACKEND") or "auto", "the environment variable CTXENC_BACKEND")
+
+
+class _Mirror(threading.local):
+    """The preference for torch.compile, which guards on attributes; before torch 2.13 it cannot read context variables."""
+
+    def __init__(self) -> None:
+        self.backend = DEFAULT
+
+
+_preferred: ContextVar[str] = ContextVar("ctxenc_backend", default=DEFAULT)
+_mirror = _Mirror()
+
+
+def preferred() -> str:
+    """What "auto" means at present."""
+    return _mirror.backend if torch.compiler.is_compiling() else _preferred.get()
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Set what backend="auto" means inside the with block, in this thread (or asyncio task).
+
+    Args:
+        backend: "torch", "triton", or "auto" for the choice by device and dtype.
+
+    Raises:
+        ValueError: backend is none of these.
+    """
+    token = _preferred.set(checked(backend, "use_backend: backend"))
+    before, _mirror.backend = _mirror.backend, backend
+    try:
+        yield
+    finally:
+        _mirror.backend = before
+        _preferred.reset(token)
+
+
+def makes_saved_graph() -> bool:
+    """Whether torch.jit.trace or torch.export runs. In torch 2.8 to 2.11 is_exporting() is true under torch.compile too."""
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform or a level of forward-mode AD is active, which see only PyTorch's own operations."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@torch.compiler.assume_constant_result
+def _is_transformed_in_graph() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@cache
+def _why_no_gpu(index: int) -> str | None:
+    """The reason why no kernel can run on this GPU (-1: a CPU, in the interpreter), None where they can. Tells of broken ones once."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if index >= 0 and not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or higher"
+    try:
+        triton = importlib.import_module("triton")
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
+            return "it needs Triton 3.5 or higher, which comes with torch 2.9"
+        if index >= 0:
+            importlib.import_module("triton.runtime").driver.active.get_current_target()  # needs a C compiler once
+        importlib.import_module("ctxenc.kernels.fused.encode")
+    except Exception as error:
+        reason = f"Triton does not work here: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        warnings.warn(f"ctxenc: the PyTorch path serves, for {reason}", RuntimeWarning, stacklevel=3)
+        return reason
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _why_no_gpu_in_graph(index: int) -> str | None:
+    return _why_no_gpu(index)
+
+
+def why_not(x: Tensor, *others: Tensor) -> str | None:
+    """The reason why the fused kernels cannot serve these tensors, None where they can."""
+    if not x.is_cuda and x.device.type not in GPUS and not (os.environ.get("TRITON_INTERPRET") == "1" and x.is_cpu):
+        return f"x is on {x.device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment)"
+    if makes_saved_graph():
+        return "a graph for export takes the PyTorch path"
+    compiling = torch.compiler.is_compiling()
+    if _is_transformed_in_graph() or forward_ad._current_level >= 0 if compiling else is_transformed():
+        return "inside torch.func transforms and forward-mode AD only the PyTorch path runs"
+    for tensor in (x, *others):
+        if type(tensor) not in PLAIN:
+            return f"{type(tensor).__name__} takes the PyTorch path"
+        if tensor.dtype == torch.float64:
+            return "float64 has only the PyTorch path"
+    index = x.device.index if x.is_cuda else -1
+    return _why_no_gpu_in_graph(index) if compiling else _why_no_gpu(index)
+
+
+def why_not_encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | None:
+    """The same for an encode, whose sizes have limits."""
+    if codewords.shape[1] > MAX_CHANNELS or codewords.shape[0] > MAX_CODES:
+        return f"it takes {MAX_CHANNELS} channels and {MAX_CODES} codewords at most, got codewords {tuple(codewords.shape)}"
+    return why_not(x, codewords, smoothing)
+
+
+def takes_kernels(name: str, backend: str, x: Tensor, why: Any, *arguments: Any) -> tuple[bool, bool]:
+    """Whether the fused kernels serve a call, and whether they were asked for by name.
+
+    Args:
+        name: of the caller, for errors.
+        backend: as it was given.
+        x: the features.
+        why: called with x and the arguments, gives the reason why the kernels cannot, or None.
+        arguments: the rest of them.
+
+    Raises:
+        RuntimeError: they were asked for by name and cannot run.
+    """
+    if backend == "auto":
+        backend = preferred()
+    if backend == "torch" or (backend == "auto" and x.device.type not in GPUS):
+        return False, False
+    reason = why(x, *arguments)
+    if reason and backend == "triton":
+        raise RuntimeError(f'{name}: backend="triton" cannot run: {reason}')
+    return reason is None, backend == "triton"

@@ -1,0 +1,129 @@
+"""Where verdicts are kept: one JSON file a kind of kernel and version, under `$CTXENC_CACHE_DIR`, else `~/.cache/ctxenc`.
+
+While a kernel is tried, a marker file lies beside its record. A marker whose process has ended means that the kernel took the process
+with it. Files appear whole or not at all; what cannot be read counts as absent, and what cannot be written is left out.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import socket
+import tempfile
+import time
+import uuid
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PATIENCE = (
+    600  # seconds after which the marker of another machine counts as left behind: its processes cannot be looked at
+)
+
+
+def directory() -> Path:
+    """The folder of all records.
+
+    Raises:
+        OSError: there is no home directory.
+    """
+    root = os.path.expanduser(os.environ.get("CTXENC_CACHE_DIR") or "~/.cache/ctxenc")
+    if root.startswith("~"):
+        raise OSError("there is no home directory")
+    return Path(root) / "verdicts"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions that a verdict counts for, and a hash of the kernels' sources."""
+    files = sorted((Path(__file__).parent / "fused").glob("*.py"))
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return {"torch": torch.__version__, "triton": importlib.import_module("triton").__version__, "sources": sources}
+
+
+def stem(key: dict[str, Any]) -> str:
+    """The name, without suffix, of the record of a key."""
+    return f"{key['operator']}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
+
+
+def path_of(key: dict[str, Any]) -> Path:
+    """The file of the record of a key."""
+    return directory() / f"{stem(key)}.json"
+
+
+def existing(key: dict[str, Any]) -> Path | None:
+    """The file of a record, None where there is none."""
+    return path_of(key) if read(key) else None
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is none, or something else."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    ours = isinstance(record, dict) and isinstance(record.get("serves"), bool) and isinstance(record.get("reason"), str)
+    return record if ours else None
+
+
+def read(key: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of exactly this key."""
+    try:
+        record = load(path_of(key))
+    except OSError:
+        return None
+    return record if record and all(record.get(name) == value for name, value in key.items()) else None
+
+
+def write(name: str, content: dict[str, Any]) -> Path | None:
+    """The file written, None where it cannot be."""
+    try:
+        directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=directory(), suffix=".tmp", delete=False) as file:
+            json.dump(content, file)
+        os.replace(file.name, directory() / name)
+    except OSError:
+        return None
+    return directory() / name
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine started, in ticks since boot; empty where it has ended or nothing tells."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _here() -> list[str]:
+    """This machine since it was booted."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
+
+
+def mark(key: dict[str, Any]) -> Path | None:
+    """A marker of this process: a kernel is about to be tried."""
+    owner = {"machine": _here(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return write(f"{stem(key)}.{uuid.uuid4().hex}.pending", owner)
+
+
+def left_behind(key: dict[str, Any]) -> list[Path]:
+    """Markers of processes that have ended."""
+    try:
+        return [path for path in directory().glob(f"{stem(key)}.*.pending") if _has_ended(path)]
+    except OSError:
+        return []
+
+
+def _has_ended(marker: Path) -> bool:
+    try:
+        owner, age = json.loads(marker.read_bytes()), time.time() - marker.stat().st_mtime
+        (host, boot), pid, started = owner["machine"], int(owner["pid"]), str(owner["started"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # no marker of ours
+    here = _here()
+    if [host, boot] == here and started:
+        return _started(pid) != started
+    return (host == here[0] and boot != here[1]) or age > PATIENCE
