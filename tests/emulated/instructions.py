@@ -96,6 +96,14 @@ def _binary(instruction: Instruction, _: Kernel) -> Execute:
     if instruction.type == "pred":
         return lambda warp: warp.write(result, compute(warp.predicate(a), warp.predicate(b)), mask(warp))
     type_ = bits(instruction.type)
+    if "hi" in instruction.parts:
+        wide, kind = TYPES[WIDER[instruction.type]], instruction.type
+
+        def high(warp: Warp) -> None:
+            product = warp.read(a, kind).astype(wide) * warp.read(b, kind).astype(wide)
+            warp.write(result, (product >> wide(32)).astype(TYPES[kind]), mask(warp))
+
+        return high
     if type_ == "f32":  # of a number and NaN both give the number
         compute = {"min": np.fmin, "max": np.fmax}.get(instruction.parts[0], compute)
     return lambda warp: warp.write(result, compute(warp.read(a, type_), warp.read(b, type_)), mask(warp))
