@@ -36,7 +36,7 @@ from ctxenc.kernels.fused import project as triton_project
 from ctxenc.kernels.fused import tiles as triton_tiles
 from ctxenc.kernels.fused.tiles import Target, may_project
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
