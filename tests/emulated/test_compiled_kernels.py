@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ctxenc.kernels import reference
 from ctxenc.kernels.fused import gate as triton_gate
+from ctxenc.kernels.fused import pool as fused_pool
 from ctxenc.kernels.fused import project as triton_project
 from ctxenc.kernels.fused.backward import encode_backward
 from ctxenc.kernels.fused.forward import encode_forward
@@ -117,7 +118,11 @@ def test_projection(chip, dtype, layout):
 
 @pytest.mark.parametrize("dy_layout", ["channels_first", "channels_last"])
 @each_layout
-@pytest.mark.parametrize(("dtype", "shape"), [(torch.bfloat16, (2, 72, 296)), (torch.float32, (1, 30, 49))], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.bfloat16, (2, 72, 296)), (torch.bfloat16, (2, 40, 49)), (torch.float32, (1, 30, 49))],
+    ids=str,
+)
 @each_chip
 def test_gate(chip, dtype, shape, layout, dy_layout):
     generator = torch.Generator().manual_seed(0)
@@ -131,6 +136,24 @@ def test_gate(chip, dtype, shape, layout, dy_layout):
     for result, value in zip(got, exact, strict=True):
         assert result.dtype == dtype
         assert (result - value).abs().max() <= max(torch.finfo(dtype).eps, 5e-7) * value.abs().max()
+
+
+@pytest.mark.parametrize(("training", "momentum"), [(True, 0.1), (True, None), (False, 0.1)])
+@pytest.mark.parametrize(("K", "C"), [(5, 24), (16, 16)])
+@each_chip
+def test_pool(chip, K, C, training, momentum, monkeypatch):
+    monkeypatch.setattr(fused_pool, "BLOCK", 128)
+    monkeypatch.setattr(fused_pool, "PARTS", 2)
+    encoding, norm, dfeatures = fused_pool.example_problem(K, C, training, "cpu", images=30)
+    norm.momentum = momentum
+    exact = fused_pool.example_results(encoding, norm, dfeatures, torch.float64)
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    with emulated(chip):
+        features, statistics = fused_pool._forward(encoding, norm, torch.float32)
+        grads = fused_pool._backward(dfeatures, encoding, weight, bias, statistics, training)
+    for got, value in zip((features, *grads, norm.running_mean, norm.running_var), exact, strict=True):
+        assert (got - value).abs().max() <= 8 * torch.finfo(torch.float32).eps * value.abs().max()
+    assert norm.num_batches_tracked == training
 
 
 # What the emulator is to find
