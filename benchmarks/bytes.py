@@ -7,6 +7,7 @@ One thing is taken to come from the L1 caches: codewords that a program has read
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from benchmarks.compiled import Launch
@@ -179,3 +180,24 @@ def traffic(launches: Sequence[Launch], l2_bytes: float) -> list[Traffic]:
 
 def _tensors(launch: Launch) -> list[Tensor]:
     return [argument for argument in launch.arguments.values() if isinstance(argument, Tensor)]
+
+
+def gate_bytes(B: int, C: int, N: int, itemsize: int) -> tuple[int, int]:
+    """Counts the bytes that the gate moves, channels first, with logits of the same itemsize.
+
+    Args:
+        B: Images.
+        C: Channels.
+        N: Pixels of an image.
+        itemsize: Bytes of an element of x.
+
+    Returns:
+        Bytes of forward (x, y, logits) and of backward (x, dy, dx, logits, dlogits, and sums where programs share the pixels).
+    """
+    from ctxenc.kernels.fused import gate  # not at the top: Triton need not be there
+
+    x = torch.empty((B, C, N), dtype=torch.float32 if itemsize == 4 else torch.bfloat16, device="meta")
+    tiles_c, tiles_n, constants = gate._plan(x, x, last=False)
+    splits, _ = gate._cut(B * tiles_c, tiles_n, constants["BLOCK_N"])
+    logits, partial = B * C * itemsize, 4 * B * C * splits if splits > 1 else 0
+    return 2 * x.nbytes + logits, 3 * x.nbytes + 2 * logits + 2 * partial

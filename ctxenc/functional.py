@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctxenc.kernels import torch_encode
 
@@ -231,6 +231,34 @@ def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     from ctxenc.kernels.fused import gate as triton_gate
 
     return triton_gate.gate(x.flatten(2), logits, residual).unflatten(2, x.shape[2:])
+
+
+def fuses_pool(encoding: Tensor, norm: nn.Module) -> bool:
+    """Whether fused_pool takes the place of norm, ReLU and mean: where Triton is in force, and the norm is BatchNorm in plain fp32.
+
+    All else is left to the plain expression: what torch.compile compiles, for it fuses that, and what a dispatch mode watches or
+    traces, for it would not see a kernel.
+    """
+    if not _wants_triton("auto", "pool") or torch.compiler.is_compiling() or _why_no_kernels(encoding):
+        return False
+    if torch._C._len_torch_dispatch_stack() or type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
+        return False
+    if encoding.dim() != 3 or encoding.shape[1] > MAX_CODES or not encoding.numel():
+        return False
+    tensors: tuple[Any, ...] = (encoding, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 for tensor in tensors)
+    if not plain or type(norm.num_batches_tracked) is not Tensor:
+        return False
+    together = all(tensor.device == encoding.device for tensor in (*tensors, norm.num_batches_tracked))
+    return together and all(tensor.is_contiguous() for tensor in tensors)
+
+
+@torch.jit.unused
+def fused_pool(encoding: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
+    """Mean over the codewords of relu(norm(encoding)), of an encoding (B, K, C): (B, C) in the given dtype."""
+    from ctxenc.kernels.fused.pool import pool
+
+    return pool(encoding, norm, dtype)
 
 
 def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> bool:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ctxenc.training.console import UserError
+from ctxenc.training.console import UserError, printable
 
 FAIL, SKIP = "fail", "skip"
 CHOICES = (FAIL, SKIP)
 FILE = "bad_images.txt"
 SHARE = 0.1  # of all images: where more are broken, it is not the images
 HANDFUL = 8  # broken ones that a small set may have all the same
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 TRIES = 16  # substitutes that may be broken themselves
 
 
@@ -43,11 +44,11 @@ class BadImages:
         Raises:
             UserError: There are too many, or the file cannot be written.
         """
-        line = os.fsencode(str(error).replace("\n", "\\n"))
+        line = printable(error).encode()
         if line in self.known:
             return
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666)
             with open(descriptor, "r+b", buffering=0) as file:
                 self.known = set(file.read().splitlines())
                 if line not in self.known:

@@ -20,8 +20,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from ctxenc.integrations.state_dicts import read_pickle
 from ctxenc.training import codebooks
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, one_line, printable, say
 from ctxenc.training.durable import damage, keep_newest, write_folder
 from ctxenc.training.processes import agree
 from ctxenc.training.rng import rng_state, set_rng_state
@@ -33,7 +34,6 @@ COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
 PREDICTIONS = ("name", "target", "prediction", "loss", "index")
 SPEED = "images_per_s"
 FOLDER = "checkpoints"
-TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 @dataclass
@@ -116,7 +116,7 @@ def newest_state(accelerator: Accelerator, arm: Path) -> Path | None:
         for state in sorted((arm / FOLDER).glob("epoch-*"), reverse=True):
             if not (problem := damage(state)):
                 for each in problems:
-                    print(f"damaged checkpoint {each}; going on from {state.name}", flush=True)
+                    say(f"damaged checkpoint {each}; going on from {state.name}")
                 return state
             problems.append(f"{state}: {problem}")
         if problems:
@@ -191,11 +191,11 @@ def load_state(
     try:
         for name, network in state.networks.items():
             network.load_state_dict(safetensors.torch.load_file(folder / f"{name}.safetensors"))
-        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = read_pickle(folder / "optimizer.pt")
         state.optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler is not None and saved["scaler"] is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
-        processes = torch.load(folder / "processes.pt", map_location="cpu", weights_only=True)
+        processes = read_pickle(folder / "processes.pt")
         table = json.loads((folder / "progress.json").read_bytes())
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:
@@ -253,8 +253,9 @@ def _publish_rows(arm: Path, progress: Progress, predicted: Sequence[str]) -> No
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a CSV file with a header, whole or not at all. File names in it may be no text; they stay as they are."""
-    with atomic(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
+    """Writes a CSV file with a header, whole or not at all; texts in it are made printable."""
+    rows = [{name: printable(each) if isinstance(each, str) else each for name, each in row.items()} for row in rows]
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -277,7 +278,7 @@ def read_results(arm: Path) -> list[Row]:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """Reads the predictions.csv of a classification: name, target, prediction, loss and index of each validation sample."""
-    with open(path, newline="", **TEXT) as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     kinds = (str, int, int, float, int)
     return [tuple(kind(row[name]) for kind, name in zip(kinds, PREDICTIONS, strict=True)) for row in rows]

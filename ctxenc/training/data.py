@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import BrokenImageError, check_share
 from ctxenc.training.console import UserError, one_line
+from ctxenc.training.files import both, nfc, subfolder, unused, walk
 from ctxenc.training.images import open_image
 from ctxenc.training.settings import PHOTOGRAPHS, Settings
 
@@ -30,7 +31,7 @@ IMAGENET = "imagenet"
 VERIFIED_UP_TO = 2000  # images: about ten seconds of decoding; a larger set fails at the broken image
 LEFT_OUT = -1  # in the place of a target: counts nowhere
 TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation", "eval", "test")
+VAL_NAMES = ("val", "valid", "validation", "dev", "eval", "test", "testing")  # the first that is there is taken
 
 
 class Source(Protocol):
@@ -64,6 +65,7 @@ class FolderSource:
     def __init__(self, folder: Path, class_to_index: dict[str, int] | None = None) -> None:
         if not folder.is_dir():
             raise UserError(f"no image folder at {folder}")
+        self.folder = folder
         images = class_images(folder)
         self.class_to_index = class_to_index or {
             name: index for index, name in enumerate(sorted(images, key=natural_key))
@@ -96,23 +98,18 @@ def class_images(folder: Path) -> dict[str, list[str]]:
         UserError: There are none, one lies in no class folder, a class folder holds none, or two have one name.
         OSError: A folder cannot be read.
     """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
     images: dict[str, list[str]] = {}
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders.sort()
-        name = os.path.basename(root)
-        found = [os.path.join(root, file) for file in sorted(files) if Path(file).suffix.lower() in IMG_EXTENSIONS]
+    for root, folders, files in walk(folder):
+        name = nfc(os.path.basename(root))
+        found = [os.path.join(root, file) for file in files]
         if root == str(folder):
             if found:
                 raise UserError(f"{found[0]} lies in no class folder: {folder} must hold one folder a class")
         elif found:
             if name in images:
-                raise UserError(f"two folders of the class {name}: {os.path.dirname(images[name][0])} and {root}")
+                raise UserError(f"two folders of the class {name}: {both(os.path.dirname(images[name][0]), root)}")
             images[name] = found
-        elif not folders and not name.startswith("."):  # .ipynb_checkpoints and the like are no classes
+        elif not folders:
             raise UserError(f"the class folder {root} holds no images ({', '.join(IMG_EXTENSIONS)})")
     if not images:
         raise UserError(f"{folder} holds no images in class folders")
@@ -200,10 +197,11 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a fine-tuning needs: both sources over the same classes."""
+    """What a fine-tuning needs: both sources over the same classes, and the folders of the data that are in neither."""
 
     train: Source
     val: Source
+    unused: Sequence[str] = field(default=(), kw_only=True)
 
     @property
     def classes(self) -> list[str]:
@@ -266,30 +264,27 @@ def validation_source(settings: Settings, classes: Sequence[str], data: str | No
             raise UserError(f"the classes of --data {settings.data} are no longer those that the run was trained on")
         return source
     folder = Path(data)
-    return FolderSource(_split_folder(folder, VAL_NAMES) or folder, {name: i for i, name in enumerate(classes)})
+    return FolderSource(subfolder(folder, *VAL_NAMES) or folder, {name: i for i, name in enumerate(classes)})
 
 
 def _folder_of(settings: Settings) -> Path:
     if settings.data != IMAGENET:
         return Path(settings.data)
     folder = Path(settings.data_dir)
-    if not folder.is_dir() or not (_split_folder(folder, TRAIN_NAMES) and _split_folder(folder, VAL_NAMES)):
+    if not (subfolder(folder, *TRAIN_NAMES) and subfolder(folder, *VAL_NAMES)):
         raise UserError(f"--data imagenet needs a --data-dir with folders train and val, got {folder}")
     return folder
 
 
 def _folder_datasets(folder: Path, settings: Settings) -> Datasets:
-    train_folder, val_folder = _split_folder(folder, TRAIN_NAMES), _split_folder(folder, VAL_NAMES)
+    train_folder, val_folder = subfolder(folder, *TRAIN_NAMES), subfolder(folder, *VAL_NAMES)
     if train_folder and val_folder:
         train = FolderSource(train_folder)
-        return Datasets(train, FolderSource(val_folder, train.class_to_index))
+        val = FolderSource(val_folder, train.class_to_index)
+        return Datasets(train, val, unused=unused(folder, train_folder, val_folder))
     whole = FolderSource(train_folder or folder)
     train_indices, val_indices = stratified_split(whole, settings.val_fraction, settings.seed)
-    return Datasets(Subset(whole, train_indices), Subset(whole, val_indices))
-
-
-def _split_folder(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+    return Datasets(Subset(whole, train_indices), Subset(whole, val_indices), unused=unused(folder, train_folder))
 
 
 def stratified_split(source: Source, fraction: float, seed: int) -> tuple[list[int], list[int]]:

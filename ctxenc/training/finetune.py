@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
@@ -12,7 +13,7 @@ from torch import nn
 
 from ctxenc.training import runner
 from ctxenc.training import settings as options
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, counted, listed, one_line
 from ctxenc.training.data import Datasets, build_datasets, train_transform, verify
 from ctxenc.training.loop import make_optimizer
 from ctxenc.training.report import write_report
@@ -91,7 +92,12 @@ def describe(settings: Settings, datasets: Datasets) -> str:
     """What is trained on, in a line."""
     kind = ("crops an epoch", "test tiles") if settings.data == PHOTOGRAPHS else ("images", "validation images")
     train, val = len(datasets.train.targets), len(datasets.val.targets)
-    return f"{settings.data}: {len(datasets.classes)} classes, {train:,} training {kind[0]}, {val:,} {kind[1]}"
+    counts = np.bincount(datasets.train.targets, minlength=len(datasets.classes)).tolist()
+    left = f"; left unused: {listed(datasets.unused)}" if datasets.unused else ""
+    return (
+        f"{settings.data}: {len(datasets.classes)} classes, {train:,} training {kind[0]} ({counted(datasets.classes, counts)}),"
+        f" {val:,} {kind[1]}{left}"
+    )
 
 
 TRAINING = runner.Training(

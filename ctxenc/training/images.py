@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ctxenc.training.bad_images import BrokenImageError
 from ctxenc.training.console import UserError, one_line
@@ -43,7 +44,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 def open_image(path: str | Path) -> Image.Image:
     """The image at ``path``, decoded, as RGB: 16 bits a channel become their upper 8, transparency is left out.
 
-    It is not turned as its EXIF orientation says, as timm and torchvision do not turn it.
+    It is not turned as its EXIF orientation says, as timm and torchvision do not turn it; see ``orientation``.
 
     Raises:
         BrokenImageError: It is no image, is damaged, or has 32 bits a channel, whose white is not known; the text holds the path.
@@ -51,3 +52,13 @@ def open_image(path: str | Path) -> Image.Image:
     """
     with opened(path) as image:
         return as_rgb(image)
+
+
+def orientation(path: str | Path) -> int:
+    """Return the EXIF orientation of the image at `path`: 1, or 2 to 8 where a viewer mirrors or turns it; 1 for a broken image."""
+    try:
+        with opened(path) as image:
+            number: Any = image.getexif().get(ExifTags.Base.Orientation)
+    except BrokenImageError:
+        return 1
+    return number if number in range(1, 9) else 1

@@ -36,7 +36,7 @@ from ctxenc.training.checkpoint import (
     save_state,
 )
 from ctxenc.training.codebooks import codebook_health, draw_codebooks
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, one_line, say
 from ctxenc.training.nonfinite import Before, first_nonfinite, nonfinite_gradients
 from ctxenc.training.processes import make_accelerator
 from ctxenc.training.runs import SCORE
@@ -341,10 +341,7 @@ class Loop(ABC):
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()  # it takes the next gradient only then
             if self.accelerator.is_main_process:
-                print(
-                    f"{text}; left out, {progress.skipped} of {self.settings.skip_nonfinite} that may be",
-                    file=sys.stderr,
-                )
+                say(f"{text}; left out, {progress.skipped} of {self.settings.skip_nonfinite} that may be", sys.stderr)
             return
         self.before.restore()
         if broken_loss:

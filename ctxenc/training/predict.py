@@ -11,13 +11,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, positive_int, text_table
+from ctxenc.training.console import (
+    UserError,
+    add_device_arguments,
+    add_run_arguments,
+    positive_int,
+    printable,
+    say,
+    text_table,
+)
 from ctxenc.training.data import eval_transform
+from ctxenc.training.files import LEFT_BEHIND, images_below
 from ctxenc.training.images import open_image
-from ctxenc.training.runs import LoadedRun, autocast, load_run
+from ctxenc.training.runs import RunConfig, autocast
+from ctxenc.training.trained import LoadedRun, load_run
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what the model makes of the images, once all of them are done."""
     paths = find_images(args.images)
-    loaded = load_run(args.run_folder, args.checkpoint, args.device)
+    loaded = load_run(args.run_folder, args.checkpoint, args.device, RunConfig)
     predictions = predict(loaded, paths, args.top_k, args.batch_size, args.amp, args.skip_broken)
+    say(loaded, sys.stderr)
     if args.json:
         print(json.dumps([_as_json(each) for each in predictions], indent=2))
         return
     rows = [
-        (each.image, str(rank), name, f"{probability:.4f}")
+        (printable(each.image), str(rank), printable(name), f"{probability:.4f}")
         for each in predictions
         for rank, (name, probability) in enumerate(zip(each.classes, each.probabilities, strict=True), 1)
     ]
@@ -83,12 +93,13 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         if not found:
             raise UserError(f"no such image, folder or glob: {argument}")
         for each in found:
+            met = set(each.parts) - set(path.parts)  # by a glob; one of a shell gives names, too
+            if not LEFT_BEHIND.isdisjoint(part.lower() for part in (*met, each.name)):
+                continue
             if not each.is_dir():
                 paths.append(each)
                 continue
-            inside = sorted(
-                file for file in each.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
-            )
+            inside = images_below(each)
             if not inside and len(found) == 1:
                 raise UserError(f"no images in the folder {each}")
             paths.extend(inside)
@@ -124,7 +135,7 @@ def predict(
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             predictions.append(Prediction(name, [config.classes[index] for index in indices], values))
     for error in broken or ():
-        print(f"ctxenc: skipped {error}", file=sys.stderr)
+        say(f"ctxenc: skipped {error}", sys.stderr)
     if not predictions:
         raise UserError(f"all {len(paths)} images are broken")
     return predictions

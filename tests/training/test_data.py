@@ -10,7 +10,7 @@ from timm.data import create_dataset
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ctxenc.training import data
+from ctxenc.training import data, finetune
 from ctxenc.training.console import UserError
 from ctxenc.training.predict import find_images
 from ctxenc.training.settings import Settings, resolve
@@ -115,6 +115,39 @@ class TestFolders:
         make_folder(tmp_path / "set" / "train", {"a": 4, "b": 4})
         datasets = data.build_datasets(Settings(data=str(tmp_path / "set"), val_fraction=0.25))
         assert (datasets.classes, len(datasets.val.targets)) == (["a", "b"], 2)
+
+    @pytest.mark.parametrize(
+        ("train", "val"),
+        [
+            *(("train", "val"), ("Train", "Validation"), ("TRAIN", "VALID"), ("train", "Val"), ("train", "dev")),
+            *(("Training", "Testing"), ("training", "Eval"), ("train", "test")),
+        ],
+    )
+    def test_names_of_splits(self, tmp_path, train, val):
+        make_folder(tmp_path / train, {"a": 4, "b": 4})
+        make_folder(tmp_path / val, {"a": 3, "b": 3})
+        datasets = data.build_datasets(Settings(data=str(tmp_path)))
+        assert (len(datasets.train.targets), len(datasets.val.targets), datasets.unused) == (8, 6, [])
+        assert len(data.validation_source(Settings(), ["a", "b"], str(tmp_path)).targets) == 6
+
+    @pytest.mark.parametrize(
+        ("folders", "unused"),
+        [
+            (("train", "Val", "test", "TEST", ".git", "@eaDir"), ["TEST", "test"]),
+            (("train", "holdout"), ["holdout"]),
+            (("train", "Train", "val"), ["Train"]),
+            (("TRAIN", "validation", "valid"), ["validation"]),
+            (("train", "val"), []),
+        ],
+    )
+    def test_folders_left_unused_are_named(self, tmp_path, folders, unused):
+        for folder in folders:
+            make_folder(tmp_path / folder, {"a": 2, "b": 2})
+        settings = Settings(data=str(tmp_path))
+        datasets = data.build_datasets(settings)
+        assert datasets.unused == unused
+        line = finetune.describe(settings, datasets)
+        assert line.endswith(f"; left unused: {', '.join(unused)}") if unused else "; left" not in line
 
     def test_val_may_lack_a_class(self, tmp_path):
         make_folder(tmp_path / "train", {"a": 2, "b": 2, "c": 2})

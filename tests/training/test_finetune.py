@@ -33,7 +33,7 @@ class TestRun:
             if path.is_file() and "checkpoints" not in path.parts
         }
         own = ("best.safetensors", "config.json", "last.safetensors", "metrics.csv", "predictions.csv", "timings.csv")
-        shared = {"config.json", "curves.png", "metrics.csv", "report.html", "report.md"}
+        shared = {".lock", "config.json", "curves.png", "metrics.csv", "report.html", "report.md"}
         files_of_arms = {f"{arm}/{name}" for arm in arms for name in own}
         files_of_arms |= {
             f"{arm}-0/pictures/{name}.png" for arm in ("se", "context") for name in ("confusion", "worst")
@@ -106,7 +106,8 @@ def test_no_arguments_but_time(tmp_path, capsys):
     """The default run, cut to one epoch and one seed."""
     assert main(["finetune", "--epochs", "1", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "photographs: 17 classes, 1,020 training crops an epoch, 585 test tiles" in out
+    assert "photographs: 17 classes, 1,020 training crops an epoch (astronaut 60, brick 60, " in out
+    assert ", text 60), 585 test tiles" in out
     starts = [line.split("  ")[0] for line in out.splitlines()]
     assert {"SE", "ContextEncoding", "nearest neighbour on colour"} <= set(starts)
     assert len(read_predictions(tmp_path / "run" / "se-0" / "predictions.csv")) == 585

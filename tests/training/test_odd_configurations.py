@@ -132,7 +132,7 @@ class TestConfigurations:
     def test_what_is_no_json_or_odd(self, run, marker, picture, capsys, text):
         (run / "config.json").write_text(text)
         commands = (["predict", run, picture], ["evaluate", run], ["look", run, picture], ["finetune", "--resume", run])
-        commands += (["segment", "predict", "--checkpoint", run, picture], ["segment", "train", "--resume", run])
+        commands += (["segment", "predict", run, picture], ["segment", "train", "--resume", run])
         for command in commands:
             with Watch(marker):
                 assert main([str(each) for each in command]) == 2

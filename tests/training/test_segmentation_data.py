@@ -1,7 +1,8 @@
 """Pairs of image and mask from disk: layouts, what the numbers in a mask mean, and what is refused."""
 
 import os
-from types import SimpleNamespace
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,17 @@ from torchvision import tv_tensors
 from ctxenc.training.segmentation import data
 from ctxenc.training.segmentation.pairs import Pairs, held_out, matched
 from ctxenc.training.segmentation.settings import SegmentSettings
+from ctxenc.training.segmentation.train import describe
 from tests.training.pair_files import build, error_of, names, plain, read_error, write_image, write_mask, write_pair
+from tests.training.test_segmentation_layouts import LISTS, make_voc
+
+
+def write_turned(path, orientation):
+    """An image that a viewer shows turned."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (8, 6)).save(path, exif=exif)
+    return path
 
 
 class TestPairs:
@@ -56,11 +67,14 @@ class TestPairs:
 
     def test_exif_orientation_is_ignored_in_both(self, tmp_path):
         image, mask = tmp_path / "i.jpg", write_mask(tmp_path / "m.png")
-        exif = Image.Exif()
-        exif[274] = 6  # to be shown turned by 90 degrees
-        Image.new("RGB", (8, 6)).save(image, exif=exif)
+        write_turned(image, 6)
         found, labels = Pairs([(image, mask)], ["x", "y"]).pair(0)
         assert found.shape[1:] == labels.shape == (6, 8)
+
+    def test_a_mask_of_the_turned_image(self, tmp_path):
+        image, mask = write_turned(tmp_path / "i.jpg", 6), write_mask(tmp_path / "m.png", size=(6, 8))
+        text = error_of(Pairs([(image, mask)], ["x", "y"]).pair, 0)
+        assert text.endswith("8 x 6, got 6 x 8; it has EXIF orientation 6, which is not applied: save it turned")
 
     def test_a_mask_of_another_size(self, tmp_path):
         text = read_error(tmp_path, lambda path: write_mask(path, size=(6, 8)))
@@ -110,6 +124,39 @@ class TestPairs:
             path.symlink_to(tmp_path / "nowhere.png")
 
         assert read_error(tmp_path, write).endswith("a mask.png: No such file or directory")
+
+
+class TestTurnedImages:
+    """A mask that was drawn on the turned view fits a square image, and one that stands on its head, all the same."""
+
+    @pytest.mark.parametrize("turn", range(2, 9))
+    def test_are_told_of_once(self, tmp_path, turn):
+        plain(tmp_path)
+        for name in "bd":
+            (tmp_path / "images" / f"{name}.png").unlink()
+            write_turned(tmp_path / "images" / f"{name}.jpg", turn)
+        where = re.escape(str(tmp_path / "images"))
+        with pytest.warns(
+            UserWarning, match=f"^2 of 5 images have an EXIF orientation, such as {where}/[bd].jpg: "
+        ) as told:
+            data.verify(build(tmp_path), show_progress=False)
+        assert len(told) == 1
+
+    def test_a_large_set_is_looked_at_in_part(self, tmp_path, monkeypatch):
+        plain(tmp_path, names=[f"{number}" for number in range(9)])
+        for path in (tmp_path / "images").iterdir():
+            write_turned(path, 3)
+        monkeypatch.setattr(data, "VERIFIED_UP_TO", 3)
+        monkeypatch.setattr("ctxenc.training.data.VERIFIED_UP_TO", 3)
+        with pytest.warns(UserWarning, match="3 of 3 images have"):
+            data.verify(build(tmp_path), show_progress=False)
+
+    @pytest.mark.parametrize("number", [0, 1, 9])
+    def test_numbers_that_turn_nothing(self, tmp_path, number):
+        plain(tmp_path)
+        for path in (tmp_path / "images").iterdir():
+            write_turned(path, number)
+        data.verify(build(tmp_path), show_progress=False)  # a warning is an error here
 
 
 class TestMatched:
@@ -183,7 +230,9 @@ class TestMatched:
 
 class TestFolder:
     @pytest.mark.parametrize("layout", ["images/{}", "{}/images"])
-    @pytest.mark.parametrize(("train", "val"), [("train", "val"), ("training", "validation")])
+    @pytest.mark.parametrize(
+        ("train", "val"), [("train", "val"), ("training", "validation"), ("Train", "Testing"), ("TRAIN", "dev")]
+    )
     def test_train_and_val(self, tmp_path, layout, train, val):
         for split, stems in ((train, ("a", "b")), (val, ("c",))):
             images = layout.format(split)
@@ -193,6 +242,22 @@ class TestFolder:
         assert (names(datasets.train), names(datasets.val)) == (["a", "b"], ["c"])
         assert datasets.classes == ["0", "1"]
         data.verify(datasets, show_progress=False)
+
+    def test_folders_of_masks_may_be_written_in_another_case(self, tmp_path):
+        for split, other in (("train", "Train"), ("val", "Validation"), ("test", "TEST")):
+            write_pair(tmp_path / "Images" / split, tmp_path / "MASKS" / other, split)
+        datasets = build(tmp_path)
+        assert (names(datasets.train), names(datasets.val), datasets.unused) == (["train"], ["val"], ["Images/test"])
+
+    @pytest.mark.parametrize("layout", ["images/{}", "{}/images"])
+    def test_folders_left_unused_are_named(self, tmp_path, layout):
+        for split in ("train", "Val", "test", "more"):
+            images = layout.format(split)
+            write_pair(tmp_path / images, tmp_path / images.replace("images", "masks"), split)
+        datasets = build(tmp_path)
+        assert datasets.unused == [layout.format(each).removesuffix("/images") for each in ("more", "test")]
+        line = describe(SegmentSettings(data=str(tmp_path)), datasets)
+        assert line.endswith(f"; left unused: {', '.join(datasets.unused)}")
 
     @pytest.mark.parametrize("split", ["", "train"])
     def test_some_are_held_out(self, tmp_path, split):
@@ -276,6 +341,74 @@ class TestFolder:
         assert str(mask) in error_of(data.verify, datasets, show_progress=False)
 
 
+class TestClassesInMasks:
+    def make(self, root, *numbers, classes=("sky", "road"), val=((0, 1), (1, 255))):
+        """A training mask of each of the numbers, and one validation mask."""
+        for index, each in enumerate(numbers):
+            write_pair(root / "images" / "train", root / "masks" / "train", f"{index}", numbers=((each, 0), (0, 0)))
+        write_pair(root / "images" / "val", root / "masks" / "val", "v", numbers=val)
+        if classes:
+            (root / "classes.txt").write_text("\n".join(classes))
+        return build(root)
+
+    def refused(self, datasets, skip=False):
+        return error_of(data.verify, datasets, show_progress=False, skip=skip)
+
+    def test_first_line(self, tmp_path):
+        datasets = self.make(tmp_path, 1, 1, 0, 255)
+        line = partial(describe, SegmentSettings(data=str(tmp_path)), datasets)
+        assert ": 2 classes (sky, road), 4 training images" in line()
+        data.verify(datasets, show_progress=False)
+        assert ": 2 classes (sky 4, road 2 of 4 training masks, 6.2% of pixels ignored), 4 training images" in line()
+
+    def test_255_for_the_object(self, tmp_path):
+        assert self.refused(self.make(tmp_path, 0, 255, 255, val=((0, 0), (255, 255)))) == (
+            "none of the 3 training masks holds a pixel of class 1 (road); they hold 0 and 255, which is taken for pixels to be"
+            " ignored (17%)"
+        )
+
+    def test_numbers_with_gaps(self, tmp_path):
+        text = self.refused(self.make(tmp_path, 128, 255, classes=None))
+        assert text.startswith(
+            "none of the 2 training masks holds a pixel of class 1 and of 126 more classes; they hold 0, 128 and 255,"
+        )
+
+    def test_a_class_that_only_validation_has(self, tmp_path):
+        text = self.refused(self.make(tmp_path, 0, 1, classes=("sky", "\x1broad", "sea"), val=((1, 2), (0, 2))))
+        assert text == (
+            "none of the 2 training masks holds a pixel of class 2 (sea); they hold 0, 1; masks of the validation set hold it"
+        )
+
+    def test_broken_masks_are_passed_over_where_they_may_be(self, tmp_path):
+        datasets = self.make(tmp_path, 1, 0)
+        datasets.train.paths[0][1].write_bytes(b"")
+        assert self.refused(datasets).startswith("broken image ")
+        assert self.refused(datasets, skip=True).startswith(
+            "none of the 1 training masks holds a pixel of class 1 (road)"
+        )
+
+    def test_a_large_set_is_read_until_each_class_is_found(self, tmp_path, monkeypatch):
+        datasets = self.make(tmp_path, 1, *[0] * 8, classes=("sky", "road"))
+        found = datasets.train.count(3, False)
+        assert (found.counts, found.read) == ([3, 1], 3)
+        later = Pairs(datasets.train.paths[1:] + datasets.train.paths[:1], ["sky", "road"])
+        assert later.count(3, False).counts == [9, 1]
+        assert Pairs(datasets.train.paths, ["sky", "road", "sea"]).count(3, False)[:2] == ([9, 1, 0], 9)
+
+    def test_part_of_a_published_data_set(self, tmp_path):
+        """May lack classes, of which the user did not write the list, but not all but one."""
+        root = make_voc(tmp_path, LISTS)
+        datasets = build("voc", data_dir=str(root))
+        data.verify(datasets, show_progress=False)
+        assert describe(SegmentSettings(data="voc"), datasets).startswith(
+            "voc: 21 classes (background 2, aeroplane 2, bicycle 0,"
+        )
+        for name in "ab":
+            write_mask(root / "SegmentationClass" / f"{name}.png", ((0, 0), (0, 255)))
+        text = self.refused(build("voc", data_dir=str(root)))
+        assert "holds a pixel of class 1 (aeroplane) and of 19 more classes; they hold 0 and 255" in text
+
+
 class TestSamples:
     @pytest.fixture
     def samples(self, tmp_path):
@@ -321,15 +454,15 @@ def test_workers_change_nothing(tmp_path):
         assert (images.shape, images.dtype, masks.dtype) == ((4, 3, 10, 10), torch.float32, torch.int64)
 
 
-def test_a_large_set_is_not_read_beforehand(monkeypatch):
+def test_a_large_set_is_not_read_beforehand(tmp_path, monkeypatch):
     class Counting(Pairs):
         def pair(self, index):
             read.append(index)
 
-    read = []
+    read, paths = [], write_pair(tmp_path, tmp_path / "m", "i")
     monkeypatch.setattr("ctxenc.training.data.VERIFIED_UP_TO", 5)
     for count, expected in ((2, [0, 1, 0, 1]), (3, [])):
         read.clear()
-        sources = [Counting([("i", "m")] * count, ["x", "y"]) for _ in range(2)]
-        data.verify(SimpleNamespace(train=sources[0], val=sources[1]), show_progress=False)
+        sources = [Counting([paths] * count, ["x", "y"]) for _ in range(2)]
+        data.verify(data.Datasets(*sources), show_progress=False)
         assert read == expected

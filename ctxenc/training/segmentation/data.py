@@ -4,8 +4,9 @@ On disk they lie as Pascal VOC, Cityscapes and ADE20K are unpacked, or in plain 
 Cityscapes are left aside: they know neither the augmented VOC nor the 19 classes that count, and miss no mask until it is read.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,10 @@ from torchvision.datasets import Cityscapes
 from tqdm import tqdm
 
 from ctxenc.training.bad_images import SKIP, BrokenImageError
-from ctxenc.training.console import UserError, one_line
-from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, read_all, seeded
+from ctxenc.training.console import UserError, listed, one_line, printable
+from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, read_all, seeded
+from ctxenc.training.files import images_below, nfc, subfolder, unused
+from ctxenc.training.images import orientation
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
 from ctxenc.training.segmentation.scenes import TEST_SCENES, TRAIN_SCENES, Scenes
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
@@ -93,10 +96,19 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a training needs: both sources over the same classes."""
+    """What a training needs: both sources over the same classes.
+
+    Args:
+        train: To train on.
+        val: To validate on.
+        unused: The folders of the data that are in neither.
+        every_class: Whether a class in no training mask is a mistake: a part of a published data set may lack some.
+    """
 
     train: Source | Scenes
     val: Source | Scenes
+    unused: Sequence[str] = field(default=(), kw_only=True)
+    every_class: bool = field(default=False, kw_only=True)
 
     @property
     def classes(self) -> list[str]:
@@ -136,12 +148,46 @@ def samples_of(
 def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -> None:
     """Reads every pair of a small data set, so that a broken one is told before training starts.
 
+    Warns:
+        UserWarning: Photographs have an EXIF orientation, so that masks may have been drawn on another view of them.
+
     Raises:
-        UserError: See ``Pairs.pair``; with ``skip`` broken files are none until they are too many.
+        UserError: See ``Pairs.pair``; with ``skip`` broken files are none until they are too many. Or training masks lack a class.
     """
     sources = [source for source in (datasets.train, datasets.val) if isinstance(source, Pairs)]
     samples = [(source.pair, index) for source in sources for index in range(len(source))]
     read_all(samples, "checking masks", show_progress, skip)
+    images = [image for source in sources for image, _ in source.paths]
+    seen = images[:: max(1, len(images) // VERIFIED_UP_TO)]
+    if turned := [image for image in seen if orientation(image) > 1]:
+        warnings.warn(
+            f"{len(turned)} of {len(seen)} images have an EXIF orientation, such as {printable(turned[0])}: it is not applied,"
+            " and masks must be drawn over the pixels as they are stored",
+            stacklevel=2,
+        )
+    if isinstance(datasets.train, Pairs):
+        check_classes(datasets.train, datasets.val, datasets.every_class, skip)
+
+
+def check_classes(train: Pairs, val: Any, every_class: bool, skip: bool) -> None:
+    """Count the classes in the masks of `train`.
+
+    Raises:
+        UserError: A class is in none of them; without `every_class`, fewer than two are in any.
+    """
+    counts, read, ignored = train.count(VERIFIED_UP_TO, skip)
+    missing = [number for number, count in enumerate(counts) if not count]
+    if not missing or (not every_class and len(counts) - len(missing) > 1):
+        return
+    number, held = missing[0], [str(number) for number, count in enumerate(counts) if count]
+    name = "" if train.classes[number] == str(number) else f" ({printable(train.classes[number])})"
+    more = f" and of {len(missing) - 1} more classes" if len(missing) > 1 else ""
+    text = f"none of the {read} training masks holds a pixel of class {number}{name}{more}; they hold {listed(held) or 'no class'}"
+    if ignored:
+        text += f" and {IGNORED}, which is taken for pixels to be ignored ({ignored:.0%})"
+    if val.count(VERIFIED_UP_TO, skip).counts[number]:
+        text += "; masks of the validation set hold it"
+    raise UserError(text)
 
 
 def voc(data_dir: Path) -> Datasets:
@@ -178,7 +224,7 @@ def _voc_pairs(root: Path, names: Sequence[str], masks: str) -> Paths:
 
 def _listed(root: Path, name: str) -> list[str]:
     path = root / "ImageSets" / "Segmentation" / name
-    names = [Path(line.split()[0]).stem for line in _lines(path) if line.strip()]
+    names = [nfc(Path(line.split()[0]).stem) for line in _lines(path) if line.strip()]
     if not names:
         raise UserError(f"{path} must name at least one image, got none")
     return names
@@ -196,7 +242,7 @@ def cityscapes(data_dir: Path) -> Datasets:
 
 
 def _cityscapes_pairs(root: Path, split: str) -> Pairs:
-    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    images = [path for path in images_below(root / "leftImg8bit" / split) if path.name.endswith("_leftImg8bit.png")]
     if not images:
         raise UserError(f"{root / 'leftImg8bit' / split} must hold */*_leftImg8bit.png, got none")
 
@@ -241,7 +287,8 @@ def folder(root: Path, val_fraction: float, seed: int, skip: bool = False) -> Da
     """Plain folders: images and masks of one stem, under images/ and masks/.
 
     The layouts are ROOT/images/train with ROOT/masks/train, ROOT/train/images with ROOT/train/masks (the same for val), and
-    ROOT/images with ROOT/masks. Where there is no val, some pairs are held out: the same for the same seed and files.
+    ROOT/images with ROOT/masks, names in any case. Where there is no val, some pairs are held out: the same for the same seed and
+    files.
     ROOT/classes.txt names the classes, one a line; without it they are the numbers up to the highest in any mask (with ``skip``,
     in any that can be read).
 
@@ -250,11 +297,12 @@ def folder(root: Path, val_fraction: float, seed: int, skip: bool = False) -> Da
     """
     if not root.is_dir():
         raise UserError(f"no folder of images and masks at {root}")
-    train, val = _split(root, TRAIN_NAMES), _split(root, VAL_NAMES)
-    if not (train or val or (root / "images").is_dir()):
+    (train_folder, train), (val_folder, val) = (_split(root, names) for names in (TRAIN_NAMES, VAL_NAMES))
+    images, masks = _kinds(root)
+    if not (train or val or images):
         raise UserError(f"{root} must hold images/ and masks/, or train/images/ and train/masks/, got neither")
     if val is None:
-        train, val = held_out(train or matched(root / "images", root / "masks"), val_fraction, seed)
+        train, val = held_out(train or matched(images or root, masks), val_fraction, seed)
     elif train is None:
         raise UserError(
             f"{root} must have a training folder ({', '.join(TRAIN_NAMES)}) beside that for validation, got none"
@@ -264,15 +312,22 @@ def folder(root: Path, val_fraction: float, seed: int, skip: bool = False) -> Da
     if not 2 <= len(classes) <= IGNORED:
         counted = f"{path} must name" if path.is_file() else f"the masks of {root} must hold"
         raise UserError(f"{counted} 2 to {IGNORED} classes ({IGNORED} is ignored), got {len(classes)}")
-    return Datasets(Pairs(train, classes), Pairs(val, classes))
+    left = unused(root, train_folder, val_folder)
+    return Datasets(Pairs(train, classes), Pairs(val, classes), unused=left, every_class=True)
 
 
-def _split(root: Path, names: Sequence[str]) -> Paths | None:
-    for name in names:
-        for images, masks in (("images/" + name, "masks/" + name), (name + "/images", name + "/masks")):
-            if (root / images).is_dir():
-                return matched(root / images, root / masks)
-    return None
+def _split(root: Path, names: Sequence[str]) -> tuple[Path | None, Paths | None]:
+    """The folder of the split that has one of these ``names``, and its pairs."""
+    images, masks = _kinds(root)
+    if images and (split := subfolder(images, *names)):
+        return split, matched(split, subfolder(masks, split.name.lower(), *names) or masks / split.name)
+    split = subfolder(root, *names)
+    images, masks = _kinds(split or root)
+    return (split, matched(images, masks)) if split and images else (None, None)
+
+
+def _kinds(folder: Path) -> tuple[Path | None, Path]:
+    return subfolder(folder, "images"), subfolder(folder, "masks") or folder / "masks"
 
 
 def _highest(paths: Paths, root: Path, skip: bool) -> int:

@@ -3,9 +3,9 @@
 EXIF orientation is ignored in both: a mask is drawn over the pixels as they are stored.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,12 +13,23 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
+from ctxenc.training.bad_images import BrokenImageError
 from ctxenc.training.console import UserError
-from ctxenc.training.images import open_image, opened
+from ctxenc.training.files import both, images_below, nfc
+from ctxenc.training.images import open_image, opened, orientation
 
 IGNORED = 255  # in a mask: counts neither in the loss nor in a metric
 UNKNOWN = -1
+SPREAD = {"L;2": 85, "L;4": 17}  # Pillow's factor for grey of 2 and 4 bits, by its name for the bytes in a PNG
 Paths = list[tuple[Path, Path]]
+
+
+class Presence(NamedTuple):
+    """In how many masks each class occurs, of how many that were read, and the share of their pixels that is ignored."""
+
+    counts: list[int]
+    read: int
+    ignored: float
 
 
 class Pairs:
@@ -29,6 +40,8 @@ class Pairs:
         classes: Class names in the order of the logits.
         labels: The class of each number that a mask may hold (default: itself). IGNORED always stands for itself.
     """
+
+    presence: Presence | None = None  # as far as it was asked for
 
     def __init__(self, paths: Paths, classes: Sequence[str], labels: Mapping[int, int] | None = None) -> None:
         self.paths, self.classes = paths, list(classes)
@@ -49,15 +62,47 @@ class Pairs:
                 holds a number that is no class. The text holds the paths.
         """
         image_path, mask_path = self.paths[index]
-        image, numbers = open_image(image_path), read_mask(mask_path)
-        height, width = numbers.shape
+        image, classes = open_image(image_path), self._classes(mask_path)
+        height, width = classes.shape
         if (width, height) != image.size:
             sizes = f"must be of the size of its image {image_path}, {image.width} x {image.height}"
-            raise UserError(f"mask {mask_path} {sizes}, got {width} x {height}")
+            turn = orientation(image_path)
+            hint = f"; it has EXIF orientation {turn}, which is not applied: save it turned" if turn > 1 else ""
+            raise UserError(f"mask {mask_path} {sizes}, got {width} x {height}{hint}")
+        return tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(classes))
+
+    def _classes(self, path: Path) -> np.ndarray:
+        numbers = read_mask(path)
         classes = self.table[np.minimum(numbers, IGNORED)]
         if (wrong := numbers[(classes == UNKNOWN) | (numbers > IGNORED)]).size:
-            raise UserError(f"mask {mask_path} must hold {self.rule}, got {wrong[0]}")
-        return tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(torch.from_numpy(classes.astype(np.uint8)))
+            raise UserError(f"mask {path} must hold {self.rule}, got {wrong[0]}")
+        return classes.astype(np.uint8)
+
+    def count(self, enough: int, skip: bool) -> Presence:
+        """Find out which classes occur: in `enough` masks spread over all, and further only for a class in none of these.
+
+        Raises:
+            UserError: A mask holds a number that is no class, or, without `skip`, cannot be read.
+        """
+        masks = [mask for _, mask in self.paths]
+        step = max(1, len(masks) // enough)
+        first = masks[::step]
+        counts, pixels, read = np.zeros(len(self.classes), np.int64), np.zeros(2, np.int64), 0
+        for mask in first + [each for number, each in enumerate(masks) if number % step]:
+            if read >= len(first) and counts.all():
+                break
+            try:
+                classes = self._classes(mask)
+            except BrokenImageError:
+                if not skip:
+                    raise
+                continue
+            found = np.bincount(classes.ravel(), minlength=IGNORED + 1)
+            counts += found[: len(counts)] > 0
+            pixels += found[IGNORED], classes.size
+            read += 1
+        self.presence = Presence(counts.tolist(), read, float(pixels[0] / max(pixels[1], 1)))
+        return self.presence
 
     def name(self, index: int) -> str:
         """The path of image ``index``."""
@@ -75,7 +120,8 @@ def read_mask(path: Path) -> np.ndarray:
             raise UserError(
                 f"mask {path} must be a PNG of class numbers, grey or with a palette, got {image.format} of mode {image.mode}"
             )
-        return np.asarray(image).astype(np.int32)
+        spread = SPREAD.get(cast(Any, image).tile[0][3], 1)  # before Pillow decodes, and forgets
+        return np.asarray(image).astype(np.int32) // spread
 
 
 def held_out(paths: Paths, fraction: float, seed: int) -> tuple[Paths, Paths]:
@@ -112,34 +158,31 @@ def matched(images: Path, masks: Path) -> Paths:
 
 def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in _files(folder):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        if path.suffix.lower() not in suffixes:
-            continue
+    for path in images_below(folder, suffixes):
+        stem = nfc(path.relative_to(folder).with_suffix("").as_posix())
         if stem in found:
-            raise UserError(f"two files of one stem: {found[stem]} and {path}")
+            raise UserError(f"two files of one stem: {both(found[stem], path)}")
         found[stem] = path
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = sorted(each for each in folders if not each.startswith("."))  # .ipynb_checkpoints and the like
-        yield from (Path(root, each) for each in sorted(files) if not each.startswith("."))
-
-
 def present(paths: Paths) -> Paths:
-    """The ``paths`` as they are.
+    """The ``paths`` as they are called on the disk, which may be in another Unicode form.
 
     Raises:
         UserError: One of them is no file.
     """
+    found = []
     for image, mask in paths:
-        if not image.is_file():
+        if not (stored := _stored(image)):
             raise UserError(f"image {image} is missing")
-        if not mask.is_file():
+        if not (stored_mask := _stored(mask)):
             raise UserError(f"image {image} must have a mask {mask}, got none")
-    return paths
+        found.append((stored, stored_mask))
+    return found
+
+
+def _stored(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    return next((each for each in path.parent.glob("*") if nfc(each.name) == nfc(path.name) and each.is_file()), None)

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from ctxenc.training import runner
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, counted, listed, one_line
 from ctxenc.training.segmentation import settings as options
 from ctxenc.training.segmentation.data import Datasets, build_datasets, verify
 from ctxenc.training.segmentation.networks import SegmentConfig, arm_configs, build_network
+from ctxenc.training.segmentation.pairs import Pairs
 from ctxenc.training.segmentation.report import write_report
 from ctxenc.training.segmentation.settings import SegmentSettings
 from ctxenc.training.segmentation.trainer import SegmentTrainer, make_optimizer
@@ -53,7 +54,12 @@ def tried_configs(settings: SegmentSettings, datasets: Datasets, fresh: bool) ->
 def describe(settings: SegmentSettings, datasets: Datasets) -> str:
     """What is trained on, in a line."""
     train, val = len(datasets.train), len(datasets.val)
-    return f"{settings.data}: {len(datasets.classes)} classes, {train:,} training images, {val:,} validation images"
+    classes = listed(datasets.classes)
+    if isinstance(datasets.train, Pairs) and (found := datasets.train.presence):
+        ignored = f", {found.ignored:.1%} of pixels ignored" if found.ignored else ""
+        classes = f"{counted(datasets.classes, found.counts)} of {found.read:,} training masks{ignored}"
+    text = f"{settings.data}: {len(datasets.classes)} classes ({classes}), {train:,} training images, {val:,} validation images"
+    return text + (f"; left unused: {listed(datasets.unused)}" if datasets.unused else "")
 
 
 TRAINING = runner.Training(
