@@ -27,7 +27,7 @@ def test_memory_moves_x_once_where_a_program_holds_all_channels(direction, targe
     memory, l2 = in_times_of_x(direction, dense(64, 64, 3136, torch.bfloat16, False), 16, target)
     passes = 1 if direction == "forward" else 2  # backward writes the gradient in x
     assert passes < memory < 1.1 * passes
-    assert memory < l2 < 1.5 * passes
+    assert memory < l2 < 2 * passes
 
 
 @each_target
