@@ -48,11 +48,12 @@ def pool_moments_kernel(
     p_moments,  # (K, parts, 2), fp32: the mean of a part, and the sum of squares about it
     values,  # of a codeword, B * C
     share,  # of them for a program, a multiple of BLOCK
+    parts,  # programs of a codeword
     K: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    k, part = tl.program_id(0), tl.program_id(1)
+    k, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first, last = part * share, tl.minimum(part * share + share, values)
     total, squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(first, last, BLOCK):
@@ -63,7 +64,7 @@ def pool_moments_kernel(
         i = start + tl.arange(0, BLOCK)
         away = tl.load(p_encoding + k * C + _offsets(i, K, C), mask=i < last, other=0.0) - mean
         squares += tl.where(i < last, away * away, 0.0)
-    p_own = p_moments + (k * tl.num_programs(1) + part) * 2
+    p_own = p_moments + tl.program_id(0) * 2
     tl.store(p_own, mean)
     tl.store(p_own + 1, tl.sum(squares, 0))
 
@@ -102,13 +103,14 @@ def pool_fwd_kernel(
         variance = squares / values
         if pid == 0:
             tracked = tl.load(p_tracked) + 1
-            tl.store(p_tracked, tracked)
+            running_mean = tl.load(p_running_mean + o_k, mask=m_k)
+            running_var = tl.load(p_running_var + o_k, mask=m_k)
             if MOMENTUM is None:
                 factor = 1.0 / tracked.to(tl.float32)
             else:
                 factor = MOMENTUM + 0.0
-            running_mean = tl.load(p_running_mean + o_k, mask=m_k)
-            running_var = tl.load(p_running_var + o_k, mask=m_k)
+            tl.debug_barrier()  # all threads load, some store
+            tl.store(p_tracked, tracked)
             tl.store(p_running_mean + o_k, (1 - factor) * running_mean + factor * mean, mask=m_k)
             tl.store(p_running_var + o_k, (1 - factor) * running_var + factor * (squares / (values - 1)), mask=m_k)
     else:
@@ -137,11 +139,12 @@ def pool_sums_kernel(
     p_sums,  # (K, parts, 2), fp32: of the gradient behind the norm, and of it times what is normalised
     values,
     share,
+    parts,
     K: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    k, part = tl.program_id(0), tl.program_id(1)
+    k, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first, last = part * share, tl.minimum(part * share + share, values)
     mean, scale = tl.load(p_statistics + k), tl.load(p_statistics + K + k)
     weight, bias = tl.load(p_weight + k), tl.load(p_bias + k)
@@ -154,7 +157,7 @@ def pool_sums_kernel(
         dz = tl.where(normed * weight + bias <= 0, 0.0, dz)  # as torch's relu has it, NaN too
         dz_sum += dz
         product += dz * normed
-    p_own = p_sums + (k * tl.num_programs(1) + part) * 2
+    p_own = p_sums + tl.program_id(0) * 2
     tl.store(p_own, tl.sum(dz_sum, 0))
     tl.store(p_own + 1, tl.sum(product, 0))
 
@@ -222,7 +225,9 @@ def _forward(encoding: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tupl
     constants = {"K": K, "C": C, "TRAINING": norm.training, "MOMENTUM": norm.momentum, "EPS": norm.eps, **_tile(K)}
     with torch.cuda.device_of(encoding):
         if norm.training:
-            pool_moments_kernel[(K, parts)](encoding, moments, B * C, share, K=K, C=C, BLOCK=BLOCK, num_warps=4)
+            pool_moments_kernel[(K * parts,)](
+                encoding, moments, B * C, share, parts, K=K, C=C, BLOCK=BLOCK, num_warps=4
+            )
             torch.autograd.graph.increment_version([tensor for tensor in running if tensor is not None])
         pool_fwd_kernel[(-(-B * C // constants["BLOCK"]),)](
             encoding, moments, norm.weight, norm.bias, *running, statistics, features, B * C, share, parts, **constants
@@ -243,7 +248,7 @@ def _backward(
     )
     constants = {"K": K, "C": C, "TRAINING": training, **_tile(K)}
     with torch.cuda.device_of(encoding):
-        pool_sums_kernel[(K, parts)](*inputs, sums, B * C, share, K=K, C=C, BLOCK=BLOCK, num_warps=4)
+        pool_sums_kernel[(K * parts,)](*inputs, sums, B * C, share, parts, K=K, C=C, BLOCK=BLOCK, num_warps=4)
         pool_bwd_kernel[(-(-B * C // constants["BLOCK"]),)](
             *inputs, sums, dencoding, dparameters, B * C, parts, **constants
         )
