@@ -1,13 +1,13 @@
 """The bytes and products of a call of the Triton kernels, counted from its launches. Nothing is run.
 
 This file knows what each kernel does with its arguments; tests/interpreted/test_bytes.py counts the same in Triton's interpreter.
-One thing is taken to come from the L1 caches: codewords that a program has read before.
+Codewords and gradients that a program reads again are counted apart: 8 KB at most for a block of channels, they are found in L1.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from benchmarks.compiled import Launch
@@ -26,6 +26,7 @@ class Work(NamedTuple):
     tiles: int  # that could each have a program of its own
     share: int = 1  # of them for one program, at most
     flops: int = 0  # on the tensor cores, those of rows and columns of zeros among them
+    again: dict[str, int] = {}  # noqa: RUF012 - bytes that L1 gives them
 
 
 class _Launch:
@@ -33,7 +34,7 @@ class _Launch:
 
     def __init__(self, launch: Launch) -> None:
         self.programs, self.a = launch.programs, launch.arguments
-        self.K, self.D = self.a["K"], self.a.get("D", 0)
+        self.K, self.D = self.a.get("K", 0), self.a.get("D", 0)
         self.blocks = ceil_div(self.D, self.a["BLOCK_D"]) if "BLOCK_D" in self.a else 1
         dot = self.a.get("DOT")
         self.codewords, self.other = (3, 3) if dot == "tf32x3" else (2, 1) if dot in ("bf16", "fp16") else (1, 1)
@@ -42,6 +43,10 @@ class _Launch:
         """Bytes of arguments that are read so many times, of x once, and of the parameters once for each program."""
         times = {"p_x": 1, "p_codewords": self.programs, "p_smoothing": self.programs} | times
         return {name: many * self.a[name].nbytes for name, many in times.items()}
+
+    def prepared(self, rows: int) -> int:
+        """Bytes of the codewords that are read again after the center has been found, by the programs of all blocks."""
+        return 4 * rows * (self.K + 1) * self.D
 
     def product(self) -> int:
         """Flops of one product of a tile, one block of channels and all codewords."""
@@ -57,6 +62,7 @@ def _assign(of: _Launch) -> Work:
         l2_waits=of.blocks,
         tiles=of.programs,
         flops=of.programs * of.blocks * (of.codewords + of.other * grad) * of.product(),
+        again={"p_codewords": 4 * of.programs * of.D},
     )
 
 
@@ -71,21 +77,28 @@ def _forward(of: _Launch) -> Work:
         tiles=tiles,
         share=a["share"],
         flops=tiles * (of.other + of.codewords * (not a["WIDE"])) * of.product(),
+        again={"p_codewords": of.prepared(rows)},
     )
 
 
 def _backward(of: _Launch) -> Work:
     a, wide = of.a, of.a["WIDE"]
-    tiles = a["B"] * a["tiles"] * of.blocks
+    rows, all_tiles, codebook = of.programs // of.blocks, a["B"] * a["tiles"], 4 * of.K * of.D
+    # A program reads the gradient of an image once for each of its tiles, from L2 the first time.
+    images = rows + a["B"] - ceil_div(all_tiles, math.lcm(a["share"], a["tiles"]))
     products = of.other + 2 * of.other * a["DX"] + (of.codewords + of.other) * (not wide)
     return Work(
-        reads=of.read(p_grad=a["tiles"], p_map=of.blocks * wide, p_q=of.blocks * wide),
-        writes={"p_dx": a["p_dx"].nbytes, "p_rows": 4 * of.programs // of.blocks * of.K * (of.D + (not wide))},
+        reads=of.read(p_map=of.blocks * wide, p_q=of.blocks * wide) | {"p_grad": images * codebook},
+        writes={"p_dx": a["p_dx"].nbytes, "p_rows": 4 * rows * of.K * (of.D + (not wide))},
         memory_waits=a["share"],
         l2_waits=of.blocks + 1,
-        tiles=tiles,
+        tiles=all_tiles * of.blocks,
         share=a["share"],
-        flops=tiles * products * of.product(),
+        flops=all_tiles * of.blocks * products * of.product(),
+        again={
+            "p_codewords": of.prepared(rows) + (rows + all_tiles * (not wide)) * codebook,
+            "p_grad": (all_tiles - images) * codebook,
+        },
     )
 
 
@@ -100,6 +113,7 @@ def _project(of: _Launch) -> Work:
         l2_waits=2,
         tiles=tiles,
         share=a["share"],
+        again={"p_codewords": of.prepared(of.programs)},
         flops=tiles * (projection + (of.other + of.codewords) * of.product()),
     )
 
@@ -119,6 +133,24 @@ def _finish_backward(of: _Launch) -> Work:
     return Work(reads, writes, 0, waits, of.programs)
 
 
+def _gate_forward(of: _Launch) -> Work:
+    a = of.a
+    reads = {"p_x": a["p_x"].nbytes, "p_logits": a["tiles_n"] * a["p_logits"].nbytes}
+    return Work(reads, {"p_y": a["p_y"].nbytes}, 1, 1, of.programs)
+
+
+def _gate_backward(of: _Launch) -> Work:
+    a = of.a
+    reads = {"p_x": a["p_x"].nbytes, "p_dy": a["p_dy"].nbytes, "p_logits": a["splits"] * a["p_logits"].nbytes}
+    writes = {name: a[name].nbytes for name in ("p_dx", "p_dlogits")}
+    return Work(reads, writes, a["steps"], 1, of.programs * a["steps"], a["steps"])
+
+
+def _add_splits(of: _Launch) -> Work:
+    a = of.a
+    return Work({"p_sums": a["p_sums"].nbytes}, {"p_total": a["p_total"].nbytes}, 0, a["splits"], of.programs)
+
+
 WORK: dict[str, Callable[[_Launch], Work]] = {
     "assign_kernel": _assign,
     "encode_fwd_kernel": _forward,
@@ -126,6 +158,9 @@ WORK: dict[str, Callable[[_Launch], Work]] = {
     "project_encode_kernel": _project,
     "finish_fwd_kernel": _finish_forward,
     "finish_bwd_kernel": _finish_backward,
+    "gate_fwd_kernel": _gate_forward,
+    "gate_bwd_kernel": _gate_backward,
+    "add_splits_kernel": _add_splits,
 }
 
 
@@ -180,24 +215,3 @@ def traffic(launches: Sequence[Launch], l2_bytes: float) -> list[Traffic]:
 
 def _tensors(launch: Launch) -> list[Tensor]:
     return [argument for argument in launch.arguments.values() if isinstance(argument, Tensor)]
-
-
-def gate_bytes(B: int, C: int, N: int, itemsize: int) -> tuple[int, int]:
-    """Counts the bytes that the gate moves, channels first, with logits of the same itemsize.
-
-    Args:
-        B: Images.
-        C: Channels.
-        N: Pixels of an image.
-        itemsize: Bytes of an element of x.
-
-    Returns:
-        Bytes of forward (x, y, logits) and of backward (x, dy, dx, logits, dlogits, and sums where programs share the pixels).
-    """
-    from ctxenc.kernels.fused import gate  # not at the top: Triton need not be there
-
-    x = torch.empty((B, C, N), dtype=torch.float32 if itemsize == 4 else torch.bfloat16, device="meta")
-    tiles_c, tiles_n, constants = gate._plan(x, x, last=False)
-    splits, _ = gate._cut(B * tiles_c, tiles_n, constants["BLOCK_N"])
-    logits, partial = B * C * itemsize, 4 * B * C * splits if splits > 1 else 0
-    return 2 * x.nbytes + logits, 3 * x.nbytes + 2 * logits + 2 * partial

@@ -5,6 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,13 +20,14 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.gpus import Gpu
+from ctxenc.kernels.fused import gate, pool
 from ctxenc.kernels.fused import launch as launcher
 from ctxenc.kernels.fused.backward import encode_backward
 from ctxenc.kernels.fused.forward import encode_forward
 from ctxenc.kernels.fused.project import project_forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32"}  # in a signature
+TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32", torch.int64: "i64"}  # in a signature
 FOUND = ("registers", "stack", "matrix", "loads", "loads_16_bytes", "loads_8_bytes", "instructions")  # in a binary
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -48,14 +50,12 @@ def launches(direction: str, x: Tensor, K: int, gpu: Gpu) -> list[Launch]:
     """All kernels of a call on a GPU, in their order.
 
     Args:
-        direction: "forward" or "backward" of encode, or "project": C / 16 channels, projected and encoded in one kernel.
+        direction: "forward" or "backward" of encode; "project": C / 16 channels, projected and encoded in one kernel; "gate":
+            forward and backward of the block's gate; "pool": of the norm and mean over the K codewords of C channels.
         x: (B, C, N), without memory.
         K: Codewords.
         gpu: Where the call is to run.
     """
-    B, C, _ = x.shape
-    D = C // 16 if direction == "project" else C
-    codewords, smoothing = torch.empty(K, D, device="meta"), torch.empty(K, device="meta")
     made: list[Launch] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -72,15 +72,28 @@ def launches(direction: str, x: Tensor, K: int, gpu: Gpu) -> list[Launch]:
         mock.patch.object(launcher, "gpu_of", return_value=gpu.target),
         mock.patch.object(torch.version, "hip", "any" if gpu.backend == "hip" else None),
     ):
-        if direction == "forward":
-            encode_forward(x, codewords, smoothing)
-        elif direction == "project":
-            weight = torch.empty(D, C, dtype=x.dtype, device="meta")
-            project_forward(x, weight, weight[:, 0], codewords, smoothing)
-        else:
-            grad = torch.empty(B, K, D, device="meta")
-            encode_backward(grad, x, codewords, smoothing, grad[..., 0], True)
+        _call(direction, x, K)
     return made
+
+
+def _call(direction: str, x: Tensor, K: int) -> None:
+    B, C, _ = x.shape
+    D = C // 16 if direction == "project" else C
+    empty = partial(torch.empty, device="meta")
+    codewords, smoothing, encoding, logits = empty(K, D), empty(K), empty(B, K, D), empty(B, C, dtype=x.dtype)
+    if direction == "forward":
+        encode_forward(x, codewords, smoothing)
+    elif direction == "backward":
+        encode_backward(encoding, x, codewords, smoothing, empty(B, K), True)
+    elif direction == "project":
+        project_forward(x, empty(D, C, dtype=x.dtype), empty(D, dtype=x.dtype), codewords, smoothing)
+    elif direction == "gate":
+        gate._forward(x, logits, False)
+        gate._backward(torch.empty_like(x), x, logits, False, True)
+    else:
+        norm = torch.nn.BatchNorm2d(K, device="meta")
+        features, statistics = pool._forward(encoding, norm, x.dtype)
+        pool._backward(features, encoding, norm.weight, norm.bias, statistics, True)
 
 
 def main_launch(direction: str, x: Tensor, K: int, gpu: Gpu) -> Launch:

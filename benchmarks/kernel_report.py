@@ -37,7 +37,7 @@ class Case(NamedTuple):
     """What a launch depends on."""
 
     chip: str
-    direction: str  # of encode; "project" for the projection of 16 D channels and its encoding in one kernel
+    direction: str  # as benchmarks.compiled.launches takes it
     dtype: str
     channels_last: bool
     align: int  # bytes at whose multiples the rows of x begin: 16, 8, or 1 for an odd number of elements
@@ -56,24 +56,38 @@ class Case(NamedTuple):
 def cases(chips: list[str], codes: list[int], quick: bool) -> list[Case]:
     """All that is reported; the quick ones leave out what differs least."""
     sizes = (64, 512) if quick else (16, 32, 64, 100, 128, 256, 512, 1024, 2048)
-    alignments = (16, 8) if quick else (16, 8, 1)
-    every = product(chips, ("forward", "backward", "project"), DTYPES, (False, True), alignments, sizes, codes)
-    found = [Case(*values) for values in every]
-    return [case for case in found if case.direction != "project" or may_project(DTYPES[case.dtype], case.D, case.K)]
+    directions = ("forward", "backward", "project", "gate", "pool")
+    every = product(chips, directions, DTYPES, (False, True), (16, 8) if quick else (16, 8, 1), sizes, codes)
+    return [case for case in map(Case._make, every) if _is_there(case, codes[0], quick)]
+
+
+def _is_there(case: Case, first: int, quick: bool) -> bool:
+    if case.direction == "project" and not may_project(DTYPES[case.dtype], case.D, case.K):
+        return False
+    if case.direction == "gate" and (first != case.K or (quick and case.D == 64)):  # which knows no codewords
+        return False
+    if case.direction == "pool" and (case.channels_last or case.align < 16):  # which sees encodings alone
+        return False
+    # As half-precision maps of 14 x 14 lie.
+    return not quick or case.align == 16 or (first == case.K and case.dtype != "fp32" and not case.channels_last)
+
+
+# These depend on D, K or C alone: reported with bf16, channels first, aligned.
+SHARED = ("finish_fwd_kernel", "finish_bwd_kernel", "add_splits_kernel", "pool_moments_kernel")
 
 
 def report(case: Case) -> list[dict[str, Any]]:
-    """A row for each kernel of a call; those that finish it depend on D and K alone, and are reported once."""
+    """A row for each kernel of a call."""
     gpu = GPUS[case.chip]
     first = case.dtype == "bf16" and not case.channels_last and case.align == 16
     made = launches(case.direction, case.x(), case.K, gpu)
-    return [_row(case, launch, gpu) for launch in made if first or "DOT" in launch.arguments]
+    return [_row(case, launch, gpu) for launch in made if first or launch.kernel.fn.__name__ not in SHARED]
 
 
 def _row(case: Case, launch: Launch, gpu: Gpu) -> dict[str, Any]:
     a = launch.arguments
     row = {"kernel": launch.kernel.fn.__name__} | case._asdict()
-    row |= {name: a.get(name, 0) for name in ("BLOCK_N", "BLOCK_D", "STAGES")}
+    row |= {name: a.get(name, 0) for name in ("BLOCK_N", "BLOCK_D", "STAGES")} | {"dot": a.get("DOT")}
     row |= {
         "warps": launch.options.get("num_warps", 4),
         "vector_bytes": a.get("VECTOR", 1) * DTYPES[case.dtype].itemsize,
@@ -99,7 +113,7 @@ def faults(row: dict[str, Any], spills_allowed: bool = False) -> str | None:
     found = {
         f"spills {row['stack']} bytes": row["stack"] > 0 and not spills_allowed,
         f"takes {row['shared']} bytes of shared memory of {limit}": row["shared"] > limit,
-        "has no matrix instruction": row["BLOCK_N"] > 0 and row["matrix"] == 0,
+        "has no matrix instruction": row["dot"] is not None and row["matrix"] == 0,
         f"loads nothing by {width} bytes": width >= 8 and wide_loads == 0,
     }
     return ", ".join(fault for fault, there in found.items() if there) or None

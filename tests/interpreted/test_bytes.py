@@ -78,7 +78,7 @@ def counts(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize(("B", "D", "N", "K"), [(2, 24, 150, 5), (3, 200, 130, 17), (1, 16, 700, 16), (5, 64, 49, 16)])
+@pytest.mark.parametrize(("B", "D", "N", "K"), [(2, 24, 150, 5), (3, 200, 130, 17), (7, 64, 49, 16)])
 def test_counts_are_what_kernels_do(counts, B, D, N, K, channels_last, dtype):
     x = torch.randn(B, N, D).transpose(1, 2) if channels_last else torch.randn(B, D, N)
     x = x.to(dtype)
@@ -86,13 +86,10 @@ def test_counts_are_what_kernels_do(counts, B, D, N, K, channels_last, dtype):
     encoding, weight_sum = encode_forward(x, codewords, smoothing)
     encode_backward(torch.randn_like(encoding), x, codewords, smoothing, weight_sum, True)
     assert len(counts.launches) >= 3
-    own = codewords.untyped_storage()._cdata
     for launch, read, written, flops in zip(counts.launches, counts.read, counts.written, counts.flops, strict=True):
         work = work_of(launch)
-        wanted_read, wanted_written = by_storage(launch, work.reads), by_storage(launch, work.writes)
-        # What a program reads of the codewords once more is in L1.
-        assert read.pop(own, 0) >= wanted_read.pop(own, 0), launch.kernel.__name__
-        assert read == wanted_read, launch.kernel.__name__
-        assert written == wanted_written, launch.kernel.__name__
+        again = by_storage(launch, work.again)
+        assert read == Counter(by_storage(launch, work.reads)) + Counter(again), launch.kernel.__name__
+        assert written == by_storage(launch, work.writes), launch.kernel.__name__
         terms = 3 if dtype == torch.float32 else 1  # a product in tf32x3 is one for the interpreter
         assert flops == work.flops / terms, launch.kernel.__name__
