@@ -244,6 +244,7 @@ class Loop(ABC):
                 self.stop_if_told()
             if main and self.seed == self.settings.seed:
                 self.finish()
+        self.stop_if_told()  # out of the body: none comes between this and the handlers from before
         self.accelerator.free_memory()
 
     def _train_epoch(self, bar: tqdm) -> float:

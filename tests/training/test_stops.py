@@ -76,18 +76,22 @@ class TestSignals:
             (signal.SIGINT, "_step", "context-0", 2, 2, "epoch-00002-step-0000003"),
             (signal.SIGTERM, "evaluate", "context-0", 1, 3, "epoch-00001-step-0000003"),
             (signal.SIGTERM, "save", "se-0", 2, 0, "epoch-00002-step-0000000"),
+            (signal.SIGTERM, "finish", "se-0", 3, 0, "epoch-00003-step-0000000"),
+            (signal.SIGINT, "finish", "context-0", 3, 0, "epoch-00003-step-0000000"),
         ],
     )
     def test_finish_the_step_and_resuming_is_exact(
         self, finetune, never_stopped, tmp_path, monkeypatch, capsys, number, where, arm, epoch, step, left
     ):
         run = tmp_path / "run"
-        kind = trainer.Trainer if where == "evaluate" else loop.Loop
+        kind = trainer.Trainer if where in ("evaluate", "finish") else loop.Loop
         with monkeypatch.context() as patch:
             signalled_in(patch, kind, where, number, arm, epoch, step)
             code = outcome(lambda: finetune("--out", run, *RANDOM)[0])
         assert code == 128 + number
         assert checkpoints(run / arm)[-1] == left
+        assert arm == "context-0" or not (run / "context-0").exists()  # the next arm has not begun
+        assert not (run / "report.md").exists()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert finetune("--resume", "auto", "--out", run, "--workers", 1)[0] == 0
         assert_same_run(never_stopped, run, ARMS)
