@@ -166,7 +166,8 @@ class TestCheckpoints:
         """Where training differs afterwards, as on a GPU, nothing of what was cut may stay."""
         run, newest = cut
         (newest / "progress.json").write_bytes(b"")
-        (run / "context-0" / "best.safetensors").write_bytes(b"of an epoch that is no more")
+        for name in ("best", "last"):
+            (run / "context-0" / f"{name}.safetensors").write_bytes(b"of an epoch that is no more")
         monkeypatch.setattr(loop.Loop, "_train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert finetune("--resume", run)[0] == 130
         whole = (never_stopped / "context-0" / "metrics.csv").read_text().splitlines()
@@ -174,6 +175,9 @@ class TestCheckpoints:
         assert len((run / "context-0" / "timings.csv").read_text().splitlines()) == 3
         before = newest.with_name("epoch-00002-step-0000000")
         assert (run / "context-0" / "best.safetensors").read_bytes() == (before / "best.safetensors").read_bytes()
+        last, average = load_file(run / "context-0" / "last.safetensors"), load_file(before / "ema.safetensors")
+        assert last.keys() == average.keys()
+        assert all(torch.equal(last[name], average[name]) for name in last)
 
     def test_none_intact_is_an_error(self, refused, cut):
         run, newest = cut
