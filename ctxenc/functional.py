@@ -233,15 +233,19 @@ def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     return triton_gate.gate(x.flatten(2), logits, residual).unflatten(2, x.shape[2:])
 
 
+def _is_watched() -> bool:
+    """Whether a dispatch mode traces, fakes or counts what runs, and would not see a kernel that no operator stands for."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def fuses_pool(encoding: Tensor, norm: nn.Module) -> bool:
     """Whether fused_pool takes the place of norm, ReLU and mean: where Triton is in force, and the norm is BatchNorm in plain fp32.
 
-    All else is left to the plain expression: what torch.compile compiles, for it fuses that, and what a dispatch mode watches or
-    traces, for it would not see a kernel.
+    All else is left to the plain expression, as is what torch.compile compiles, for it fuses that.
     """
     if not _wants_triton("auto", "pool") or torch.compiler.is_compiling() or _why_no_kernels(encoding):
         return False
-    if torch._C._len_torch_dispatch_stack() or type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
+    if _is_watched() or type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
         return False
     if encoding.dim() != 3 or encoding.shape[1] > MAX_CODES or not encoding.numel():
         return False
