@@ -9,7 +9,8 @@ A checkpoint is named by its finished epochs and the steps after them. The files
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ctxenc.integrations.state_dicts import read_pickle
 from ctxenc.training import codebooks
+from ctxenc.training.config import shortened
 from ctxenc.training.console import UserError, one_line, printable, say
 from ctxenc.training.durable import damage, keep_newest, write_folder
 from ctxenc.training.processes import agree
@@ -178,12 +180,56 @@ def _saved(content: Any) -> bytes:
     return file.getvalue()
 
 
-def load_state(
-    accelerator: Accelerator, folder: Path, state: State, predicted: Sequence[str], val_samples: int
-) -> Progress:
+def check_progress(
+    progress: Progress, score: str, epochs: int, steps: int, predicted: Sequence[str], val_samples: int
+) -> None:
+    """Raise ValueError unless a training could have come so far.
+
+    Args:
+        progress: As a file has it: its values may be of any type.
+        score: By which the best epoch is chosen.
+        epochs: All of them.
+        steps: Of an epoch.
+        predicted: The columns of the predictions.
+        val_samples: What these are of.
+    """
+    counts = {"step": steps, "finite": steps, "skipped": math.inf, "images": math.inf}
+    for name, most in counts.items():
+        value = getattr(progress, name)
+        if type(value) is not int or not 0 <= value <= most:
+            raise ValueError(f"{name} must be an integer in [0, {most}], got {shortened(value)}")
+    rows, timings, numbers = progress.rows, progress.timings, (progress.lr, progress.seconds)
+    if any(len(each) != len(predicted) for each in progress.predictions):
+        raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")
+    if not all(0 <= each[-1] < val_samples for each in progress.predictions):
+        raise ValueError(f"it was evaluated on more than the {val_samples} validation images that are there")
+    holds = {
+        "rows": _is_table(rows) and len(rows) <= epochs and all(type(row.get(score)) is float for row in rows),
+        "timings": _is_table(timings) and [row.keys() for row in timings] == [{"epoch", SPEED, "seconds"}] * len(rows),
+        "codebooks": _is_table(progress.codebooks)
+        and all(row.keys() == set(codebooks.COLUMNS) for row in progress.codebooks),
+        "confusion": all(type(count) is int for row in progress.confusion for count in row),
+        "score": progress.score == score,
+        "lr and seconds": all(type(each) in (int, float) and math.isfinite(each) for each in numbers),
+    }
+    for table in (rows, timings):
+        holds["rows"] = holds["rows"] and [row["epoch"] for row in table] == list(range(1, len(table) + 1))
+    for name, is_so in holds.items():
+        if not is_so:
+            raise ValueError(f"{name} must be those of a training of {epochs} epochs")
+
+
+def _is_table(rows: Any) -> bool:
+    """Whether rows of a file have the same columns, and numbers and texts in them."""
+    return all(
+        row.keys() == rows[0].keys() and {type(each) for each in row.values()} <= {int, float, str} for row in rows
+    )
+
+
+def load_state(accelerator: Accelerator, folder: Path, state: State, check: Callable[[Progress], None]) -> Progress:
     """Puts networks, optimiser, scaler, generators and the sum of losses back as the checkpoint ``folder`` has them.
 
-    ``predicted`` names the columns of its predictions, which are of ``val_samples`` samples at most.
+    ``check`` raises ValueError where its progress is not one that this training could have made.
 
     Raises:
         UserError: It is of another model, number of processes, version or data, or cannot be read.
@@ -200,10 +246,7 @@ def load_state(
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:
             raise ValueError(f"it is of {len(processes)} processes, got {accelerator.num_processes}")
-        if any(len(each) != len(predicted) for each in progress.predictions):
-            raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")
-        if any(each[-1] >= val_samples for each in progress.predictions):
-            raise ValueError(f"it was evaluated on more than the {val_samples} validation images that are there")
+        check(progress)
         own = processes[accelerator.process_index]
         state.loss.copy_(own["loss"])
         set_rng_state(own["rng"], accelerator.device)

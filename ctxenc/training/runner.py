@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ FOLDERS = (checkpoint.FOLDER, pictures.FOLDER, tensorboard.FOLDER)  # of an arm
 ASKED = ("pretrained", "initial_checkpoint", "pretrained_backbone")
 LOCK = ".lock"
 PATIENCE = 10.0  # seconds: the workers of a killed training keep its lock until they look for it, every 5 s
+UNFINISHED_CHECKPOINT = r"\.epoch-\d+-step-\d+\.[0-9a-f]{16}\.tmp"
 UNFINISHED = re.compile(rf"\.lock|{TEMPORARY}")  # what a kill before the first configuration leaves
 
 
@@ -221,6 +223,7 @@ def take_folder(run: Path | None, out: Path | None, runs: Path, held: ExitStack)
     """
     folder = run or new_folder(out, runs)
     held.enter_context(locked(folder))
+    sweep(folder)
     if run is None:
         check_empty(folder)  # another training may have held it until now
     return folder
@@ -278,7 +281,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def prepare_arm(arm: Path, config: Any) -> None:
-    """Make the folder of an arm, with its configuration.
+    """Make the folder of an arm, with its configuration, and remove what a kill left half written in it.
 
     Raises:
         UserError: It leads out of the run, or cannot be written.
@@ -289,7 +292,17 @@ def prepare_arm(arm: Path, config: Any) -> None:
         arm.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{arm} cannot be written: {error.strerror}") from error
+    sweep(arm, arm / pictures.FOLDER, arm / checkpoint.FOLDER)
     write_config(arm, config)
+
+
+def sweep(*folders: Path) -> None:
+    """Remove the temporary files and folders that a killed training left: those of weights would fill the disk in time."""
+    for each in (each for folder in folders for each in folder.glob(".*.tmp*")):
+        if re.fullmatch(TEMPORARY, each.name):
+            each.unlink(missing_ok=True)
+        elif re.fullmatch(UNFINISHED_CHECKPOINT, each.name):
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def difference(stored: Iterable[str], found: Iterable[str]) -> str:

@@ -149,6 +149,25 @@ class TestNothingOutside:
         assert contents(home) == {"file": b"dear"}
 
 
+def test_what_a_kill_leaves_is_swept_on_resume(finetune, done, tmp_path):
+    run = shutil.copytree(done, tmp_path / "run")
+    token = "0a" * 8
+    left = [run / f".{token}.tmp.json", run / "context-0" / f".{token}.tmp.safetensors", run / "se-1" / f".{token}.tmp"]
+    left += [run / "context-0" / "pictures" / f".{token}.tmp.png"]
+    kept = [run / "context-0" / name for name in (".notes.tmp", ".notes.tmp.txt", f"{token}.tmp", f".{token}.tmp.a b")]
+    for path in (*left, *kept):
+        path.write_text("half")
+    folders = [
+        run / "context-1" / "checkpoints" / f".{name}.{token}.tmp" for name in ("epoch-00001-step-0000001", "mine")
+    ]
+    for path in folders:
+        path.mkdir()
+        (path / "model.safetensors").touch()
+    assert finetune("--resume", run)[0] == 0
+    assert not any(path.exists() for path in (*left, folders[0]))
+    assert all(path.exists() for path in (*kept, folders[1]))
+
+
 EVIL = "a\x1b]0;title\x07\x1b[2J\x9b31m\n\u202egpj.png"
 SHOWN = r"a\x1b]0;title\x07\x1b[2J\x9b31m\n\u202egpj.png"
 
