@@ -7,11 +7,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import ctxenc
 from ctxenc.__main__ import main
-from ctxenc.diagnosis import examination
+from ctxenc.commands.doctor import environment_text, times_text
+from ctxenc.diagnosis import examination, tasks
+from ctxenc.kernels.backends import BackendInfo
 
 SMALL = ["doctor", "--shapes", "2,16,5,5,4", "--dtypes", "fp32", "--layouts", "channels_first"]
 
@@ -35,8 +40,11 @@ def test_without_a_gpu_it_says_what_serves(tmp_path, capsys):
     assert doctor(*SMALL, "--out", str(tmp_path / "found.json")) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("ctxenc ")
-    assert "no GPU that PyTorch can use: the PyTorch path serves every call" in printed
-    assert "1 kinds of encode calls, all on the PyTorch path; --interpret checks the kernels without a GPU" in printed
+    assert "no GPU that PyTorch can use" in printed
+    assert 'backend="auto" takes torch: ' in printed[2]
+    assert (
+        "the PyTorch path serves all 1 kinds of encode calls; --interpret checks the kernels without a GPU" in printed
+    )
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["environment"]["versions"].keys() == {"ctxenc", "torch", "triton", "timm"}
     assert found["environment"]["gpus"] == found["verdicts"] == found["times"] == found["problems"] == []
@@ -164,3 +172,37 @@ def test_help_is_quick_and_imports_no_torch():
         "doctor.add_arguments(argparse.ArgumentParser()); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gpus_are_described(monkeypatch):
+    known = SimpleNamespace(name="Test GPU", major=9, minor=0, multi_processor_count=132, total_memory=144 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: known)
+    monkeypatch.setattr(ctxenc, "backend_info", lambda: BackendInfo("triton", "all is well"))
+    monkeypatch.setattr(tasks, "_driver", lambda: "570.1")
+    text = environment_text(tasks.environment())
+    assert ", driver 570.1, Python" in text
+    assert "GPU 0: Test GPU, 9.0, 132 multiprocessors, 144 GiB\n" in text
+    assert 'backend="auto" takes triton: all is well' in text
+
+
+def test_kernel_and_pytorch_path_are_timed_side_by_side(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    ran = []
+
+    def do_bench(function, **how):
+        ran.append(function())
+        return 1.5 if ran[-1] is not None else 4.5
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    call = {"shape": [2, 16, 5, 5], "num_codes": 4, "dtype": "bf16", "layout": "channels_last"}
+    (found,) = tasks.times({"calls": [call], "device": "cpu"})
+    assert found["call"] == call
+    assert found["torch"] == {"forward_ms": 1.5, "both_ms": 4.5}
+    assert found["triton"]["problem"].startswith('encode: backend="triton" cannot run: ')
+    assert ran[0].shape == (2, 4, 16)
+    slow = {"call": call, "triton": {"forward_ms": 0.5, "both_ms": 9.0}, "torch": found["torch"]}
+    table = times_text([found, slow]).splitlines()
+    assert table[2].split() == ["2x16x5x5,", "4", "bf16", "last", "-", "1.500", "-", "-", "4.500", "-"]
+    assert table[3].split()[4:] == ["0.500", "1.500", "3.00", "9.000", "4.500", "0.50"]

@@ -106,9 +106,8 @@ def environment_text(found: dict[str, Any]) -> str:
             f" {gpu['memory_bytes'] / 2**30:.0f} GiB"
         )
     if not found["gpus"]:
-        lines.append("no GPU that PyTorch can use: the PyTorch path serves every call")
-    if found["auto"] != "auto":
-        lines.append(f'CTXENC_BACKEND={found["auto"]} is set: backend="auto" takes that')
+        lines.append("no GPU that PyTorch can use")
+    lines.append(f'backend="auto" takes {found["auto"]["backend"]}: {found["auto"]["reason"]}')
     lines += [
         f"{name} cannot be kept: {cache['problem']}" for name, cache in found["caches"].items() if cache["problem"]
     ]
@@ -121,9 +120,11 @@ def needs_text(needs: dict[str, Any], interpret: bool) -> str:
     if needs["why_no_kernels"] and needs["device"] != "meta":
         return f"the PyTorch path serves every call: {needs['why_no_kernels']}"
     if needs["device"] == "meta":
-        return f"{calls} kinds of encode calls, all on the PyTorch path; --interpret checks the kernels without a GPU"
+        return (
+            f"the PyTorch path serves all {calls} kinds of encode calls; --interpret checks the kernels without a GPU"
+        )
     where = "in Triton's interpreter" if interpret else "on this GPU"
-    return f"{calls} kinds of encode calls need {kinds} kernels, which are tried {where}:"
+    return f"{kinds} kernels for {calls} kinds of encode calls are tried {where}:"
 
 
 def verdicts_text(verdicts: list[dict[str, Any]]) -> str:

@@ -103,8 +103,8 @@ def examine(request: dict[str, Any], interpret: bool, jobs: int, seconds: float)
     """Look, try every kernel that is needed, and time what serves on a GPU.
 
     Args:
-        request: What to run, for tasks.look: "model" or None, its "num_codes" and "batch"; else "shapes" [(B, D, H, W, K)]; "dtypes"
-            and "layouts".
+        request: What to run, for tasks.look: "model" or None, its "num_codes" and "batch"; else "shapes" [(B, D, H, W, K)];
+            "dtypes" and "layouts".
         interpret: Run kernels in Triton's interpreter, on the CPU.
         jobs: Kernels that are tried at a time.
         seconds: For a kernel.

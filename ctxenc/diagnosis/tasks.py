@@ -85,7 +85,7 @@ def environment() -> Result:
         "rocm": torch.version.hip,
         "driver": _driver(),
         "gpus": gpus,
-        "auto": backends.preferred(),
+        "auto": ctxenc.backend_info()._asdict(),
         "caches": {
             "verdicts": _writable(records.directory),
             "compiled kernels": _writable(lambda: triton_cache.expanduser()),
@@ -184,7 +184,8 @@ def _train_and_evaluate(module: nn.Module, shape: tuple[int, ...], dtype: str, l
     module.to(memory_format=LAYOUTS[layout])
     half = dtype != "fp32" and device.type != "meta"
     with torch.autocast(device.type, DTYPES[dtype]) if half else contextlib.nullcontext():
-        module.train()(x.requires_grad_()).float().sum().backward()
+        output = module.train()(x.requires_grad_())
+        output.backward(torch.randn_like(output))
         fused = copy.deepcopy(module).eval()
         for block in fused.modules():
             if isinstance(block, ctxenc.ContextEncoding):
