@@ -9,11 +9,11 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,24 +148,44 @@ def why_not_encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | Non
     return why_not(x, codewords, smoothing)
 
 
-def takes_kernels(name: str, backend: str, x: Tensor, why: Any, *arguments: Any) -> tuple[bool, bool]:
+def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *others: Tensor) -> tuple[bool, bool]:
     """Whether the fused kernels serve a call, and whether they were asked for by name.
 
     Args:
-        name: of the caller, for errors.
+        name: of the caller, for the error.
         backend: as it was given.
+        why: gives the reason why the kernels cannot serve x and the others, or None.
         x: the features.
-        why: called with x and the arguments, gives the reason why the kernels cannot, or None.
-        arguments: the rest of them.
+        others: the other tensors.
 
     Raises:
-        RuntimeError: they were asked for by name and cannot run.
+        RuntimeError: the kernels were asked for by name and cannot run.
     """
     if backend == "auto":
         backend = preferred()
     if backend == "torch" or (backend == "auto" and x.device.type not in GPUS):
         return False, False
-    reason = why(x, *arguments)
+    reason = why(x, *others)
     if reason and backend == "triton":
         raise RuntimeError(f'{name}: backend="triton" cannot run: {reason}')
     return reason is None, backend == "triton"
+
+
+def info(*tensors: Tensor) -> BackendInfo:
+    """The backend that serves encode() under "auto" at present, and why: of these x, codewords and smoothing, or of a GPU at all."""
+    backend = preferred()
+    if backend != "auto":
+        return BackendInfo(backend, "set by use_backend() or CTXENC_BACKEND")
+    if not tensors:
+        if not torch.cuda.is_available():
+            return BackendInfo("torch", "there is no GPU that PyTorch can use, and Triton needs one")
+        reason = _why_no_gpu(torch.cuda.current_device())
+        return BackendInfo(
+            "torch" if reason else "triton", reason or "on a GPU, each kernel once it has proved itself there"
+        )
+    x, codewords, smoothing = tensors
+    if reason := why_not_encode(x, codewords, smoothing):
+        return BackendInfo("torch", reason)
+    from ctxenc.kernels.fused import encode
+
+    return BackendInfo(*encode.expected(x, codewords, smoothing))

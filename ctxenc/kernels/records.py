@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-PATIENCE = 600  # seconds after which the marker of another machine counts as left behind: its processes cannot be looked at
+PATIENCE = (
+    600  # seconds after which the marker of another machine counts as left behind: its processes cannot be looked at
+)
 
 
 def directory() -> Path:

@@ -251,7 +251,11 @@ def prove(kind: Kind, device: torch.device | str) -> Verdict:
 
 def _try(operator: Operator, kind: Kind, device: torch.device) -> Verdict:
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(torch.empty(0, device=device)):
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.cuda.device_of(torch.empty(0, device=device)),
+        ):
             arguments = operator.problem(dict(kind.constants), device)
             if arguments is None:
                 return Verdict(False, "no small problem of this kind could be made", "process")
@@ -262,7 +266,9 @@ def _try(operator: Operator, kind: Kind, device: torch.device) -> Verdict:
                 return Verdict(False, f"{worst} is off by {excess[worst]:.3g} times its tolerance", excess=excess)
             for _ in range(RUNS - 1):
                 for tensor in first:
-                    torch.full_like(tensor, float("nan"))  # freed at once: what a run does not write is not right by luck
+                    torch.full_like(
+                        tensor, float("nan")
+                    )  # freed at once: what a run does not write is not right by luck
                 if not all(map(torch.equal, first, _tuple(operator.kernel(*arguments)))):
                     return Verdict(False, f"{RUNS} runs on the same inputs gave different bits", excess=excess)
     except Exception as error:

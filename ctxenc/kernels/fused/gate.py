@@ -7,6 +7,7 @@ come out of every run. The cut depends on sizes alone, so that another GPU adds 
 The first form is that of Squeeze-and-Excitation (arXiv 1709.01507), the second that of EncNet (arXiv 1803.08904), section 3.1.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.fused.operands import _INTERPRETED, INTERPRETED, drop_bits
+from ctxenc.kernels.backends import is_transformed
+from ctxenc.kernels.fused import encode
+from ctxenc.kernels.fused.operands import _INTERPRETED, drop_bits
 from ctxenc.kernels.fused.tiles import ceil_div
 from ctxenc.kernels.fused.walk import multiple
+from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
 # One binary for all sizes: how x and dy are aligned is in the explicit constexprs VECTOR and DY_VECTOR.
 SIZES = ["p_x", "p_logits", "p_dy", "C", "N", "tiles_c", "tiles_n", "splits"]
@@ -255,51 +259,179 @@ def _backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: b
     return dx, (sums.squeeze(1) if splits == 1 else sums.sum(1)).to(logits.dtype)
 
 
-_DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
+# The PyTorch path, laid out as the kernels' results are
 
 
-@torch.library.custom_op("ctxenc::gate", mutates_args=(), device_types=_DEVICES)
-def _gate_op(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
-    return _forward(x, logits, residual)
+def plain_forward(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
+    gated = x * logits.sigmoid().to(x.dtype).unsqueeze(2)
+    y = (x + gated).relu() if residual else gated
+    wanted = _empty_as(x)
+    return y if y.stride() == wanted.stride() else wanted.copy_(y)
+
+
+def plain_backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).unsqueeze(2)
+    gate = wide.sigmoid().to(x.dtype)
+    if residual:
+        dy = torch.where(x + x * gate <= 0, 0, dy)
+    slope = wide.sigmoid() * (-wide).sigmoid()
+    dlogits = (dy * x).sum(2, dtype=wide.dtype) * slope.squeeze(2)
+    dx = _empty_as(x) if x_wanted else x.new_empty(0)
+    if x_wanted:
+        dx.copy_(torch.addcmul(dy, dy, gate) if residual else dy * gate)
+    return dx, dlogits.to(logits.dtype)
+
+
+# How the kernels prove themselves
+
+
+def _constants(x: Tensor, logits: Tensor, *flags: bool, dy: Tensor | None = None) -> Constants | None:
+    """Everything that a kernel is compiled for; the flags are residual and, for backward, x_wanted."""
+    if not x.numel():
+        return None
+    named = {"x": encode.dtype_name(x), "logits": encode.dtype_name(logits), "residual": flags[0]}
+    if dy is not None:
+        named |= {"x_wanted": flags[1], "dy_unit": _unit(dy), "dy_vector": _vector(dy, _unit(dy))}
+    return named | _launch(x, dy is not None)[2]
+
+
+def _backward_constants(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> Constants | None:
+    return _constants(x, logits, *flags, dy=dy)
+
+
+def _incoming(x: Tensor, unit: str) -> Iterator[Tensor]:
+    """Room for a gradient of y (B, C, N), of every alignment."""
+    B, C, N = x.shape
+    if not unit:
+        yield x.new_empty(B, C, N, 2)[..., 0]
+        return
+    yield from (dy for dy in encode.placed(B, C, N - 1, unit == "c", x.dtype, x.device) if dy.shape == x.shape)
+
+
+def _problem(constants: Constants, device: torch.device) -> Arguments | None:
+    """Three images of some tiles of channels and some runs of WALK pixels; logits from -9 to 9, and zeros where relu has its kink."""
+    draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    flags = [constants[name] for name in ("residual", "x_wanted") if name in constants]
+    unit, N = constants.get("dy_unit"), 2 * WALK + int(constants["BLOCK_N"])
+    dtypes = [getattr(torch, str(constants[name])) for name in ("x", "logits")]
+    for ragged in (9, 10, 12, 16):
+        C = 2 * int(constants["BLOCK_C"]) + ragged
+        logits = (3 * torch.randn(3, C, **draw)).to(dtypes[1])
+        for x in encode.placed(3, C, N, constants["UNIT"] == "c", dtypes[0], device):
+            for dy in [None] if unit is None else _incoming(x, str(unit)):
+                if _constants(x, logits, *flags, dy=dy) != constants:
+                    continue
+                encode.fill(x, lambda shape: torch.randn(shape, **draw) * (torch.rand(shape, **draw) < 0.9))
+                if dy is None:
+                    return x, logits, *flags
+                encode.fill(dy, lambda shape: torch.randn(shape, **draw))
+                return dy, x, logits, *flags
+    return None
+
+
+def _excess(results: Sequence[Tensor], exact: Sequence[Tensor], terms: Sequence[Tensor]) -> dict[str, float]:
+    """Error over tolerance: 2 units of a result's own dtype, and 16 of fp32 of the sum of its absolute terms."""
+    over = {}
+    for name, got, wanted, sums in zip(
+        ("y", "dlogits") if len(terms) == 1 else ("dx", "dlogits"), results, exact, terms
+    ):
+        own, fp32 = torch.finfo(got.dtype), torch.finfo(torch.float32)
+        error = (got.double() - wanted).abs() / (2 * own.eps * wanted.abs() + 16 * fp32.eps * sums + own.tiny)
+        over[name] = float(error.max().nan_to_num(float("inf"))) if error.numel() else 0.0
+    return over
+
+
+def _forward_excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
+    x, logits, residual = arguments
+    exact = plain_forward(x.double(), logits.double(), residual)
+    return _excess(results, [exact], [2 * x.double().abs()])
+
+
+def _backward_excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
+    dy, x, logits, residual, x_wanted = arguments
+    dy, x, logits = (tensor.double() for tensor in (dy, x, logits))
+    exact = plain_backward(dy, x, logits, residual, x_wanted)
+    slope = logits.sigmoid() * (-logits).sigmoid()
+    return _excess(results, exact, [2 * dy.abs() if x_wanted else exact[0], (dy * x).abs().sum(2) * slope])
+
+
+FORWARD = Operator("gate", _forward, plain_forward, _constants, _problem, _forward_excess)
+BACKWARD = Operator("gate_backward", _backward, plain_backward, _backward_constants, _problem, _backward_excess)
+
+
+# The registered operators
+
+
+@torch.library.custom_op("ctxenc::gate", mutates_args=(), device_types=encode.DEVICES)
+def _gate_op(x: Tensor, logits: Tensor, residual: bool, strict: bool = False) -> Tensor:
+    return FORWARD(strict, x, logits, residual)
 
 
 @_gate_op.register_fake
-def _(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
+def _(x: Tensor, logits: Tensor, residual: bool, strict: bool = False) -> Tensor:
     return _empty_as(x)
 
 
-@torch.library.custom_op("ctxenc::gate_backward", mutates_args=(), device_types=_DEVICES)
-def _gate_backward_op(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
-    return _backward(dy, x, logits, residual, x_wanted)
+@torch.library.custom_op("ctxenc::gate_backward", mutates_args=(), device_types=encode.DEVICES)
+def _gate_backward_op(
+    dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool, strict: bool = False
+) -> tuple[Tensor, Tensor]:
+    return BACKWARD(strict, dy, x, logits, residual, x_wanted)
 
 
 @_gate_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
+def _(
+    dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool, strict: bool = False
+) -> tuple[Tensor, Tensor]:
     return _empty_as(x) if x_wanted else x.new_empty(0), _empty_rows(logits)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.residual = inputs[2]
+    ctx.flags = inputs[2:]
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None]:
+def _gradients(
+    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, Tensor]] = _gate_backward_op
+) -> tuple[Any, ...]:
+    x, logits = ctx.saved_tensors
+    residual, strict = ctx.flags
+    if torch.is_grad_enabled() or is_transformed():  # to be differentiated again, or vectorised
+
+        def plainly(x: Tensor, logits: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                return plain_forward(x, logits, residual)
+
+        return *encode.differentiable(plainly, (x, logits), dy), None, None
     x_wanted = ctx.needs_input_grad[0]
-    dx, dlogits = _gate_backward_op(dy, *ctx.saved_tensors, ctx.residual, x_wanted)
-    return dx if x_wanted else None, dlogits, None
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError('gate: the Triton path has no second derivatives; take ctxenc.use_backend("torch")')
+    dx, dlogits = backward(dy, x, logits, residual, x_wanted, strict)
+    return dx if x_wanted else None, dlogits, None, None
 
 
 _gate_op.register_autograd(_gradients, setup_context=_save)
-_gate_backward_op.register_autograd(_no_second_derivative)
 
 
-def gate(x: Tensor, logits: Tensor, residual: bool = False) -> Tensor:
+class _Gate(torch.autograd.Function):
+    """The same without the dispatcher, for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, residual: bool, strict: bool) -> Tensor:
+        _save(ctx, (x, logits, residual, strict), x)
+        return FORWARD(strict, x, logits, residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _gradients(ctx, dy, lambda *arguments: BACKWARD(arguments[-1], *arguments[:-1]))
+
+
+def gate(x: Tensor, logits: Tensor, residual: bool = False, strict: bool = False) -> Tensor:
     """X * sigmoid(logits), or relu(x + x * sigmoid(logits)), of x (B, C, N) and logits (B, C): (B, C, N), dense, in x's layout.
 
     fp32, fp16 and bf16 on a GPU, any strides: x is read where it lies if the stride of C or N is 1, copied otherwise.
+    strict: raise RuntimeError where no kernel has proved itself, instead of taking the PyTorch path.
     """
-    return _gate_op(x, logits, residual)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return _gate_op(x, logits, residual, strict)
+    if (x.requires_grad or logits.requires_grad) and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _Gate.apply(x, logits, residual, strict)
+    return FORWARD(strict, x, logits, residual)

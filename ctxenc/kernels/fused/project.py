@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ctxenc.kernels.fused.encode import DEVICES
+from ctxenc.kernels import torch_encode
+from ctxenc.kernels.fused import encode
 from ctxenc.kernels.fused.launch import Launch
 from ctxenc.kernels.fused.operands import _INTERPRETED, dot, drop_bits, rounded
 from ctxenc.kernels.fused.tiles import Tiles, ceil_div, project_tiles
 from ctxenc.kernels.fused.walk import add_channels, image, load_bias, multiple, offsets, softmax, subtract_codewords
+from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
 SIZES = ["p_x", "N", "tiles", "share", "splits", "stride_b", "stride_n", "stride_c"]
 
@@ -157,14 +159,61 @@ def _project_encode(
     return encoding.squeeze(1) if splits == 1 else encoding.sum(1)
 
 
-@torch.library.custom_op("ctxenc::project_encode", mutates_args=(), device_types=DEVICES)
-def project_encode(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+def plain(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """The same by the PyTorch path."""
+    z = (torch.matmul(weight, x) + shift.to(x.dtype)[:, None]).relu()
+    return torch_encode.encode(z, codewords, smoothing)
+
+
+def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:
+    if not x.numel():
+        return None
+    tiles, block_c, _ = project_tiles(x, *codewords.shape)
+    names = {"C": x.shape[1], "shift": encode.dtype_name(shift), "block_c": block_c}
+    return {**names, **encode.describe(x, codewords, smoothing, tiles)}
+
+
+def _problem(constants: Constants, device: torch.device) -> Arguments | None:
+    """Small integers, of which the projected features are exact; they reach from 0 to beyond 40, as channels differ."""
+    C, D, K = (int(constants[name]) for name in "CDK")
+    dtypes = {name: getattr(torch, str(constants[name])) for name in ("x", "shift", "codewords", "smoothing")}
+    draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    kept = min(1.0, 256 / C)  # share of x that is not 0: bf16 could not hold longer sums
+    spread = (C * kept) ** 0.5 / 2
+    shift = torch.tensor([0, 20, 40], device=device).repeat(-(-D // 3))[:D]
+    codewords = spread * torch.randn(K, D, **draw) + shift
+    smoothing = torch.rand(() if constants["shared"] else (K,), **draw) / (D**0.5 * spread**2)
+    weight = torch.randint(-1, 2, (D, C), **draw)
+    given = {"x": weight, "shift": shift, "codewords": codewords, "smoothing": smoothing}
+    rest = [tensor.to(dtypes[name]) for name, tensor in given.items()]
+    for x in encode.candidates(constants, C, device):
+        if _constants(x, *rest) == constants:
+            encode.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < kept))
+            return x, *rest
+    return None
+
+
+def _excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
+    x, weight, shift, *codebook = arguments
+    z = (torch.matmul(weight.double(), x.double()) + shift.double()[:, None]).relu().to(x.dtype)
+    exact = encode.plain_forward(*(tensor.double() for tensor in (z, *codebook)))[:1]
+    return encode.excess(["encoding"], results, exact, exact[0], z, *codebook)
+
+
+PROJECT = Operator("project_encode", _project_encode, plain, _constants, _problem, _excess)
+
+
+@torch.library.custom_op("ctxenc::project_encode", mutates_args=(), device_types=encode.DEVICES)
+def project_encode(
+    x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False
+) -> Tensor:
     """Encoding (B, K, D), fp32, of relu(weight @ x + shift) on codewords (K, D), without derivatives.
 
-    x (B, C, N) and weight (D, C) are of one dtype, fp16, bf16 or fp32. The sizes that fit are those of triton_tiles.may_project.
+    x (B, C, N) and weight (D, C) are of one dtype, fp16, bf16 or fp32. The sizes that fit are those of tiles.may_project.
 
     Raises:
         ValueError: sizes do not fit each other, which no kernel would notice.
+        RuntimeError: strict, and the kernel has not proved itself.
     """
     D, C = weight.shape
     if x.shape[1] != C or shift.shape != (D,) or codewords.shape[1] != D:
@@ -172,11 +221,11 @@ def project_encode(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, 
         raise ValueError(
             f"project_encode: must get x (B, C, N), weight (D, C), shift (D,), codewords (K, D), got {sizes}"
         )
-    return _project_encode(x, weight, shift, codewords, smoothing)
+    return PROJECT(strict, x, weight, shift, codewords, smoothing)
 
 
 @project_encode.register_fake
-def _(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False) -> Tensor:
     return x.new_empty((x.shape[0], *codewords.shape), dtype=torch.float32)
 
 
