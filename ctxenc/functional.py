@@ -124,7 +124,7 @@ def backend_info(
     if smoothing is None and isinstance(codewords, Tensor) and codewords.dim() == 2:
         smoothing = codewords.new_empty(codewords.shape[0])
     smoothing = _check("backend_info", x, codewords, smoothing)
-    return backends.info(x, codewords, smoothing)
+    return backends.info(x, codewords, smoothing)  # type: ignore[arg-type]
 
 
 def fuses_gate(x: Tensor, logits: Tensor) -> bool:

@@ -5,7 +5,6 @@ with it. Files appear whole or not at all; what cannot be read counts as absent,
 """
 
 import hashlib
-import importlib
 import json
 import os
 import socket
@@ -38,9 +37,11 @@ def directory() -> Path:
 @cache
 def versions() -> dict[str, str]:
     """Versions that a verdict counts for, and a hash of the kernels' sources."""
+    import triton
+
     files = sorted((Path(__file__).parent / "fused").glob("*.py"))
     sources = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return {"torch": torch.__version__, "triton": importlib.import_module("triton").__version__, "sources": sources}
+    return {"torch": torch.__version__, "triton": triton.__version__, "sources": sources}
 
 
 def stem(key: dict[str, Any]) -> str:

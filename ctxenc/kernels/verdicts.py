@@ -15,7 +15,6 @@ For `doctor` and other tools:
 """
 
 import contextlib
-import importlib
 import json
 import os
 import threading
@@ -232,8 +231,7 @@ def prove(kind: Kind, device: torch.device | str) -> Verdict:
         The verdict. Where it lasts for less than always (no memory, no compiler), nothing is recorded.
     """
     if kind.operator not in OPERATORS:  # in a process that has called none yet
-        for module in ("encode", "gate", "project"):
-            importlib.import_module(f"ctxenc.kernels.fused.{module}")
+        from ctxenc.kernels.fused import encode, gate, project  # noqa: F401
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # an error that is there already is not this kernel's

@@ -186,7 +186,8 @@ def _forward_excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[s
 
 def _backward_excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
     *tensors, x_wanted = arguments
-    exact = plain_backward(*(tensor.double() for tensor in tensors), x_wanted)
+    grad, x, codewords, smoothing, weight_sum = (tensor.double() for tensor in tensors)
+    exact = plain_backward(grad, x, codewords, smoothing, weight_sum, x_wanted)
     return excess(("dx", "dcodewords", "dsmoothing"), results, exact, *tensors[:4])
 
 
@@ -195,8 +196,9 @@ def excess(
 ) -> dict[str, float]:
     """Error over tolerance of the named results for x, codewords and smoothing."""
     products = PRODUCTS.get(_precision(inputs[0].dtype), torch.float32)
-    doubles = [tensor.double() for tensor in inputs]
-    terms = tolerance.absolute_terms(*doubles, grad.double(), torch_encode.assign(*doubles))
+    x, codewords, smoothing = (tensor.double() for tensor in inputs)
+    weights = torch_encode.assign(x, codewords, smoothing)
+    terms = tolerance.absolute_terms(x, codewords, smoothing, grad.double(), weights)
     got, wanted = (dict(zip(names, each, strict=True)) for each in (results, exact))
     return tolerance.excess(got, wanted, terms, products)
 
