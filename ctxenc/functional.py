@@ -69,8 +69,8 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
     With r_ik = x_i - d_k and w_ik = softmax over k of -s_k |r_ik|^2, the encoding is e_k = sum over pixels i of w_ik r_ik.
     Deep TEN (arXiv 1612.02844), section 3; EncNet (arXiv 1803.08904), section 3.1.
 
-    Differentiable in x, codewords and smoothing, to any order. Sums, squares and the softmax are taken in fp32 (fp64 if any argument
-    is fp64), under autocast too. B x N x K x D is never formed.
+    Differentiable in x, codewords and smoothing, to any order. Sums, squares and the softmax are taken in fp32 (fp64 if any
+    argument is fp64), under autocast too. B x N x K x D is never formed.
 
     Args:
         x: features (B, D, *spatial), one spatial dimension or more, any strides, fp16, bf16, fp32 or fp64. N, the number
@@ -130,8 +130,8 @@ def backend_info(
 def fuses_gate(x: Tensor, logits: Tensor) -> bool:
     """Whether fused_gate takes the place of the plain gate.
 
-    Not in what torch.compile compiles, which fuses the plain gate with the layers around, where an operator of ours would be one more
-    pass; nor in float64, of which encode() may be given another dtype.
+    Not under torch.compile, which fuses the plain gate with the layers around it: an operator of ours would be one more pass. Nor
+    in float64, even where the kernels were asked for by name: encode() may be given fp32 of such a map.
 
     Raises:
         RuntimeError: the kernels were asked for by name and cannot run, as for encode().

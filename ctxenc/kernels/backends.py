@@ -1,7 +1,7 @@
 """Which backend serves a call: what "auto" means, and why the fused kernels cannot run.
 
-"auto" takes the fused kernels on a GPU wherever nothing is lost by them. Inside the operators a kernel then serves once it has proved
-itself (verdicts.py).
+"auto" takes the fused operators on a GPU wherever they can do what the PyTorch path can. In them a kernel serves once it has proved
+itself there: verdicts.py.
 """
 
 import importlib.util
@@ -93,7 +93,7 @@ def is_transformed() -> bool:
 
 @cache
 def _why_no_gpu(index: int) -> str | None:
-    """The reason why no kernel can run on this GPU (-1: a CPU, in the interpreter), None where they can. Tells of broken ones once."""
+    """The reason why no kernel can run on this GPU (-1: the CPU of the interpreter), None where they can. Warns of what can be mended."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if index >= 0 and not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
@@ -172,7 +172,7 @@ def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *
 
 
 def info(*tensors: Tensor) -> BackendInfo:
-    """The backend that serves encode() under "auto" at present, and why: of these x, codewords and smoothing, or of a GPU at all."""
+    """The backend that serves encode() under "auto" at present, and why: on x, codewords and smoothing, or on the current GPU."""
     backend = preferred()
     if backend != "auto":
         return BackendInfo(backend, "set by use_backend() or CTXENC_BACKEND")

@@ -7,23 +7,21 @@ Deep TEN (arXiv 1612.02844), section 3.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ctxenc.kernels import tolerance, torch_encode, verdicts
+from ctxenc.kernels import torch_encode, verdicts
 from ctxenc.kernels.backends import is_transformed
-from ctxenc.kernels.fused.launch import _precision, empty_dx, encode_backward, encode_forward
+from ctxenc.kernels.fused import proof
+from ctxenc.kernels.fused.launch import empty_dx, encode_backward, encode_forward
 from ctxenc.kernels.fused.operands import INTERPRETED
-from ctxenc.kernels.fused.tiles import Tiles, backward_tiles, forward_tiles, is_channels_last, target_of, vector
-from ctxenc.kernels.verdicts import Arguments, Constants, Operator
+from ctxenc.kernels.verdicts import Operator
 
 DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
-PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}  # tf32 has fp16's unit
-LARGEST = 2**23  # elements of x in a problem, of a few tiles at least: an fp64 copy takes 64 MB
 
 
 def plain_forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,147 +63,23 @@ def differentiable(function: Callable[..., Tensor], inputs: Sequence[Tensor], gr
     return [next(gradients) if view.requires_grad else None for view in views]
 
 
-# How the kernels prove themselves
-
-
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def describe(x: Tensor, codewords: Tensor, smoothing: Tensor, tiles: Tiles) -> Constants:
-    """Everything that a kernel is compiled for which reads x (B, channels, N)."""
-    if x.stride(2) != 1 and not is_channels_last(x):
-        x = x.contiguous()  # as the launch does
-    K, D = codewords.shape
-    last = is_channels_last(x)
-    dtypes = {
-        name: dtype_name(tensor) for name, tensor in (("x", x), ("codewords", codewords), ("smoothing", smoothing))
-    }
-    sizes = {"D": D, "K": K, "shared": smoothing.dim() == 0, "channels_last": last, "vector": vector(x, last)}
-    return {**dtypes, **sizes, "products": _precision(x.dtype), **tiles._asdict()}
-
-
-def _forward_constants(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:
-    return describe(x, codewords, smoothing, forward_tiles(x, codewords.shape[0])[0]) if x.numel() else None
-
-
-def _backward_constants(
-    grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
-) -> Constants | None:
-    if not x.numel():
-        return None
-    return {**describe(x, codewords, smoothing, backward_tiles(x, codewords.shape[0])[0]), "x_wanted": x_wanted}
-
-
-def placed(B: int, C: int, N: int, channels_last: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Empty tensors (B, C, N or up to 16 more) of one layout, of every alignment; with images of their own, then of one repeated."""
-    room = torch.empty(B * C * (N + 16) + 8, dtype=dtype, device=device)
-    for images in (B, 1):
-        for start in (0, 1, 2, 4):
-            for pixels in range(N + 1, N + 17):
-                x = room[start : start + images * C * pixels]
-                x = x.view(images, pixels, C).transpose(1, 2) if channels_last else x.view(images, C, pixels)
-                yield x.expand(B, C, pixels)
-
-
-def candidates(constants: Constants, channels: int, device: torch.device) -> Iterator[Tensor]:
-    """Empty features for a problem, of more than seven tiles an image, and more in all than there can be programs, within LARGEST."""
-    tiles, block_n = 7, int(constants["block_n"])
-    multiprocessors = target_of(torch.empty(0, device=device)).multiprocessors
-    images = max(3, min(multiprocessors, LARGEST // (tiles * block_n * channels)))
-    dtype = getattr(torch, str(constants["x"]))
-    return placed(images, channels, tiles * block_n, bool(constants["channels_last"]), dtype, device)
-
-
-def fill(x: Tensor, values: Callable[[torch.Size], Tensor]) -> None:
-    """Write values of a shape to x, whose images may be one repeated."""
-    own = x[:1] if x.stride(0) == 0 else x
-    own.copy_(values(own.shape))
-
-
-def _problem(constants: Constants, device: torch.device, of: Callable[..., Constants | None]) -> Arguments | None:
-    """Pixels and codewords on a line, in every other channel, with others strewn between; every channel lies off the origin.
-
-    There what a product loses of each channel adds up. The codewords' distances are such that rounding them to the dtype of the
-    products cuts nearly half a unit; they lie about codeword 0, which is their centre. Offsets are 12 times the largest distance,
-    where half precision is multiplied without a shift, and in one channel of eight far more.
-    """
-    D, K, products = int(constants["D"]), int(constants["K"]), PRODUCTS.get(str(constants["products"]), torch.float32)
-    dtypes = [getattr(torch, str(constants[name])) for name in ("codewords", "smoothing")]
-    draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
-    size, line = 2.0 ** -round(math.log2(D) / 2), torch.arange(D, device=device) % 2 == 0
-    sign = torch.randint(0, 2, (D,), **draw) * 2.0 - 1
-    far = 1000.0 if products == torch.float32 else 100.0
-    offset = sign * torch.where(torch.arange(D, device=device) % 8 == 7, far, 12.0)
-    mantissa, exponent = torch.frexp(torch.linspace(1, 0.1, -(-K // 2), device=device))
-    step = torch.finfo(products).eps / 2
-    cut = torch.ldexp((mantissa / step).floor() * step + 0.45 * step, exponent)[:, None]
-    strewn = torch.rand(len(cut), D, **draw)
-    distance = torch.where(line, cut * sign, strewn)
-    codewords = torch.stack([distance, -distance], 1).flatten(0, 1)
-    codewords = torch.cat([torch.zeros_like(codewords[:1]), codewords])[:K]
-    smoothing = (6 * (torch.rand(() if constants["shared"] else (K,), **draw) + 0.5)).to(dtypes[1])
-    given = ((codewords + offset) * size).to(dtypes[0]), smoothing
-
-    def features(shape: torch.Size) -> Tensor:
-        B, _, N = shape
-        places = torch.where(
-            line[:, None], (2 * torch.rand(B, 1, N, **draw) - 1) * sign[:, None], 2 * torch.rand(shape, **draw) - 1
-        )
-        return (places + offset[:, None]) * size
-
-    for x in candidates(constants, D, device):
-        if of(x, *given) == constants:
-            fill(x, features)
-            return x, *given
-    return None
-
-
-def _forward_problem(constants: Constants, device: torch.device) -> Arguments | None:
-    return _problem(constants, device, _forward_constants)
-
-
-def _backward_problem(constants: Constants, device: torch.device) -> Arguments | None:
-    wanted, nothing = bool(constants["x_wanted"]), torch.empty(0)
-    problem = _problem(constants, device, lambda *tensors: _backward_constants(nothing, *tensors, nothing, wanted))
-    if problem is None:
-        return None
-    x, codewords, smoothing = (tensor.double() for tensor in problem)
-    weight_sum = torch_encode.assign(x, codewords, smoothing).sum(2).float()
-    draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(1), "device": device}
-    line = codewords[-1] - codewords[0]
-    line = torch.where(torch.arange(len(line), device=device) % 2 == 0, line.sign(), 0).float()
-    grad = torch.randn(*weight_sum.shape, 1, **draw) * line + 0.3 * torch.randn(*weight_sum.shape, len(line), **draw)
-    return grad, *problem, weight_sum, wanted
-
-
-def _forward_excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
-    exact = plain_forward(*(tensor.double() for tensor in arguments))
-    return excess(("encoding", "weight_sum"), results, exact, exact[0], *arguments)
-
-
-def _backward_excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
-    *tensors, x_wanted = arguments
-    grad, x, codewords, smoothing, weight_sum = (tensor.double() for tensor in tensors)
-    exact = plain_backward(grad, x, codewords, smoothing, weight_sum, x_wanted)
-    return excess(("dx", "dcodewords", "dsmoothing"), results, exact, *tensors[:4])
-
-
-def excess(
-    names: Sequence[str], results: tuple[Tensor, ...], exact: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor
-) -> dict[str, float]:
-    """Error over tolerance of the named results for x, codewords and smoothing."""
-    products = PRODUCTS.get(_precision(inputs[0].dtype), torch.float32)
-    x, codewords, smoothing = (tensor.double() for tensor in inputs)
-    weights = torch_encode.assign(x, codewords, smoothing)
-    terms = tolerance.absolute_terms(x, codewords, smoothing, grad.double(), weights)
-    got, wanted = (dict(zip(names, each, strict=True)) for each in (results, exact))
-    return tolerance.excess(got, wanted, terms, products)
-
-
-FORWARD = Operator("encode", encode_forward, plain_forward, _forward_constants, _forward_problem, _forward_excess)
+FORWARD = Operator(
+    "encode",
+    encode_forward,
+    plain_forward,
+    proof.forward_constants,
+    proof.forward_problem,
+    proof.forward_excess,
+    proof.key,
+)
 BACKWARD = Operator(
-    "encode_backward", encode_backward, plain_backward, _backward_constants, _backward_problem, _backward_excess
+    "encode_backward",
+    encode_backward,
+    plain_backward,
+    proof.backward_constants,
+    proof.backward_problem,
+    proof.backward_excess,
+    lambda grad, x, codewords, smoothing, weight_sum, x_wanted: (*proof.key(x, codewords, smoothing), x_wanted),
 )
 
 

@@ -7,7 +7,7 @@ come out of every run. The cut depends on sizes alone, so that another GPU adds 
 The first form is that of Squeeze-and-Excitation (arXiv 1709.01507), the second that of EncNet (arXiv 1803.08904), section 3.1.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ctxenc.kernels.backends import is_transformed
-from ctxenc.kernels.fused import encode
+from ctxenc.kernels.fused import proof
+from ctxenc.kernels.fused.encode import DEVICES, differentiable
 from ctxenc.kernels.fused.operands import _INTERPRETED, drop_bits
 from ctxenc.kernels.fused.tiles import ceil_div
 from ctxenc.kernels.fused.walk import multiple
-from ctxenc.kernels.verdicts import Arguments, Constants, Operator
+from ctxenc.kernels.verdicts import Arguments, Constants, Operator, place
 
 # One binary for all sizes: how x and dy are aligned is in the explicit constexprs VECTOR and DY_VECTOR.
 SIZES = ["p_x", "p_logits", "p_dy", "C", "N", "tiles_c", "tiles_n", "splits"]
@@ -289,7 +290,7 @@ def _constants(x: Tensor, logits: Tensor, *flags: bool, dy: Tensor | None = None
     """Everything that a kernel is compiled for; the flags are residual and, for backward, x_wanted."""
     if not x.numel():
         return None
-    named = {"x": encode.dtype_name(x), "logits": encode.dtype_name(logits), "residual": flags[0]}
+    named = {"x": proof.dtype_name(x), "logits": proof.dtype_name(logits), "residual": flags[0]}
     if dy is not None:
         named |= {"x_wanted": flags[1], "dy_unit": _unit(dy), "dy_vector": _vector(dy, _unit(dy))}
     return named | _launch(x, dy is not None)[2]
@@ -305,64 +306,66 @@ def _incoming(x: Tensor, unit: str) -> Iterator[Tensor]:
     if not unit:
         yield x.new_empty(B, C, N, 2)[..., 0]
         return
-    yield from (dy for dy in encode.placed(B, C, N - 1, unit == "c", x.dtype, x.device) if dy.shape == x.shape)
+    yield from (dy for dy in proof.placed(B, C, N - 1, unit == "c", x.dtype, x.device) if dy.shape == x.shape)
 
 
 def _problem(constants: Constants, device: torch.device) -> Arguments | None:
-    """Three images of some tiles of channels and some runs of WALK pixels; logits from -9 to 9, and zeros where relu has its kink."""
-    draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    """Three images of some tiles of channels and some runs of WALK pixels; logits from -9 to 9, and zeros, where relu has its kink."""
+    draw = proof.drawing(device)
     flags = [constants[name] for name in ("residual", "x_wanted") if name in constants]
     unit, N = constants.get("dy_unit"), 2 * WALK + int(constants["BLOCK_N"])
     dtypes = [getattr(torch, str(constants[name])) for name in ("x", "logits")]
     for ragged in (9, 10, 12, 16):
         C = 2 * int(constants["BLOCK_C"]) + ragged
         logits = (3 * torch.randn(3, C, **draw)).to(dtypes[1])
-        for x in encode.placed(3, C, N, constants["UNIT"] == "c", dtypes[0], device):
+        for x in proof.placed(3, C, N, constants["UNIT"] == "c", dtypes[0], device):
             for dy in [None] if unit is None else _incoming(x, str(unit)):
                 if _constants(x, logits, *flags, dy=dy) != constants:
                     continue
-                encode.fill(x, lambda shape: torch.randn(shape, **draw) * (torch.rand(shape, **draw) < 0.9))
+                proof.fill(x, lambda shape: torch.randn(shape, **draw) * (torch.rand(shape, **draw) < 0.9))
                 if dy is None:
                     return x, logits, *flags
-                encode.fill(dy, lambda shape: torch.randn(shape, **draw))
+                proof.fill(dy, lambda shape: torch.randn(shape, **draw))
                 return dy, x, logits, *flags
     return None
 
 
-def _excess(results: Sequence[Tensor], exact: Sequence[Tensor], terms: Sequence[Tensor]) -> dict[str, float]:
-    """Error over tolerance: 2 units of a result's own dtype, and 16 of fp32 of the sum of its absolute terms."""
-    over = {}
-    for name, got, wanted, sums in zip(
-        ("y", "dlogits") if len(terms) == 1 else ("dx", "dlogits"), results, exact, terms
-    ):
-        own, fp32 = torch.finfo(got.dtype), torch.finfo(torch.float32)
-        error = (got.double() - wanted).abs() / (2 * own.eps * wanted.abs() + 16 * fp32.eps * sums + own.tiny)
-        over[name] = float(error.max().nan_to_num(float("inf"))) if error.numel() else 0.0
-    return over
+def _over(got: Tensor, wanted: Tensor, terms: Tensor) -> float:
+    """Error over tolerance: 2 units of the result's own dtype, and 16 of fp32 of the sum of its absolute terms."""
+    fp32 = torch.finfo(torch.float32)
+    tolerance = 2 * torch.finfo(got.dtype).eps * wanted.abs() + 16 * fp32.eps * terms + fp32.tiny
+    return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
 
 
-def _forward_excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
-    x, logits, residual = arguments
-    exact = plain_forward(x.double(), logits.double(), residual)
-    return _excess(results, [exact], [2 * x.double().abs()])
+def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    return {"y": _over(results[0], exact[0], 2 * arguments[0].double().abs())}
 
 
-def _backward_excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
-    dy, x, logits, residual, x_wanted = arguments
-    dy, x, logits = (tensor.double() for tensor in (dy, x, logits))
-    exact = plain_backward(dy, x, logits, residual, x_wanted)
+def _backward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    dy, x, logits = (tensor.double() for tensor in arguments[:3])
     slope = logits.sigmoid() * (-logits).sigmoid()
-    return _excess(results, exact, [2 * dy.abs() if x_wanted else exact[0], (dy * x).abs().sum(2) * slope])
+    over = {"dlogits": _over(results[1], exact[1], (dy * x).abs().sum(2) * slope)}
+    return over | ({"dx": _over(results[0], exact[0], 2 * dy.abs())} if arguments[-1] else {})
 
 
-FORWARD = Operator("gate", _forward, plain_forward, _constants, _problem, _forward_excess)
-BACKWARD = Operator("gate_backward", _backward, plain_backward, _backward_constants, _problem, _backward_excess)
+def _key(x: Tensor, logits: Tensor, *flags: bool) -> tuple[Any, ...]:
+    return *place(x), logits.dtype, *flags
+
+
+def _backward_key(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> tuple[Any, ...]:
+    return *place(dy), *place(x), logits.dtype, *flags
+
+
+FORWARD = Operator("gate", _forward, plain_forward, _constants, _problem, _excess, _key)
+BACKWARD = Operator(
+    "gate_backward", _backward, plain_backward, _backward_constants, _problem, _backward_excess, _backward_key
+)
 
 
 # The registered operators
 
 
-@torch.library.custom_op("ctxenc::gate", mutates_args=(), device_types=encode.DEVICES)
+@torch.library.custom_op("ctxenc::gate", mutates_args=(), device_types=DEVICES)
 def _gate_op(x: Tensor, logits: Tensor, residual: bool, strict: bool = False) -> Tensor:
     return FORWARD(strict, x, logits, residual)
 
@@ -372,7 +375,7 @@ def _(x: Tensor, logits: Tensor, residual: bool, strict: bool = False) -> Tensor
     return _empty_as(x)
 
 
-@torch.library.custom_op("ctxenc::gate_backward", mutates_args=(), device_types=encode.DEVICES)
+@torch.library.custom_op("ctxenc::gate_backward", mutates_args=(), device_types=DEVICES)
 def _gate_backward_op(
     dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool, strict: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -402,7 +405,7 @@ def _gradients(
             with torch.autocast(x.device.type, enabled=False):
                 return plain_forward(x, logits, residual)
 
-        return *encode.differentiable(plainly, (x, logits), dy), None, None
+        return *differentiable(plainly, (x, logits), dy), None, None
     x_wanted = ctx.needs_input_grad[0]
     dx, dlogits = backward(dy, x, logits, residual, x_wanted, strict)
     return dx if x_wanted else None, dlogits, None, None

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ctxenc.kernels import torch_encode
-from ctxenc.kernels.fused import encode
+from ctxenc.kernels.fused import proof
+from ctxenc.kernels.fused.encode import DEVICES
 from ctxenc.kernels.fused.launch import Launch
 from ctxenc.kernels.fused.operands import _INTERPRETED, dot, drop_bits, rounded
 from ctxenc.kernels.fused.tiles import Tiles, ceil_div, project_tiles
@@ -169,15 +170,15 @@ def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoo
     if not x.numel():
         return None
     tiles, block_c, _ = project_tiles(x, *codewords.shape)
-    names = {"C": x.shape[1], "shift": encode.dtype_name(shift), "block_c": block_c}
-    return {**names, **encode.describe(x, codewords, smoothing, tiles)}
+    names = {"C": x.shape[1], "shift": proof.dtype_name(shift), "block_c": block_c}
+    return {**names, **proof.describe(x, codewords, smoothing, tiles)}
 
 
 def _problem(constants: Constants, device: torch.device) -> Arguments | None:
     """Small integers, of which the projected features are exact; they reach from 0 to beyond 40, as channels differ."""
     C, D, K = (int(constants[name]) for name in "CDK")
     dtypes = {name: getattr(torch, str(constants[name])) for name in ("x", "shift", "codewords", "smoothing")}
-    draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    draw = proof.drawing(device)
     kept = min(1.0, 256 / C)  # share of x that is not 0: bf16 could not hold longer sums
     spread = (C * kept) ** 0.5 / 2
     shift = torch.tensor([0, 20, 40], device=device).repeat(-(-D // 3))[:D]
@@ -186,24 +187,27 @@ def _problem(constants: Constants, device: torch.device) -> Arguments | None:
     weight = torch.randint(-1, 2, (D, C), **draw)
     given = {"x": weight, "shift": shift, "codewords": codewords, "smoothing": smoothing}
     rest = [tensor.to(dtypes[name]) for name, tensor in given.items()]
-    for x in encode.candidates(constants, C, device):
+    for x in proof.candidates(constants, C, device):
         if _constants(x, *rest) == constants:
-            encode.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < kept))
+            proof.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < kept))
             return x, *rest
     return None
 
 
-def _excess(arguments: Arguments, results: tuple[Tensor, ...]) -> dict[str, float]:
+def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
     x, weight, shift, *codebook = arguments
-    z = (torch.matmul(weight.double(), x.double()) + shift.double()[:, None]).relu().to(x.dtype)
-    exact = encode.plain_forward(*(tensor.double() for tensor in (z, *codebook)))[:1]
-    return encode.excess(["encoding"], results, exact, exact[0], z, *codebook)
+    z = (torch.matmul(weight.double(), x.double()) + shift.double()[:, None]).relu()
+    return proof.excess(("encoding",), results, exact, exact[0], z.to(x.dtype), *codebook)
 
 
-PROJECT = Operator("project_encode", _project_encode, plain, _constants, _problem, _excess)
+def _key(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Any, ...]:
+    return *proof.key(x, codewords, smoothing), shift.dtype
 
 
-@torch.library.custom_op("ctxenc::project_encode", mutates_args=(), device_types=encode.DEVICES)
+PROJECT = Operator("project_encode", _project_encode, plain, _constants, _problem, _excess, _key)
+
+
+@torch.library.custom_op("ctxenc::project_encode", mutates_args=(), device_types=DEVICES)
 def project_encode(
     x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False
 ) -> Tensor:
