@@ -93,7 +93,7 @@ def is_transformed() -> bool:
 
 @cache
 def _why_no_gpu(index: int) -> str | None:
-    """The reason why no kernel can run on this GPU (-1: the CPU of the interpreter), None where they can. Warns of what can be mended."""
+    """The reason why no kernel can run on a GPU (-1: the interpreter's CPU), None where they can. Warns of what can be mended."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if index >= 0 and not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
@@ -143,9 +143,11 @@ def why_not(x: Tensor, *others: Tensor) -> str | None:
 
 def why_not_encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | None:
     """The same for an encode, whose sizes have limits."""
+    if reason := why_not(x, codewords, smoothing):
+        return reason
     if codewords.shape[1] > MAX_CHANNELS or codewords.shape[0] > MAX_CODES:
         return f"it takes {MAX_CHANNELS} channels and {MAX_CODES} codewords at most, got codewords {tuple(codewords.shape)}"
-    return why_not(x, codewords, smoothing)
+    return None
 
 
 def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *others: Tensor) -> tuple[bool, bool]:

@@ -1,7 +1,7 @@
 """Where verdicts are kept: one JSON file a kind of kernel and version, under `$CTXENC_CACHE_DIR`, else `~/.cache/ctxenc`.
 
-While a kernel is tried, a marker lies beside its record. A marker whose process has ended means that the kernel took the process with
-it. Files appear whole or not at all; what cannot be read counts as absent, and what cannot be written is left out.
+While a kernel is tried, a marker lies beside its record. A marker whose process has ended means that the kernel took it along.
+Files appear whole or not at all; what cannot be read counts as absent, and what cannot be written is left out.
 """
 
 import hashlib

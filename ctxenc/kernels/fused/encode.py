@@ -53,6 +53,18 @@ def _plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
         return torch_encode.encode(x.flatten(2), codewords, smoothing)
 
 
+def takes_formula(grad: Tensor) -> bool:
+    """Whether a backward must be made of PyTorch's own operations: it is differentiated again, vectorised or given tangents."""
+    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def is_watched() -> bool:
+    """Whether something sees the operators that run: a compiler or a dispatch mode."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+
+
 def differentiable(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """Gradients of a function in those inputs that require one; they can be differentiated again, in grad too."""
     with torch.enable_grad():
@@ -166,7 +178,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor 
     if grad is None:
         return None, None, None, None
     *inputs, weight_sum = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    if takes_formula(grad):
         return *differentiable(_plainly, inputs, grad), None
     x_wanted = ctx.needs_input_grad[0]
     dx, *others = _encode_backward_op(grad, *inputs, weight_sum, x_wanted, ctx.strict)
@@ -189,7 +201,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, weight_sum = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_transformed():  # to be differentiated again, or vectorised
+        if takes_formula(grad):
             return *differentiable(_plainly, inputs, grad), None
         x, codewords, smoothing = inputs
         x_wanted = ctx.needs_input_grad[0]
@@ -205,7 +217,7 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False
     fp32, fp16 and bf16 on a GPU, any strides: read where it lies if one stride is 1, copied otherwise. D up to 4096, K up to 256.
     strict: raise RuntimeError where no kernel has proved itself, instead of taking the PyTorch path.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_watched():
         return _encode_op(x.flatten(2), codewords, smoothing, strict)[0]
     wanted = x.requires_grad or codewords.requires_grad or smoothing.requires_grad
     if wanted and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():

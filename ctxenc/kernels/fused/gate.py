@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.backends import is_transformed
 from ctxenc.kernels.fused import proof
-from ctxenc.kernels.fused.encode import DEVICES, differentiable
+from ctxenc.kernels.fused.encode import DEVICES, differentiable, is_watched, takes_formula
 from ctxenc.kernels.fused.operands import _INTERPRETED, drop_bits
 from ctxenc.kernels.fused.tiles import ceil_div
 from ctxenc.kernels.fused.walk import multiple
@@ -310,7 +309,7 @@ def _incoming(x: Tensor, unit: str) -> Iterator[Tensor]:
 
 
 def _problem(constants: Constants, device: torch.device) -> Arguments | None:
-    """Three images of some tiles of channels and some runs of WALK pixels; logits from -9 to 9, and zeros, where relu has its kink."""
+    """Three images of some tiles of channels and runs of WALK pixels; logits from -9 to 9; zeros, where relu has its kink."""
     draw = proof.drawing(device)
     flags = [constants[name] for name in ("residual", "x_wanted") if name in constants]
     unit, N = constants.get("dy_unit"), 2 * WALK + int(constants["BLOCK_N"])
@@ -399,7 +398,7 @@ def _gradients(
 ) -> tuple[Any, ...]:
     x, logits = ctx.saved_tensors
     residual, strict = ctx.flags
-    if torch.is_grad_enabled() or is_transformed():  # to be differentiated again, or vectorised
+    if takes_formula(dy):
 
         def plainly(x: Tensor, logits: Tensor) -> Tensor:
             with torch.autocast(x.device.type, enabled=False):
@@ -433,7 +432,7 @@ def gate(x: Tensor, logits: Tensor, residual: bool = False, strict: bool = False
     fp32, fp16 and bf16 on a GPU, any strides: x is read where it lies if the stride of C or N is 1, copied otherwise.
     strict: raise RuntimeError where no kernel has proved itself, instead of taking the PyTorch path.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_watched():
         return _gate_op(x, logits, residual, strict)
     if (x.requires_grad or logits.requires_grad) and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return _Gate.apply(x, logits, residual, strict)

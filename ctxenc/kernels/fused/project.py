@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -162,8 +163,8 @@ def _project_encode(
 
 def plain(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """The same by the PyTorch path."""
-    z = (torch.matmul(weight, x) + shift.to(x.dtype)[:, None]).relu()
-    return torch_encode.encode(z, codewords, smoothing)
+    z = F.conv2d(x.unsqueeze(3), weight[:, :, None, None], shift.to(x.dtype)).relu()
+    return torch_encode.encode(z.flatten(2), codewords, smoothing)
 
 
 def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:

@@ -1,4 +1,4 @@
-"""How the encode kernels prove themselves: what they are compiled for, problems at which a lost term shows, how far off they may be.
+"""How the encode kernels prove themselves: what they are compiled for, problems where a lost term shows, how far off they may be.
 
 The tolerance of tests/tolerance.py is a bound for any input. Here the inputs are known, and the bound can be close: each row of a
 result may be off by some units of round-off of the sum of the row's absolute terms, such as sum_i w_ik |r_ik| for the encoding of a
@@ -20,8 +20,8 @@ from ctxenc.kernels.verdicts import Arguments, Constants, place
 PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}  # tf32 has fp16's unit
 LARGEST = 2**23  # elements of x in a problem, beyond three images: an fp64 copy takes 64 MB
 AXES = {"encoding": 2, "dx": 1, "dcodewords": 1}  # of the channels of a result
-# Units of the products' dtype, by whether they are half precision: for dx, where none average out, and for sums over pixels. In the
-# interpreter right kernels take up to half of it; without the low-order operand of the codewords one takes 2.6 times as much and more.
+# Units of the products' dtype, by whether that is half precision: for dx, where none average out, and for sums over pixels. Right
+# kernels take up to a quarter of them in the interpreter; one without the codewords' low-order operand takes 2.6 times as much.
 UNITS = {True: (4.0, 0.5), False: (64.0, 64.0)}
 
 
@@ -81,7 +81,7 @@ def placed(B: int, C: int, N: int, channels_last: bool, dtype: torch.dtype, devi
 
 
 def candidates(constants: Constants, channels: int, device: torch.device) -> Iterator[Tensor]:
-    """Empty features for a problem: seven tiles and a part of one an image, as many images as the GPU has multiprocessors or fit."""
+    """Empty features for a problem: seven tiles and a part of one an image, an image for each multiprocessor within LARGEST."""
     N = 7 * int(constants["block_n"])
     multiprocessors = target_of(torch.empty(0, device=device)).multiprocessors
     images = max(3, min(multiprocessors, LARGEST // (N * channels)))
