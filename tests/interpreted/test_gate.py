@@ -249,13 +249,6 @@ def test_only_the_gradient_that_is_wanted(residual):
     assert torch.equal(alone, dx)
 
 
-def test_a_second_derivative_is_refused():
-    x, logits = problem()
-    (first,) = torch.autograd.grad(triton_gate.gate(x, logits).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"^gate: the Triton path has no second derivatives"):
-        torch.autograd.grad(first.sum(), x)
-
-
 @both_forms
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last", "no_unit_stride"])
 def test_results_lie_as_x_does(layout, residual):
