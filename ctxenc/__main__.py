@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ctxenc
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, one_line, printable
 
 
 class Command(NamedTuple):
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     chosen = next((each for each in arguments if not each.startswith("-")), None)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of classes need not be in the terminal's alphabet
     try:
         args = build_parser(chosen).parse_args(arguments)
         COMMANDS[args.command].module(args.command).run(args)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = explain(error, chosen)
         if not message or os.environ.get("CTXENC_TRACEBACK") == "1":
             raise
-        print(f"ctxenc: {message}", file=sys.stderr)
+        print(f"ctxenc: {printable(message)}", file=sys.stderr)
         return code
     return 0
 

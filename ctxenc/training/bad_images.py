@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ctxenc.training.console import UserError
+from ctxenc.training.console import UserError, printable
 
 FAIL, SKIP = "fail", "skip"
 CHOICES = (FAIL, SKIP)
@@ -43,7 +43,7 @@ class BadImages:
         Raises:
             UserError: There are too many, or the file cannot be written.
         """
-        line = os.fsencode(str(error).replace("\n", "\\n"))
+        line = printable(error).encode()
         if line in self.known:
             return
         try:

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ctxenc.training import codebooks
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, one_line, printable
 from ctxenc.training.durable import damage, keep_newest, write_folder
 from ctxenc.training.processes import agree
 from ctxenc.training.rng import rng_state, set_rng_state
@@ -116,7 +116,7 @@ def newest_state(accelerator: Accelerator, arm: Path) -> Path | None:
         for state in sorted((arm / FOLDER).glob("epoch-*"), reverse=True):
             if not (problem := damage(state)):
                 for each in problems:
-                    print(f"damaged checkpoint {each}; going on from {state.name}", flush=True)
+                    print(printable(f"damaged checkpoint {each}; going on from {state.name}"), flush=True)
                 return state
             problems.append(f"{state}: {problem}")
         if problems:

@@ -47,7 +47,8 @@ def near_names(name: str, known: Sequence[str]) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
-    """A table in plain text, columns two spaces apart; those whose header is in right are flushed right."""
+    """A table in plain text, columns two spaces apart; those whose header is in right are flushed right. Cells are printable."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
 

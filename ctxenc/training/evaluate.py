@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ctxenc.training.bad_images import Intact
-from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, text_table
+from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, printable, text_table
 from ctxenc.training.data import Samples, Source, eval_transform, validation_source
 from ctxenc.training.loop import worker_errors
 from ctxenc.training.metrics import bootstrap, interval
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         for index in sorted(set(range(len(source.targets))) - set(result.indices.tolist())):
             print(f"ctxenc: skipped broken image {source.name(index)}", file=sys.stderr)
-        print(f"{loaded.folder}, {args.checkpoint} checkpoint, on {getattr(source, 'folder', settings.data)}")
+        where = getattr(source, "folder", settings.data)
+        print(printable(f"{loaded.folder}, {args.checkpoint} checkpoint, on {where}"))
         print(report(result))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
-from ctxenc.training.console import UserError, add_run_arguments, one_line
+from ctxenc.training.console import UserError, add_run_arguments, one_line, printable
 from ctxenc.training.runs import atomic, load_run
 
 TRACED_BATCH = 2
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         if onnx_file:
             _next(bar, "writing and checking the ONNX model")
             lines.append(f"{args.onnx}: {write_onnx(program, onnx_file, loaded.model, size)}")
-    print("\n".join(lines))
+    print("\n".join(map(printable, lines)))
 
 
 def _next(bar: tqdm, step: str) -> None:

@@ -12,11 +12,11 @@ from torch import nn
 
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training import photographs
-from ctxenc.training.config import atomic, parse_json
-from ctxenc.training.console import UserError, near_names, one_line, positive_int, text_table
+from ctxenc.training.config import parse_json
+from ctxenc.training.console import UserError, near_names, one_line, positive_int, printable, text_table
 from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
-from ctxenc.training.pictures import spread
+from ctxenc.training.pictures import spread, write
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import load_run, pick_device
 from ctxenc.training.segmentation import predict as segmentation
@@ -123,12 +123,11 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
     for name, figure in figures.items():
-        with atomic(args.out / f"{name}.png") as temporary:
-            figure.savefig(temporary, pil_kwargs={"optimize": True})
+        write(args.out / f"{name}.png", figure, pil_kwargs={"optimize": True})
     if subject.remark:
         print(subject.remark)
     print(report(seen))
-    print(f"{len(names)} image{'s' if len(names) > 1 else ''}: {args.out}/{{{','.join(figures)}}}.png")
+    print(f"{len(names)} image{'s' if len(names) > 1 else ''}: {printable(args.out)}/{{{','.join(figures)}}}.png")
 
 
 def load(model: str) -> Subject:
@@ -199,10 +198,11 @@ def pictures(paths: Sequence[Path], classes: list[str] | None, count: int) -> tu
     """
     if paths:
         chosen = spread(paths, count)
-        return [path.stem for path in chosen], [open_image(path) for path in chosen]
+        return [printable(path.stem) for path in chosen], [open_image(path) for path in chosen]
     if classes == scenes.CLASSES:
         test = scenes.Scenes(train=False, length=scenes.TEST_SCENES)
-        return [scenes.scene_type(index) for index in range(count)], [test[index][0] for index in range(count)]
+        first = range(min(count, len(test)))
+        return [scenes.scene_type(index) for index in first], [test[index][0] for index in first]
     shown = SHOWN[:count]
     return [Path(name).stem for name in shown], [photographs.read_photograph(name) for name in shown]
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, positive_int, text_table
+from ctxenc.training.console import (
+    UserError,
+    add_device_arguments,
+    add_run_arguments,
+    positive_int,
+    printable,
+    text_table,
+)
 from ctxenc.training.data import eval_transform
 from ctxenc.training.files import LEFT_BEHIND, images_below
 from ctxenc.training.images import open_image
@@ -53,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps([_as_json(each) for each in predictions], indent=2))
         return
     rows = [
-        (each.image, str(rank), name, f"{probability:.4f}")
+        (printable(each.image), str(rank), printable(name), f"{probability:.4f}")
         for each in predictions
         for rank, (name, probability) in enumerate(zip(each.classes, each.probabilities, strict=True), 1)
     ]
@@ -125,7 +132,7 @@ def predict(
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             predictions.append(Prediction(name, [config.classes[index] for index in indices], values))
     for error in broken or ():
-        print(f"ctxenc: skipped {error}", file=sys.stderr)
+        print(f"ctxenc: skipped {printable(error)}", file=sys.stderr)
     if not predictions:
         raise UserError(f"all {len(paths)} images are broken")
     return predictions

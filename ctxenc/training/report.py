@@ -15,7 +15,7 @@ from torch import Tensor
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import COLUMNS, SPEED, Row, read_predictions, read_results, write_rows
-from ctxenc.training.console import text_table
+from ctxenc.training.console import printable, text_table
 from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
 from ctxenc.training.page import write_page
 from ctxenc.training.runs import SCORE, RunConfig, atomic, build_model
@@ -117,7 +117,7 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     title, made = f"{config.model} on {settings.data}", how_made(config.versions, seconds)
     with atomic(run / "report.md") as path:
         text = markdown(title, HEADER, cells, [*notes, CURVES, made], settings)
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        path.write_text(text, encoding="utf-8")
     folders = {f"{arm.name}-{settings.seed}": f"{NETWORKS[arm.name]}, seed {settings.seed}" for arm in arms}
     write_page(run, title, HEADER, cells, [*notes, made], folders, settings.as_dict())
     return "\n".join([text_table(HEADER, cells, right=(HEADER[1], *HEADER[5:])), "", *notes])
@@ -173,11 +173,16 @@ def markdown(
     """The text of report.md: a table, what must be said beside it, and every setting."""
 
     def table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-        rows = ([cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *cells))
+        rows = (
+            [printable(cell).replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *cells)
+        )
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     listing = [(f"`{name}`", f"`{value}`") for name, value in settings.as_dict().items()]
-    return "\n\n".join([f"# {title}", table(header, cells), *notes, table(("setting", "value"), listing)]) + "\n"
+    return (
+        "\n\n".join([f"# {printable(title)}", table(header, cells), *notes, table(("setting", "value"), listing)])
+        + "\n"
+    )
 
 
 def how_made(versions: Mapping[str, str], seconds: float) -> str:

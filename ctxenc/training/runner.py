@@ -15,7 +15,7 @@ import torch
 from ctxenc.training import signals
 from ctxenc.training.bad_images import SKIP
 from ctxenc.training.config import read_config, write_config
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, one_line, printable
 from ctxenc.training.processes import agree, make_accelerator, same, speaks
 from ctxenc.training.tensorboard import check_tensorboard
 
@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace, training: Training) -> None:
         folder = agree(accelerator, lambda: new_folder(args.out, training.runs))
     if accelerator.is_main_process:
         write_configs(folder, configs, settings.seed_list)
-        print(f"{training.describe(settings, datasets)}; run folder {folder}", flush=True)
+        print(printable(f"{training.describe(settings, datasets)}; run folder {folder}"), flush=True)
     accelerator.wait_for_everyone()
     try:
         for seed in settings.seed_list:
@@ -125,11 +125,11 @@ def _run(args: argparse.Namespace, training: Training) -> None:
                 trainer.fit(f"{arm}, seed {seed}")
     except KeyboardInterrupt:
         if accelerator.is_main_process:
-            print(f"\nto go on: ctxenc {training.name} --resume {folder}", file=sys.stderr)
+            print(f"\nto go on: ctxenc {training.name} --resume {printable(folder)}", file=sys.stderr)
         raise
     if accelerator.is_main_process:
         table = training.write_report(folder, configs, settings, time.perf_counter() - started)
-        print(f"\n{table}\n\n{folder / 'report.html'}")
+        print(f"\n{table}\n\n{printable(folder / 'report.html')}")
     accelerator.end_training()
 
 

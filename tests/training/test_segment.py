@@ -98,6 +98,7 @@ def test_configuration_goes_through_a_file_and_refuses_others(tmp_path, folder, 
     for change in (
         {"context": "other"},
         {"mean": [1]},
+        {"std": [0.1, 1e-320, 0.1]},
         {"network": {"pretrained_backbone": True}},
         {"kind": "finetune"},
     ):
@@ -105,7 +106,7 @@ def test_configuration_goes_through_a_file_and_refuses_others(tmp_path, folder, 
         arguments = ["segment", "predict", "--checkpoint", str(path.parent), str(folder / "images" / "val")]
         assert main(arguments) == 2
         assert (
-            f"{path}: config: {'mean and std' if 'mean' in change else next(iter(change))} must be"
+            f"{path}: config: {'mean and std' if {'mean', 'std'} & set(change) else next(iter(change))} must be"
             in capsys.readouterr().err
         )
 
@@ -117,10 +118,13 @@ def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys):
     network.save_pretrained(checkpoint) if form == "save_pretrained" else save_encnet_checkpoint(network, checkpoint)
     names = tmp_path / "names.txt"
     names.write_text("sky\nsea\nsand\n")
+    long = "x" * 240  # of 255 letters that a file system takes
+    Image.new("RGB", (44, 30)).save(folder / "images" / "val" / f"{long}.png")
     arguments = ["segment", "predict", "--checkpoint", str(checkpoint), str(folder / "images" / "val")]
     arguments += ["--out", str(tmp_path / "masks"), "--classes", str(names), "--crop", "24", "--scales", "0.5", "1"]
     assert main(arguments) == 0
-    assert len(list((tmp_path / "masks").iterdir())) == 6
+    assert len(list((tmp_path / "masks").iterdir())) == 9
+    assert (tmp_path / "masks" / f"{long}.overlay.png").is_file()
 
 
 @pytest.mark.parametrize(

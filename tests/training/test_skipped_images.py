@@ -87,7 +87,7 @@ class TestNotes:
         for log in logs:
             for name in ("a.png", "line\nbreak \udcff.png", "a.png"):
                 log.add(BrokenImageError(f"broken image {name}: cut"))
-        assert path.read_bytes() == b"broken image a.png: cut\nbroken image line\\nbreak \xff.png: cut\n"
+        assert path.read_bytes() == b"broken image a.png: cut\nbroken image line\\nbreak \\udcff.png: cut\n"
 
     @pytest.mark.parametrize(("total", "limit"), [(20, 8), (80, 8), (200, 20)])
     def test_too_many(self, tmp_path, total, limit):

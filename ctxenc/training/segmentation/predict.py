@@ -14,7 +14,7 @@ from ctxenc.integrations.checkpoints import load_encnet_checkpoint
 from ctxenc.integrations.encnet import EncNet
 from ctxenc.integrations.inference import predict
 from ctxenc.training.config import atomic, read_config
-from ctxenc.training.console import UserError, one_line, positive_int
+from ctxenc.training.console import UserError, one_line, positive_int, printable
 from ctxenc.training.images import open_image
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import autocast, load_weights, pick_device, resolve
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         for name in PICTURES:
             with atomic(args.out / f"{path.stem}.{name}.png") as temporary:
                 pictures[name].save(temporary)
-    print(f"{len(paths)} image{'s' if len(paths) > 1 else ''}: {args.out}/*.{{{','.join(PICTURES)}}}.png")
+    print(f"{len(paths)} image{'s' if len(paths) > 1 else ''}: {printable(args.out)}/*.{{{','.join(PICTURES)}}}.png")
 
 
 def segmented(network: nn.Module, image: Tensor, args: argparse.Namespace, device: torch.device) -> Tensor:

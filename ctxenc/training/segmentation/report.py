@@ -57,7 +57,7 @@ def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: S
     title, made = f"EncNet on {settings.data}", how_made(config.versions, seconds)
     with atomic(folder / "report.md") as path:
         text = markdown(title, header, cells, [*notes, CURVES, made], settings)
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        path.write_text(text, encoding="utf-8")
     arms = {f"{arm}-{settings.seed}": f"{ARMS[arm][0]}, seed {settings.seed}" for arm in configs}
     write_page(folder, title, header, cells, [*notes, made], arms, settings.as_dict())
     return "\n".join([text_table(header, cells, right=header[1:]), "", *notes])
