@@ -20,4 +20,4 @@ torchrun --nproc-per-node "$gpus" -m ctxenc segment train --data ade20k --data-d
     --backbone resnet50s --pretrained-backbone --batch-size $((16 / gpus)) --workers 8 --out "$run" --resume auto "$@"
 
 python -m ctxenc segment predict --checkpoint "$run" "$data/ADEChallengeData2016/images/validation/ADE_val_0000000[1-8].jpg" \
-    --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --crop 480 --out masks
+    --base-size 520 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --crop 480 --out masks

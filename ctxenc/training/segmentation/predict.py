@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="scales to average (default: 1)"
     )
+    parser.add_argument(
+        "--base-size", type=positive_int, metavar="N", help="longer side at scale 1 (default: the image's own size)"
+    )
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     parser.add_argument("--crop", type=positive_int, metavar="N", help="side of sliding crops (default: whole image)")
     parser.add_argument("--stride", type=float, default=2 / 3, metavar="R", help="of crops, as a share (default: 2/3)")
@@ -103,10 +106,10 @@ def segmented(network: nn.Module, image: Tensor, args: argparse.Namespace, devic
     Raises:
         UserError: An option does not fit, or the image is too small for the network.
     """
-    options = {"scales": args.scales, "flip": args.flip, "crop": args.crop, "stride": args.stride}
+    options = {name: getattr(args, name) for name in ("scales", "base_size", "flip", "crop", "stride", "batch_size")}
     try:
         with autocast(device, args.amp):
-            return predict(network, image, batch_size=args.batch_size, **options)[0].argmax(0).cpu()
+            return predict(network, image, **options)[0].argmax(0).cpu()
     except (ValueError, RuntimeError) as error:
         raise UserError(one_line(error)) from error
 
