@@ -198,7 +198,7 @@ def prove(request: Request) -> Iterator[Result]:
     """Try one kernel now, whatever is recorded of it."""
     kind = verdicts.Kind.from_json(request["kind"])
     verdict = verdicts.prove(kind, request["device"])
-    kept = verdict.lasts == "always" and records.existing(verdicts.key_of(kind)) is not None
+    kept = verdict.lasts == "always" and records.recorded(verdicts.key_of(kind)) is not None
     yield verdict._asdict() | {"kept": kept}
 
 

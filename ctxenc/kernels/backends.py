@@ -1,19 +1,18 @@
 """Which backend serves a call: what "auto" means, and why the fused kernels cannot run.
 
-"auto" takes the fused kernels on a GPU wherever nothing is lost by them. Inside the operators a kernel then serves once it has proved
-itself (verdicts.py).
+"auto" takes the fused operators on a GPU wherever they can do what the PyTorch path can. In them a kernel serves once it has proved
+itself there: verdicts.py.
 """
 
-import importlib
 import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,29 +87,25 @@ def makes_saved_graph() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform or a level of forward-mode AD is active, which see only PyTorch's own operations."""
+    """Whether a transform of torch.func or forward-mode AD is active, which see only PyTorch's own operations."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-@torch.compiler.assume_constant_result
-def _is_transformed_in_graph() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @cache
 def _why_no_gpu(index: int) -> str | None:
-    """The reason why no kernel can run on this GPU (-1: a CPU, in the interpreter), None where they can. Tells of broken ones once."""
+    """The reason why no kernel can run on a GPU (-1: the interpreter's CPU), None where they can. Warns of what can be mended."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if index >= 0 and not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
     try:
-        triton = importlib.import_module("triton")
+        import triton
+
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
             return "it needs Triton 3.5 or higher, which comes with torch 2.9"
         if index >= 0:
-            importlib.import_module("triton.runtime").driver.active.get_current_target()  # needs a C compiler once
-        importlib.import_module("ctxenc.kernels.fused.encode")
+            triton.runtime.driver.active.get_current_target()  # needs a C compiler once
+        from ctxenc.kernels.fused import encode  # noqa: F401
     except Exception as error:
         reason = f"Triton does not work here: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         warnings.warn(f"ctxenc: the PyTorch path serves, for {reason}", RuntimeWarning, stacklevel=3)
@@ -118,54 +113,81 @@ def _why_no_gpu(index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-def _why_no_gpu_in_graph(index: int) -> str | None:
+def _why_not_here(index: int) -> str | None:
+    """What depends on no tensor, and cannot be traced: the transforms that are active, and the GPU."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside torch.func transforms only the PyTorch path runs"
     return _why_no_gpu(index)
+
+
+# torch.compile is to call it, not to trace it. torch.compiler.assume_constant_result does the same, but imports the compiler first.
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(x: Tensor, *others: Tensor) -> str | None:
     """The reason why the fused kernels cannot serve these tensors, None where they can."""
-    if not x.is_cuda and x.device.type not in GPUS and not (os.environ.get("TRITON_INTERPRET") == "1" and x.is_cpu):
+    on_gpu = x.is_cuda
+    if not on_gpu and x.device.type not in GPUS and not (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"x is on {x.device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment)"
     if makes_saved_graph():
         return "a graph for export takes the PyTorch path"
-    compiling = torch.compiler.is_compiling()
-    if _is_transformed_in_graph() or forward_ad._current_level >= 0 if compiling else is_transformed():
-        return "inside torch.func transforms and forward-mode AD only the PyTorch path runs"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD has only the PyTorch path"
     for tensor in (x, *others):
         if type(tensor) not in PLAIN:
-            return f"{type(tensor).__name__} takes the PyTorch path"
+            return f"a {type(tensor).__name__} takes the PyTorch path"
         if tensor.dtype == torch.float64:
             return "float64 has only the PyTorch path"
-    index = x.device.index if x.is_cuda else -1
-    return _why_no_gpu_in_graph(index) if compiling else _why_no_gpu(index)
+    return _why_not_here(x.device.index if on_gpu else -1)
 
 
 def why_not_encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | None:
     """The same for an encode, whose sizes have limits."""
+    if reason := why_not(x, codewords, smoothing):
+        return reason
     if codewords.shape[1] > MAX_CHANNELS or codewords.shape[0] > MAX_CODES:
         return f"it takes {MAX_CHANNELS} channels and {MAX_CODES} codewords at most, got codewords {tuple(codewords.shape)}"
-    return why_not(x, codewords, smoothing)
+    return None
 
 
-def takes_kernels(name: str, backend: str, x: Tensor, why: Any, *arguments: Any) -> tuple[bool, bool]:
+def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *others: Tensor) -> tuple[bool, bool]:
     """Whether the fused kernels serve a call, and whether they were asked for by name.
 
     Args:
-        name: of the caller, for errors.
+        name: of the caller, for the error.
         backend: as it was given.
+        why: gives the reason why the kernels cannot serve x and the others, or None.
         x: the features.
-        why: called with x and the arguments, gives the reason why the kernels cannot, or None.
-        arguments: the rest of them.
+        others: the other tensors.
 
     Raises:
-        RuntimeError: they were asked for by name and cannot run.
+        RuntimeError: the kernels were asked for by name and cannot run.
     """
     if backend == "auto":
         backend = preferred()
     if backend == "torch" or (backend == "auto" and x.device.type not in GPUS):
         return False, False
-    reason = why(x, *arguments)
+    reason = why(x, *others)
     if reason and backend == "triton":
         raise RuntimeError(f'{name}: backend="triton" cannot run: {reason}')
     return reason is None, backend == "triton"
+
+
+def info(*tensors: Tensor) -> BackendInfo:
+    """The backend that serves encode() under "auto" at present, and why: on x, codewords and smoothing, or on the current GPU."""
+    backend = preferred()
+    if backend != "auto":
+        return BackendInfo(backend, "set by use_backend() or CTXENC_BACKEND")
+    if not tensors:
+        if not torch.cuda.is_available():
+            return BackendInfo("torch", "there is no GPU that PyTorch can use, and Triton needs one")
+        reason = _why_no_gpu(torch.cuda.current_device())
+        return BackendInfo(
+            "torch" if reason else "triton", reason or "on a GPU, each kernel once it has proved itself there"
+        )
+    x, codewords, smoothing = tensors
+    if reason := why_not_encode(x, codewords, smoothing):
+        return BackendInfo("torch", reason)
+    from ctxenc.kernels.fused import encode
+
+    return BackendInfo(*encode.expected(x, codewords, smoothing))

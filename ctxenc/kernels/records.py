@@ -1,11 +1,10 @@
 """Where verdicts are kept: one JSON file a kind of kernel and version, under `$CTXENC_CACHE_DIR`, else `~/.cache/ctxenc`.
 
-While a kernel is tried, a marker file lies beside its record. A marker whose process has ended means that the kernel took the process
-with it. Files appear whole or not at all; what cannot be read counts as absent, and what cannot be written is left out.
+While a kernel is tried, a marker lies beside its record. A marker whose process has ended means that the kernel took it along.
+Files appear whole or not at all; what cannot be read counts as absent, and what cannot be written is left out.
 """
 
 import hashlib
-import importlib
 import json
 import os
 import socket
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 
 PATIENCE = (
-    600  # seconds after which the marker of another machine counts as left behind: its processes cannot be looked at
+    600  # seconds after which the marker of another machine, whose processes cannot be seen, counts as left behind
 )
+Key = dict[str, Any]  # operator, constants, gpu and versions
 
 
 def directory() -> Path:
@@ -38,46 +38,42 @@ def directory() -> Path:
 @cache
 def versions() -> dict[str, str]:
     """Versions that a verdict counts for, and a hash of the kernels' sources."""
+    import triton
+
     files = sorted((Path(__file__).parent / "fused").glob("*.py"))
     sources = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return {"torch": torch.__version__, "triton": importlib.import_module("triton").__version__, "sources": sources}
+    return {"torch": torch.__version__, "triton": triton.__version__, "sources": sources}
 
 
-def stem(key: dict[str, Any]) -> str:
-    """The name, without suffix, of the record of a key."""
+def _stem(key: Key) -> str:
     return f"{key['operator']}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
 
 
-def path_of(key: dict[str, Any]) -> Path:
-    """The file of the record of a key."""
-    return directory() / f"{stem(key)}.json"
-
-
-def existing(key: dict[str, Any]) -> Path | None:
-    """The file of a record, None where there is none."""
-    return path_of(key) if read(key) else None
-
-
-def load(path: Path) -> dict[str, Any] | None:
-    """A record; None where there is none, or something else."""
+def read(key: Key) -> dict[str, Any] | None:
+    """The record of exactly this key; None where there is none, or something else."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads((directory() / f"{_stem(key)}.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    ours = isinstance(record, dict) and isinstance(record.get("serves"), bool) and isinstance(record.get("reason"), str)
+    if not isinstance(record, dict) or any(record.get(name) != value for name, value in key.items()):
+        return None
+    ours = isinstance(record.get("serves"), bool) and isinstance(record.get("reason"), str)
     return record if ours else None
 
 
-def read(key: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of exactly this key."""
-    try:
-        record = load(path_of(key))
-    except OSError:
-        return None
-    return record if record and all(record.get(name) == value for name, value in key.items()) else None
+def recorded(key: Key) -> Path | None:
+    """The file of a record, None where there is none."""
+    return directory() / f"{_stem(key)}.json" if read(key) else None
 
 
-def write(name: str, content: dict[str, Any]) -> Path | None:
+def settle(key: Key, verdict: dict[str, Any]) -> None:
+    """Record a verdict; markers that were left behind have then told what they had to tell."""
+    if _write(f"{_stem(key)}.json", key | verdict):
+        for marker in left_behind(key):
+            marker.unlink(missing_ok=True)
+
+
+def _write(name: str, content: dict[str, Any]) -> Path | None:
     """The file written, None where it cannot be."""
     try:
         directory().mkdir(parents=True, exist_ok=True)
@@ -90,7 +86,7 @@ def write(name: str, content: dict[str, Any]) -> Path | None:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started, in ticks since boot; empty where it has ended or nothing tells."""
+    """When a process of this machine started, in ticks since boot; empty where it has ended or cannot be seen."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -98,21 +94,21 @@ def _started(pid: int) -> str:
 
 
 def _here() -> list[str]:
-    """This machine since it was booted."""
+    """This machine, and when it was booted."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
 
 
-def mark(key: dict[str, Any]) -> Path | None:
-    """A marker of this process: a kernel is about to be tried."""
+def mark(key: Key) -> Path | None:
+    """Leave a marker: this process is about to try a kernel. None where it cannot be written."""
     owner = {"machine": _here(), "pid": os.getpid(), "started": _started(os.getpid())}
-    return write(f"{stem(key)}.{uuid.uuid4().hex}.pending", owner)
+    return _write(f"{_stem(key)}.{uuid.uuid4().hex}.pending", owner)
 
 
-def left_behind(key: dict[str, Any]) -> list[Path]:
+def left_behind(key: Key) -> list[Path]:
     """Markers of processes that have ended."""
     try:
-        return [path for path in directory().glob(f"{stem(key)}.*.pending") if _has_ended(path)]
+        return [path for path in directory().glob(f"{_stem(key)}.*.pending") if _has_ended(path)]
     except OSError:
         return []
 

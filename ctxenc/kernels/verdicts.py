@@ -11,11 +11,10 @@ For `doctor` and other tools:
     for kind in kinds:  # kind.to_json() and Kind.from_json() carry one to another process
         verdicts.known(kind)  # its Verdict(serves, reason, lasts, excess), or None; launches nothing
         verdicts.prove(kind, device)  # tries the kernel now, whatever is recorded, and records the verdict
-    records.path_of(verdicts.key_of(kind))  # the file of a record, to send with a report
+    records.recorded(verdicts.key_of(kind))  # the file of a record, to send with a report, or None
 """
 
 import contextlib
-import importlib
 import json
 import os
 import threading
@@ -30,8 +29,8 @@ from torch import Tensor
 from ctxenc.kernels import records
 
 RUNS = 5
-REMEMBERED = 4096  # calls of different shapes whose verdict is found without naming their kind
-RETRY = 64  # calls between two tries of a kernel that found no memory
+REMEMBERED = 4096  # calls whose verdict is found without naming their kind
+RETRY = 64  # calls between two tries of a kernel for which there was no memory
 
 Constants = dict[str, str | int | bool]
 Arguments = tuple[Any, ...]
@@ -62,22 +61,23 @@ class Verdict(NamedTuple):
 
     serves: bool
     reason: str
-    lasts: str = "always"  # or "process": not written to disk; or "call": the next call asks again
-    excess: dict[str, float] = {}  # error over tolerance of each result
+    lasts: str = "always"  # "process": not written to disk; "call": the next call asks again
+    excess: dict[str, float] | None = None  # error over tolerance of each result
 
 
 @dataclass(eq=False)
 class Operator:
-    """An operator with a kernel and a PyTorch path: calling it takes the kernel if that has proved itself, else the PyTorch path.
+    """An operator with a kernel and a PyTorch path: a call takes the kernel if it has proved itself, else the PyTorch path.
 
     Args:
         name: as in `Kind.operator`.
-        kernel: launches the kernel; returns a tensor or a tuple of them. Serves empty inputs by itself.
+        kernel: launches the kernel; returns a tensor or a tuple of them. It serves empty inputs by itself.
         plain: the same on the PyTorch path, with results of the same shapes, dtypes and strides.
         constants: of the same arguments, everything that the kernel is compiled for; None where nothing is launched.
-        problem: of constants and a device, arguments that `constants` gives these constants for: ragged N, several tiles, splits
-            and images, and values at which a lost term shows. None where there are none.
-        excess: of arguments and a tuple of results, error over tolerance by name; above 1 is wrong.
+        problem: of constants and a device, arguments for which `constants` gives the same: ragged N, several tiles, splits and
+            images, and values at which a lost term shows. None where there are none.
+        excess: of arguments, results and what `plain` gives in fp64, error over tolerance by name; above 1 is wrong.
+        key: of the arguments, a tuple that their constants follow from; quicker to take, and as fine as it likes.
     """
 
     name: str
@@ -85,7 +85,8 @@ class Operator:
     plain: Callable[..., Any]
     constants: Callable[..., Constants | None]
     problem: Callable[[Constants, torch.device], Arguments | None]
-    excess: Callable[[Arguments, tuple[Tensor, ...]], dict[str, float]]
+    excess: Callable[[Arguments, tuple[Tensor, ...], tuple[Tensor, ...]], dict[str, float]]
+    key: Callable[..., tuple[Any, ...]]
     served: dict[tuple[Any, ...], Verdict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +94,7 @@ class Operator:
 
     def __call__(self, strict: bool, *arguments: Any) -> Any:
         """The result for these arguments. strict: raise RuntimeError instead of taking the PyTorch path."""
-        key = _call_key(arguments)
+        key = self.key(*arguments)
         verdict = self.served.get(key) or self._look_up(key, arguments)
         if verdict.serves:
             return self.kernel(*arguments)
@@ -114,33 +115,26 @@ class Operator:
     def kind(self, *arguments: Any) -> Kind | None:
         """The kind of kernel that these arguments take; None where nothing is launched."""
         constants = self.constants(*arguments)
-        return Kind(self.name, tuple(constants.items()), gpu_of(arguments[0].device)) if constants else None
+        return Kind(self.name, tuple(constants.items()), _gpu_of(arguments[0].device)) if constants else None
 
 
 OPERATORS: dict[str, Operator] = {}
 _known: dict[Kind, Verdict] = {}
-_out_of_memory: dict[Kind, int] = {}
+_calls_without_memory: dict[Kind, int] = {}
 _watched: dict[Kind, None] | None = None
 _lock = threading.RLock()
 
 
-def _call_key(arguments: Arguments) -> tuple[Any, ...]:
-    """Everything about a call that its kind can depend on: quick to take, and finer than a kind."""
-    matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
-    return precision, *(
-        (a.dtype, a.shape, a.stride(), a.data_ptr() & 15, a.get_device()) if isinstance(a, Tensor) else a
-        for a in arguments
-    )
+def place(x: Tensor) -> tuple[Any, ...]:
+    """Everything about a tensor but its values that a launch can depend on."""
+    return x.dtype, x.shape, x.stride(), x.data_ptr() & 15, x.get_device()
 
 
-def gpu_of(device: torch.device) -> str:
-    """Name and capability of a GPU."""
+def _gpu_of(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
-    architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
-    return f"{properties.name} {architecture or f'{properties.major}.{properties.minor}'}"
+    return f"{properties.name}, {getattr(properties, 'gcnArchName', '')} {properties.major}.{properties.minor}"
 
 
 @contextlib.contextmanager
@@ -150,22 +144,13 @@ def watching() -> Iterator[dict[Kind, None]]:
     No kernel is tried or launched meanwhile; the PyTorch path serves, and `backend="triton"` raises.
     """
     global _watched
-    with _lock:
-        seen: dict[Kind, None] = {}
-        before, _watched = _watched, seen
-        forget()
-    try:
-        yield seen
-    finally:
-        _watched = before
-
-
-def forget() -> None:
-    """Forget the verdicts of this process; those on disk stay."""
-    _known.clear()
-    _out_of_memory.clear()
+    before, _watched = _watched, {}
     for operator in OPERATORS.values():
         operator.served.clear()
+    try:
+        yield _watched
+    finally:
+        _watched = before
 
 
 def key_of(kind: Kind) -> dict[str, Any]:
@@ -176,7 +161,7 @@ def key_of(kind: Kind) -> dict[str, Any]:
 def known(kind: Kind) -> Verdict | None:
     """The verdict of this process or the one on disk; None where there is none yet."""
     if kind not in _known and (record := records.read(key_of(kind))):
-        return Verdict(record["serves"], record["reason"])
+        return Verdict(record["serves"], record["reason"], excess=record.get("excess"))
     return _known.get(kind)
 
 
@@ -191,17 +176,20 @@ def _judge(kind: Kind, device: torch.device) -> Verdict:
         return Verdict(False, "no kernel runs inside verdicts.watching()", "call")
     if os.environ.get("CTXENC_VERIFY") == "0":
         return Verdict(True, "not checked: CTXENC_VERIFY=0", "process")
-    with _lock:  # one proof at a time: the other threads want the same kernel
-        verdict = known(kind)
-        if verdict is None and _is_capturing(device):
-            return Verdict(False, "no kernel proves itself while a CUDA graph is captured; run it once before", "call")
-        if verdict is None and (tries := _out_of_memory.get(kind, 0)) % RETRY:
-            _out_of_memory[kind] = tries + 1
-            return Verdict(False, "there was no memory to prove it", "call")
-        if verdict is None:
-            verdict = _crashed(kind) or prove(kind, device)
+    with _lock:  # one proof at a time: other threads want the same kernel
+        if kind in _known:
+            return _known[kind]
+        if _is_capturing(device):  # nor may a kernel be loaded then
+            return Verdict(
+                False, "while a CUDA graph is captured no kernel runs for the first time: call it before", "call"
+            )
+        calls = _calls_without_memory.get(kind, 0)
+        if calls % RETRY:
+            verdict = Verdict(False, "there was no memory to prove it", "call")
+        else:
+            verdict = known(kind) or _crashed(kind) or prove(kind, device)
         if verdict.lasts == "call":
-            _out_of_memory[kind] = _out_of_memory.get(kind, 0) + 1
+            _calls_without_memory[kind] = calls + 1
             return verdict
         _known[kind] = verdict
     if not verdict.serves:
@@ -211,13 +199,10 @@ def _judge(kind: Kind, device: torch.device) -> Verdict:
 
 def _crashed(kind: Kind) -> Verdict | None:
     """The verdict of a kernel that ended the process which tried it; None where none did."""
-    key = key_of(kind)
-    if not (markers := records.left_behind(key)):
+    if not records.left_behind(key_of(kind)):
         return None
     verdict = Verdict(False, "a process ended while it tried this kernel; `python -m ctxenc doctor` tries it again")
-    if records.write(records.path_of(key).name, key | verdict._asdict()):
-        for marker in markers:
-            marker.unlink(missing_ok=True)
+    records.settle(key_of(kind), verdict._asdict())
     return verdict
 
 
@@ -229,20 +214,18 @@ def prove(kind: Kind, device: torch.device | str) -> Verdict:
         device: the GPU to run on, of the kind's name; "cpu" in the interpreter.
 
     Returns:
-        The verdict. Where it lasts for less than always (no memory, no compiler), nothing is recorded.
+        The verdict. Where it does not last (no memory, no compiler), nothing is recorded.
     """
     if kind.operator not in OPERATORS:  # in a process that has called none yet
-        for module in ("encode", "gate", "project"):
-            importlib.import_module(f"ctxenc.kernels.fused.{module}")
-    device = torch.device(device)
+        from ctxenc.kernels.fused import encode, gate, project  # noqa: F401
+    device, key = torch.device(device), key_of(kind)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # an error that is there already is not this kernel's
-    key = key_of(kind)
     marker = records.mark(key)
     try:
         verdict = _try(OPERATORS[kind.operator], kind, device)
         if verdict.lasts == "always":
-            records.write(f"{records.stem(key)}.json", key | verdict._asdict())
+            records.settle(key, verdict._asdict())
     finally:
         if marker:
             marker.unlink(missing_ok=True)
@@ -250,34 +233,30 @@ def prove(kind: Kind, device: torch.device | str) -> Verdict:
 
 
 def _try(operator: Operator, kind: Kind, device: torch.device) -> Verdict:
+    anywhere = torch.empty(0, device=device)
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-            torch.cuda.device_of(torch.empty(0, device=device)),
-        ):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(anywhere):
             arguments = operator.problem(dict(kind.constants), device)
             if arguments is None:
                 return Verdict(False, "no small problem of this kind could be made", "process")
             first = _tuple(operator.kernel(*arguments))
-            excess = operator.excess(arguments, first)
+            wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+            excess = operator.excess(arguments, first, _tuple(operator.plain(*wide)))
             worst = max(excess, key=lambda name: excess[name])
             if excess[worst] > 1:
                 return Verdict(False, f"{worst} is off by {excess[worst]:.3g} times its tolerance", excess=excess)
             for _ in range(RUNS - 1):
                 for tensor in first:
-                    torch.full_like(
-                        tensor, float("nan")
-                    )  # freed at once: what a run does not write is not right by luck
+                    torch.full_like(tensor, float("nan"))  # freed at once: what a run leaves out is not right by luck
                 if not all(map(torch.equal, first, _tuple(operator.kernel(*arguments)))):
                     return Verdict(False, f"{RUNS} runs on the same inputs gave different bits", excess=excess)
     except Exception as error:
         return _failed(error, device)
-    return Verdict(True, f"proved: {RUNS} runs of equal bits, errors within tolerance", excess=excess)
+    return Verdict(True, f"{RUNS} runs of equal bits, errors within tolerance", excess=excess)
 
 
 def _failed(error: Exception, device: torch.device) -> Verdict:
-    """The verdict where a kernel raised. It lasts where this GPU will do the same again, not where the installation may be mended."""
+    """The verdict where a kernel raised. It lasts if this GPU will do the same again, not if the installation may be mended."""
     line = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in line:
         return Verdict(False, f"there was no memory to prove it ({line})", "call")
@@ -295,10 +274,9 @@ def _tuple(results: Any) -> tuple[Tensor, ...]:
 
 
 def _warn(kind: Kind, verdict: Verdict) -> None:
-    file = records.existing(key_of(kind))
+    send = records.recorded(key_of(kind)) or "what `python -m ctxenc doctor --out FILE` writes"
     warnings.warn(
-        f"ctxenc: the PyTorch path serves in place of the fused kernel {kind}: {verdict.reason}. To report it, send "
-        + (str(file) if file else "what `python -m ctxenc doctor --out FILE` writes"),
+        f"ctxenc: the PyTorch path serves in place of the fused kernel {kind}: {verdict.reason}. To report it, send {send}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -12,6 +12,7 @@ from ctxenc.training.console import UserError, add_device_arguments, add_run_arg
 from ctxenc.training.data import Samples, Source, eval_transform, validation_source
 from ctxenc.training.loop import worker_errors
 from ctxenc.training.metrics import bootstrap, interval
+from ctxenc.training.nonfinite import check_outputs
 from ctxenc.training.processes import make_accelerator
 from ctxenc.training.runs import RunConfig
 from ctxenc.training.settings import Settings
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     source = validation_source(settings, loaded.config.classes, args.data)
     accelerator = make_accelerator(settings)
     result = evaluate_run(accelerator, loaded, source, settings, args.skip_broken)
+    check_outputs(loaded.model, result.losses, "the validation images")
     if accelerator.is_main_process:
         for index in sorted(set(range(len(source.targets))) - set(result.indices.tolist())):
             say(f"ctxenc: skipped broken image {source.name(index)}", sys.stderr)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ctxenc.training.config import RunConfig, atomic
 from ctxenc.training.console import RUN_OF_SEGMENT, UserError, add_run_arguments, one_line, positive_int, say
+from ctxenc.training.nonfinite import check_outputs
 from ctxenc.training.trained import LoadedRun, load_run
 
 TRACED_BATCH = 2
@@ -158,7 +159,7 @@ def compare(exported: Callable[[Tensor], Tensor], model: nn.Module, size: tuple[
     """Run both on random images in several batch sizes and tell the largest difference of the logits.
 
     Raises:
-        UserError: They differ by more than TOLERANCE of the largest logit.
+        UserError: They differ by more than TOLERANCE of the largest logit, or are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     worst, largest = 0.0, 0.0
@@ -167,6 +168,7 @@ def compare(exported: Callable[[Tensor], Tensor], model: nn.Module, size: tuple[
         with torch.no_grad():
             expected = model(images)
             got = exported(images)
+        check_outputs(model, expected, "random images")
         worst = max(worst, (got - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
     batches = " and ".join(map(str, CHECKED_BATCHES))

@@ -25,6 +25,7 @@ from ctxenc.training.console import (
 from ctxenc.training.data import eval_transform
 from ctxenc.training.files import LEFT_BEHIND, images_below
 from ctxenc.training.images import open_image
+from ctxenc.training.nonfinite import check_outputs
 from ctxenc.training.runs import RunConfig, autocast
 from ctxenc.training.trained import LoadedRun, load_run
 
@@ -122,7 +123,7 @@ def predict(
         skip_broken: Name broken images on stderr and leave them out.
 
     Raises:
-        UserError: A broken image, or nothing but broken ones.
+        UserError: A broken image, nothing but broken ones, or outputs that are not finite.
     """
     config = loaded.config
     device = next(loaded.model.parameters()).device
@@ -131,6 +132,7 @@ def predict(
     for names, images in _batches(loaded, paths, batch_size, broken):
         with torch.inference_mode(), autocast(device, amp):
             logits = loaded.model(images.to(device))
+        check_outputs(loaded.model, logits, ", ".join(names[:3]))
         best = logits.float().softmax(-1).topk(min(top_k, len(config.classes)))
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             predictions.append(Prediction(name, [config.classes[index] for index in indices], values))

@@ -216,13 +216,6 @@ def test_no_gradient_where_none_is_wanted():
     assert torch.equal(smoothing_grad, wanted[1])
 
 
-def test_a_second_derivative_is_refused():
-    x, codewords, smoothing = problem()
-    (first,) = torch.autograd.grad(triton(x, codewords, smoothing).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r'^encode: the Triton path has no second derivatives; take backend="torch"'):
-        torch.autograd.grad(first.sum(), x)
-
-
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # opcheck's own doing

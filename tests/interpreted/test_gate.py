@@ -249,13 +249,6 @@ def test_only_the_gradient_that_is_wanted(residual):
     assert torch.equal(alone, dx)
 
 
-def test_a_second_derivative_is_refused():
-    x, logits = problem()
-    (first,) = torch.autograd.grad(triton_gate.gate(x, logits).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"^gate: the Triton path has no second derivatives"):
-        torch.autograd.grad(first.sum(), x)
-
-
 @both_forms
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last", "no_unit_stride"])
 def test_results_lie_as_x_does(layout, residual):
@@ -320,7 +313,7 @@ def test_rows_need_not_be_aligned(C, N):
 
 @both_forms
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("C", "N"), [(40, 49), (36, 196), (8, 225), (8, 9), (130, 12)])
+@pytest.mark.parametrize(("C", "N"), [(40, 49), (36, 196), (8, 63), (8, 9), (130, 12), (8, 801)])
 def test_chunks_across_rows(C, N, dtype, residual):
     generator = torch.Generator().manual_seed(N)
     x, dy = (torch.randn(2, C, N, generator=generator).to(dtype) for _ in range(2))

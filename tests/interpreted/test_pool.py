@@ -217,6 +217,16 @@ def test_nan_goes_through(training):
         assert torch.equal(got[name].isnan(), wanted[name].isnan()), name
 
 
+@both_modes
+def test_at_the_kink_of_relu_there_is_no_gradient(training):
+    encoding, norm = problem(training=training)
+    norm.weight.data[2], norm.bias.data[2] = 0, 0
+    got, wanted = (results(f, encoding, norm, torch.ones(3, 20), torch.float32) for f in (fused.pool, plain))
+    for name in ("dencoding", "dweight", "dbias"):
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+    assert got["dbias"][2] == got["dweight"][2] == 0
+
+
 def test_a_gradient_of_any_strides():
     encoding, norm = problem()
     encoding.requires_grad_()

@@ -1,8 +1,10 @@
 """Commands and ctxenc.load on runs of either kind: they work, or name the command that does."""
 
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ctxenc
 from ctxenc.__main__ import main
@@ -151,3 +153,29 @@ def test_the_arm_in_use_is_printed(command, segmented, pairs, tmp_path, arm):
     for name in (("segment", "predict"), ("look",)):
         code, out, _ = command(*name, segmented / arm, picture, "--out", tmp_path / "out")
         assert (code, out.splitlines()[0]) == (0, line)
+
+
+def test_weights_that_are_not_finite_are_told(command, segmented, run_folder, pairs, tmp_path):
+    """Their predictions were NaN, or class 0, and the exit code 0."""
+    picture = pairs / "images" / "val" / "0.png"
+    for source, name in (
+        (run_folder / "context-0", "blocks.3.0.se.fc.bias"),
+        (segmented / "encnet-0", "reduce.0.weight"),
+    ):
+        run = tmp_path / source.name
+        run.mkdir()
+        state = load_file(source / "best.safetensors")
+        state[name].flatten()[0] = float("nan")
+        save_file(state, run / "best.safetensors")
+        shutil.copy(source / "config.json", run)
+        kind = ("segment",) if name.startswith("reduce") else ()
+        for arguments in (
+            (*kind, "evaluate", run),
+            (*kind, "predict", run, picture),
+            ("export", run, "--torch-export", tmp_path / "a.pt2"),
+        ):
+            code, out, err = command(*arguments)
+            assert (code, out, err.count("\n")) == (2, "", 1), err
+            assert "are not finite; its weights are NaN or infinity in " in err
+            assert err.endswith(f"{name}\n")
+    assert not (tmp_path / "a.pt2").exists()

@@ -11,6 +11,7 @@ The first form is that of Squeeze-and-Excitation (arXiv 1709.01507), the second 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.fused.steps import _INTERPRETED, INTERPRETED, drop_bits, multiple
+from ctxenc.kernels.fused import proof
+from ctxenc.kernels.fused.encode import DEVICES, differentiable, is_watched, takes_formula
+from ctxenc.kernels.fused.steps import _INTERPRETED, drop_bits, multiple
 from ctxenc.kernels.fused.tiles import ceil_div, is_channels_last
+from ctxenc.kernels.verdicts import Arguments, Constants, Operator, place
 
 # One binary for all sizes: how x and dy are aligned is in the explicit constexpr VECTOR.
 SIZES = ["p_x", "p_logits", "p_dy", "B", "C", "N", "tiles_c", "tiles_n", "splits", "steps", "stride_b", "dy_stride_b"]
@@ -244,51 +248,171 @@ def _backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: b
     return dx, dlogits
 
 
-_DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
+# The PyTorch path, laid out as the kernels' results are
 
 
-@torch.library.custom_op("ctxenc::gate", mutates_args=(), device_types=_DEVICES)
-def _gate_op(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
-    return _forward(x, logits, residual)
+def plain_forward(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
+    gated = x * logits.sigmoid().to(x.dtype).unsqueeze(2)
+    y = (x + gated).relu() if residual else gated
+    wanted = _empty_as(x)
+    return y if y.stride() == wanted.stride() else wanted.copy_(y)
+
+
+def plain_backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).unsqueeze(2)
+    gate = wide.sigmoid().to(x.dtype)
+    if residual:
+        dy = torch.where(x + x * gate <= 0, 0, dy)
+    slope = wide.sigmoid() * (-wide).sigmoid()
+    dlogits = (dy * x).sum(2, dtype=wide.dtype) * slope.squeeze(2)
+    dx = _empty_as(x) if x_wanted else x.new_empty(0)
+    if x_wanted:
+        dx.copy_(torch.addcmul(dy, dy, gate) if residual else dy * gate)
+    return dx, dlogits.to(logits.dtype)
+
+
+# How the kernels prove themselves
+
+
+def _constants(x: Tensor, logits: Tensor, *flags: bool, dy: Tensor | None = None) -> Constants | None:
+    """Everything that a kernel is compiled for; the flags are residual and, for backward, x_wanted."""
+    if not x.numel():
+        return None
+    last = is_channels_last(x)
+    named = {"x": proof.dtype_name(x), "logits": proof.dtype_name(logits), "residual": flags[0]}
+    if dy is not None:
+        named["x_wanted"] = flags[1]
+    runs = [_as_runs(tensor, last) for tensor in ((x,) if dy is None else (x, dy))]
+    return named | _plan(*runs, last=last)[2]
+
+
+def _backward_constants(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> Constants | None:
+    return _constants(x, logits, *flags, dy=dy)
+
+
+def _problem(constants: Constants, device: torch.device) -> Arguments | None:
+    """Three images of some tiles of channels and runs of WALK pixels; logits from -9 to 9; zeros, where relu has its kink."""
+    draw, backward = proof.drawing(device), "x_wanted" in constants
+    flags = [constants[name] for name in ("residual", "x_wanted") if name in constants]
+    dtypes = [getattr(torch, str(constants[name])) for name in ("x", "logits")]
+    N = 2 * WALK + int(constants["BLOCK_N"])
+    for ragged in (9, 10, 12, 16):
+        C = 2 * int(constants["BLOCK_C"]) + ragged
+        logits = (3 * torch.randn(3, C, **draw)).to(dtypes[1])
+        for x in proof.placed(3, C, N, bool(constants["LAST"]), dtypes[0], device):
+            dy = torch.empty_like(x) if backward else None
+            if _constants(x, logits, *flags, dy=dy) != constants:
+                continue
+            proof.fill(x, lambda shape: torch.randn(shape, **draw) * (torch.rand(shape, **draw) < 0.9))
+            return (x, logits, *flags) if dy is None else (dy.copy_(torch.randn(x.shape, **draw)), x, logits, *flags)
+    return None
+
+
+def _over(got: Tensor, wanted: Tensor, terms: Tensor) -> float:
+    """Error over tolerance: 2 units of the result's own dtype, and 16 of fp32 of the sum of its absolute terms."""
+    fp32 = torch.finfo(torch.float32)
+    tolerance = 2 * torch.finfo(got.dtype).eps * wanted.abs() + 16 * fp32.eps * terms + fp32.tiny
+    return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
+
+
+def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    return {"y": _over(results[0], exact[0], 2 * arguments[0].double().abs())}
+
+
+def _backward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    dy, x, logits = (tensor.double() for tensor in arguments[:3])
+    slope = logits.sigmoid() * (-logits).sigmoid()
+    over = {"dlogits": _over(results[1], exact[1], (dy * x).abs().sum(2) * slope)}
+    return over | ({"dx": _over(results[0], exact[0], 2 * dy.abs())} if arguments[-1] else {})
+
+
+def _key(x: Tensor, logits: Tensor, *flags: bool) -> tuple[Any, ...]:
+    return *place(x), logits.dtype, *flags
+
+
+def _backward_key(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> tuple[Any, ...]:
+    return *place(dy), *place(x), logits.dtype, *flags
+
+
+FORWARD = Operator("gate", _forward, plain_forward, _constants, _problem, _excess, _key)
+BACKWARD = Operator(
+    "gate_backward", _backward, plain_backward, _backward_constants, _problem, _backward_excess, _backward_key
+)
+
+
+# The registered operators
+
+
+@torch.library.custom_op("ctxenc::gate", mutates_args=(), device_types=DEVICES)
+def _gate_op(x: Tensor, logits: Tensor, residual: bool, strict: bool = False) -> Tensor:
+    return FORWARD(strict, x, logits, residual)
 
 
 @_gate_op.register_fake
-def _(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
+def _(x: Tensor, logits: Tensor, residual: bool, strict: bool = False) -> Tensor:
     return _empty_as(x)
 
 
-@torch.library.custom_op("ctxenc::gate_backward", mutates_args=(), device_types=_DEVICES)
-def _gate_backward_op(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
-    return _backward(dy, x, logits, residual, x_wanted)
+@torch.library.custom_op("ctxenc::gate_backward", mutates_args=(), device_types=DEVICES)
+def _gate_backward_op(
+    dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool, strict: bool = False
+) -> tuple[Tensor, Tensor]:
+    return BACKWARD(strict, dy, x, logits, residual, x_wanted)
 
 
 @_gate_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
+def _(
+    dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool, strict: bool = False
+) -> tuple[Tensor, Tensor]:
     return _empty_as(x) if x_wanted else x.new_empty(0), _empty_rows(logits)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.residual = inputs[2]
+    ctx.flags = inputs[2:]
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None]:
+def _gradients(
+    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, Tensor]] = _gate_backward_op
+) -> tuple[Any, ...]:
+    x, logits = ctx.saved_tensors
+    residual, strict = ctx.flags
+    if takes_formula(dy):
+
+        def plainly(x: Tensor, logits: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                return plain_forward(x, logits, residual)
+
+        return *differentiable(plainly, (x, logits), dy), None, None
     x_wanted = ctx.needs_input_grad[0]
-    dx, dlogits = _gate_backward_op(dy, *ctx.saved_tensors, ctx.residual, x_wanted)
-    return dx if x_wanted else None, dlogits, None
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError('gate: the Triton path has no second derivatives; take ctxenc.use_backend("torch")')
+    dx, dlogits = backward(dy, x, logits, residual, x_wanted, strict)
+    return dx if x_wanted else None, dlogits, None, None
 
 
 _gate_op.register_autograd(_gradients, setup_context=_save)
-_gate_backward_op.register_autograd(_no_second_derivative)
 
 
-def gate(x: Tensor, logits: Tensor, residual: bool = False) -> Tensor:
+class _Gate(torch.autograd.Function):
+    """The same without the dispatcher, for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, residual: bool, strict: bool) -> Tensor:
+        _save(ctx, (x, logits, residual, strict), x)
+        return FORWARD(strict, x, logits, residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _gradients(ctx, dy, lambda *arguments: BACKWARD(arguments[-1], *arguments[:-1]))
+
+
+def gate(x: Tensor, logits: Tensor, residual: bool = False, strict: bool = False) -> Tensor:
     """X * sigmoid(logits), or relu(x + x * sigmoid(logits)), of x (B, C, N) and logits (B, C): (B, C, N), dense, in x's layout.
 
     fp32, fp16 and bf16 on a GPU, any strides: x is read where it lies if each image is dense, copied otherwise.
+    strict: raise RuntimeError where no kernel has proved itself, instead of taking the PyTorch path.
     """
-    return _gate_op(x, logits, residual)
+    if is_watched():
+        return _gate_op(x, logits, residual, strict)
+    if (x.requires_grad or logits.requires_grad) and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _Gate.apply(x, logits, residual, strict)
+    return FORWARD(strict, x, logits, residual)

@@ -21,6 +21,7 @@ from ctxenc.kernels.fused.gate import store_rounded
 
 PARTS = 32  # programs at most that share the values of a codeword: all later ones read what each has left
 BLOCK = 1024  # values that one of them takes at a time
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 turns that default over
 
 # One binary for all batches, wherever the tensors begin.
 SIZES = ["values", "share", "parts"]
@@ -212,7 +213,7 @@ def _cut(values: int) -> tuple[int, int]:
 def _tile(K: int) -> dict[str, int]:
     """Of all codewords and some values: programs enough for small batches, and at most 32 values a thread. Not timed."""
     block_k = 1 << (K - 1).bit_length()
-    return {"BLOCK_K": block_k, "BLOCK": max(16, min(64, 2048 // block_k)), "PARTS": PARTS, "num_warps": 4}
+    return {"BLOCK_K": block_k, "BLOCK": max(16, min(64, 2048 // block_k)), "PARTS": PARTS, **OPTIONS}
 
 
 def _forward(encoding: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -248,7 +249,7 @@ def _backward(
     )
     constants = {"K": K, "C": C, "TRAINING": training, **_tile(K)}
     with torch.cuda.device_of(encoding):
-        pool_sums_kernel[(K * parts,)](*inputs, sums, B * C, share, parts, K=K, C=C, BLOCK=BLOCK, num_warps=4)
+        pool_sums_kernel[(K * parts,)](*inputs, sums, B * C, share, parts, K=K, C=C, BLOCK=BLOCK, **OPTIONS)
         pool_bwd_kernel[(-(-B * C // constants["BLOCK"]),)](
             *inputs, sums, dencoding, dparameters, B * C, parts, **constants
         )

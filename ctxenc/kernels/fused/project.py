@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ctxenc.kernels import torch_encode
+from ctxenc.kernels.fused import proof
 from ctxenc.kernels.fused.encode import DEVICES
 from ctxenc.kernels.fused.forward import add_up
 from ctxenc.kernels.fused.launch import key_of, make_readable, plan_of
@@ -32,6 +35,7 @@ from ctxenc.kernels.fused.steps import (
     softmax,
 )
 from ctxenc.kernels.fused.tiles import block_of
+from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 SIZES = ["p_x", "p_weight_sum", "N", "tiles", "share", "splits", "stride_b", "stride_n", "stride_c", "row_e", "row_w"]
@@ -147,14 +151,63 @@ def project_forward(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor,
     return add_up(project_encode_kernel, key, plan, (x, weight, shift, codewords, smoothing), options)[0]
 
 
+def plain(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """The same by the PyTorch path."""
+    z = F.conv2d(x.unsqueeze(3), weight[:, :, None, None], shift.to(x.dtype)).relu()
+    return torch_encode.encode(z.flatten(2), codewords, smoothing)
+
+
+def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:
+    if not x.numel():
+        return None
+    names = {"C": x.shape[1], "shift": proof.dtype_name(shift)}
+    return names | proof.describe("project", x, codewords, smoothing)
+
+
+def _problem(constants: Constants, device: torch.device) -> Arguments | None:
+    """Small integers, of which the projected features are exact; they reach from 0 to beyond 40, as channels differ."""
+    C, D, K = (int(constants[name]) for name in "CDK")
+    dtypes = {name: getattr(torch, str(constants[name])) for name in ("x", "shift", "codewords", "smoothing")}
+    draw = proof.drawing(device)
+    kept = min(1.0, 256 / C)  # share of x that is not 0: bf16 could not hold longer sums
+    spread = (C * kept) ** 0.5 / 2
+    shift = torch.tensor([0, 20, 40], device=device).repeat(-(-D // 3))[:D]
+    codewords = spread * torch.randn(K, D, **draw) + shift
+    smoothing = torch.rand(() if constants["shared"] else (K,), **draw) / (D**0.5 * spread**2)
+    weight = torch.randint(-1, 2, (D, C), **draw)
+    given = {"x": weight, "shift": shift, "codewords": codewords, "smoothing": smoothing}
+    rest = [tensor.to(dtypes[name]) for name, tensor in given.items()]
+    for x in proof.candidates(constants, C, device):
+        if _constants(x, *rest) == constants:
+            proof.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < kept))
+            return x, *rest
+    return None
+
+
+def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    x, weight, shift, *codebook = arguments
+    z = (torch.matmul(weight.double(), x.double()) + shift.double()[:, None]).relu()
+    return proof.excess(("encoding",), results, exact, exact[0], z.to(x.dtype), *codebook)
+
+
+def _key(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Any, ...]:
+    return *proof.key(x, codewords, smoothing), shift.dtype
+
+
+PROJECT = Operator("project_encode", project_forward, plain, _constants, _problem, _excess, _key)
+
+
 @torch.library.custom_op("ctxenc::project_encode", mutates_args=(), device_types=DEVICES)
-def project_encode(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+def project_encode(
+    x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False
+) -> Tensor:
     """Encoding (B, K, D), fp32, of relu(weight @ x + shift) on codewords (K, D), without derivatives.
 
     x (B, C, N) and weight (D, C) are of one dtype, fp16, bf16 or fp32. The sizes that fit are those of may_project.
 
     Raises:
         ValueError: sizes do not fit each other, which no kernel would notice.
+        RuntimeError: strict, and the kernel has not proved itself.
     """
     D, C = weight.shape
     if x.shape[1] != C or shift.shape != (D,) or codewords.shape[1] != D:
@@ -162,11 +215,11 @@ def project_encode(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, 
         raise ValueError(
             f"project_encode: must get x (B, C, N), weight (D, C), shift (D,), codewords (K, D), got {sizes}"
         )
-    return project_forward(x, weight, shift, codewords, smoothing)
+    return PROJECT(strict, x, weight, shift, codewords, smoothing)
 
 
 @project_encode.register_fake
-def _(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False) -> Tensor:
     return x.new_empty((x.shape[0], *codewords.shape), dtype=torch.float32)
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ctxenc.training.bad_images import SKIP, Intact
 from ctxenc.training.console import RUN_OF_SEGMENT, UserError, add_run_arguments, say, text_table
+from ctxenc.training.nonfinite import check_outputs
 from ctxenc.training.runner import difference
 from ctxenc.training.runs import autocast
 from ctxenc.training.segmentation.data import build_datasets, samples_of
@@ -53,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
     metrics = SegmentationMetrics(len(classes))
     for index in tqdm(range(len(samples)), "evaluating", unit="image", delay=1.0, leave=False, disable=None):
         image, mask = samples[index]
-        metrics.update(predicted(loaded, image, mask.shape, args)[None], mask[None])
+        found = scores(loaded, image, mask.shape, args)
+        check_outputs(loaded.model, found, samples.name(index))
+        metrics.update(found.argmax(1).cpu(), mask[None])
     measures = metrics.compute()
     rows = [
         (name.replace("_", " "), f"{100 * measures[name]:.2f} %")
@@ -82,11 +85,11 @@ def data_settings(loaded: LoadedRun, args: argparse.Namespace) -> SegmentSetting
 
 
 @torch.inference_mode()
-def predicted(loaded: LoadedRun, image: Tensor, size: torch.Size, args: argparse.Namespace) -> Tensor:
-    """The likeliest class of each pixel of a mask of this size, on the CPU: without other views as training evaluates."""
+def scores(loaded: LoadedRun, image: Tensor, size: torch.Size, args: argparse.Namespace) -> Tensor:
+    """Those of the classes at each pixel of a mask of this size, (1, classes, H, W): without other views as in training."""
     if args.scales == [1.0] and not args.flip and args.crop is None:
         device = next(loaded.model.parameters()).device
         with autocast(device, args.amp):
-            return pixel_logits(loaded.model, image[None].to(device), size)[0].argmax(0).cpu()
+            return pixel_logits(loaded.model, image[None].to(device), size)
     found = probabilities(loaded.model, image, args)
-    return F.interpolate(found[None], size, mode="bilinear", align_corners=False)[0].argmax(0).cpu()
+    return F.interpolate(found[None], size, mode="bilinear", align_corners=False)

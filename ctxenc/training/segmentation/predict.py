@@ -20,6 +20,7 @@ from ctxenc.training.console import (
     say,
 )
 from ctxenc.training.images import open_image
+from ctxenc.training.nonfinite import check_outputs
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import autocast
 from ctxenc.training.segmentation.networks import SegmentConfig
@@ -78,7 +79,9 @@ def run(args: argparse.Namespace) -> None:
     for path in tqdm(paths, "segmenting", unit="image", delay=1.0, leave=False, disable=None):
         photograph = open_image(path)
         image = F.normalize(F.to_dtype(F.pil_to_tensor(photograph), torch.float32, scale=True), config.mean, config.std)
-        mask = probabilities(loaded.model, image, args).argmax(0).cpu()
+        found = probabilities(loaded.model, image, args)
+        check_outputs(loaded.model, found, str(path))
+        mask = found.argmax(0).cpu()
         pictures = {
             "mask": colour_mask(mask, palette),
             "overlay": overlay(photograph, mask, palette, background=background),
