@@ -129,7 +129,7 @@ def test_children_end_with_the_doctor():
         kind = json.dumps(["sleeping", {"x": "float32"}, "interpreter"])
         ended = []
         thread = threading.Thread(
-            target=lambda: ended.append(children.run("prove", {"kind": kind, "device": "cpu"}, 500))
+            daemon=True, target=lambda: ended.append(children.run("prove", {"kind": kind, "device": "cpu"}, 500))
         )
         thread.start()
         while not children._running:

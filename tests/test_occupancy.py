@@ -36,6 +36,9 @@ def test_a_launch_by_hand(monkeypatch):
     assert found.product_seconds == pytest.approx(1e-6 * 264 / 156)
     assert found.latency_seconds == pytest.approx(2 * (11 * 374e-9 + 2 * 151e-9))
     assert (found.seconds, found.bound) == (found.l2_seconds, "L2")
+    slow = work._replace(memory_waits=100)
+    found = estimate(launch, slow, Traffic(memory=48 * 10**6, l2=97 * 10**6), GPUS["sm_90"])
+    assert (found.seconds, found.bound) == (found.latency_seconds, "latency")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_a_launch_by_hand(monkeypatch):
         ("sm_90", 120, 0, 4, 4),
         ("sm_90", 32, 0, 4, 16),  # 64 warps
         ("sm_86", 32, 0, 4, 12),  # 48 warps
-        ("sm_86", 32, 48 * 1024, 4, 2),  # 100 KB, and 1 KB more for each
+        ("sm_86", 32, 49 * 1024, 4, 2),  # of 100 KB, and 1 KB more for each
         ("sm_86", 32, 50 * 1024, 4, 1),
         ("sm_80", 32, 50 * 1024, 4, 3),  # 164 KB
     ],
