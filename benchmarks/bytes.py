@@ -1,210 +1,217 @@
-"""The bytes that a launch of the Triton kernels moves, counted from the tiles that it would be given. Nothing is run.
+"""The bytes and products of a call of the Triton kernels, counted from its launches. Nothing is run.
 
-What a count leaves out is told in its fields: whether a second walk over a tile finds it in the L2 cache depends on how many tiles
-are in use at a time (in_flight) and on the GPU; and the resident form of forward is counted with codewords near the origin, as it
-walks where they are not.
+This file knows what each kernel does with its arguments; tests/interpreted/test_bytes.py counts the same in Triton's interpreter.
+Codewords and gradients that a program reads again are counted apart: 8 KB at most for a block of channels, they are found in L1.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ctxenc.kernels.fused.tiles import (
-    Target,
-    Tiles,
-    backward_tiles,
-    block_of,
-    ceil_div,
-    forward_tiles,
-    padded_channels,
-    project_tiles,
-)
+from benchmarks.compiled import Launch
+from ctxenc.kernels.fused.tiles import ceil_div
 
-PROGRAMS_AT_A_TIME = 2  # on a multiprocessor: what the choice of tiles fills it with in the walking form
+UNROLLED = 4  # rounds of a loop that NVIDIA's assembler loads at a time where the loop only adds up
 
 
-class Bytes(NamedTuple):
-    """What a call in one direction takes from or gives to memory, in bytes, and what it takes from the L2 cache besides."""
+class Work(NamedTuple):
+    """What the programs of a launch do, all together."""
 
-    x: int  # read from memory, once
-    dx: int  # written
-    partial_written: int  # sums that are not results yet; 0 where the kernel writes the result itself
-    partial_read: int
-    operands: int  # parameters and incoming gradient, and what is prepared of them, written and read
-    results: int  # the encoding, or the gradients of the parameters
-    l2_x: int  # x again: further walks over the channels of a tile
-    l2_sums: int  # a program's own sums, read and written at every tile, where they are not in registers
-    passes: int  # times that x is loaded, from memory or from L2
-    in_flight: int  # of x and of sums in use at a time: what L2 must hold for l2_x and l2_sums to come from there
-
-    @property
-    def memory(self) -> int:
-        """All that memory moves."""
-        return self.x + self.dx + self.partial_written + self.partial_read + self.operands + self.results
-
-    @property
-    def l2(self) -> int:
-        """All that is to come from the L2 cache."""
-        return self.l2_x + self.l2_sums
+    reads: dict[str, int]  # bytes that L2 gives them, by argument
+    writes: dict[str, int]
+    memory_waits: int  # loads of a program from memory that wait for one another
+    l2_waits: int  # the same from L2
+    tiles: int  # that could each have a program of its own
+    share: int = 1  # of them for one program, at most
+    flops: int = 0  # on the tensor cores, those of rows and columns of zeros among them
+    again: dict[str, int] = {}  # noqa: RUF012 - bytes that L1 gives them
 
 
-class EncodeBytes(NamedTuple):
-    """Both directions."""
+class _Launch:
+    """The arguments of a launch, and what its kernels have in common."""
 
-    forward: Bytes
-    backward: Bytes
+    def __init__(self, launch: Launch) -> None:
+        self.programs, self.a = launch.programs, launch.arguments
+        self.K, self.D = self.a.get("K", 0), self.a.get("D", 0)
+        self.blocks = ceil_div(self.D, self.a["BLOCK_D"]) if "BLOCK_D" in self.a else 1
+        dot = self.a.get("DOT")
+        self.codewords, self.other = (3, 3) if dot == "tf32x3" else (2, 1) if dot in ("bf16", "fp16") else (1, 1)
 
+    def read(self, **times: int) -> dict[str, int]:
+        """Bytes of arguments that are read so many times, of x once, and of the parameters once for each program."""
+        times = {"p_x": 1, "p_codewords": self.programs, "p_smoothing": self.programs} | times
+        return {name: many * self.a[name].nbytes for name, many in times.items()}
 
-def encode_bytes(
-    B: int,
-    D: int,
-    N: int,
-    K: int,
-    itemsize: int,
-    target: Target,
-    *,
-    dtype: torch.dtype | None = None,
-    channels_last: bool = False,
-) -> EncodeBytes:
-    """Counts the bytes of forward and of backward for a dense x (B, D, N), with tiles chosen as for a real call.
+    def prepared(self, rows: int) -> int:
+        """Bytes of the codewords that are read again after the center has been found, by the programs of all blocks."""
+        return 4 * rows * (self.K + 1) * self.D
 
-    Args:
-        B: Images.
-        D: Channels.
-        N: Pixels of an image.
-        K: Codewords, in fp32.
-        itemsize: Bytes of an element of x: 4 for fp32, 2 for bf16.
-        target: The GPU.
-        dtype: Of x where its size does not tell, which is fp16.
-        channels_last: How x lies.
-
-    Returns:
-        The counts of forward and of backward, the latter with the gradient in x.
-    """
-    dtype = dtype or (torch.float32 if itemsize == 4 else torch.bfloat16)
-    if dtype.itemsize != itemsize:
-        raise ValueError(f"encode_bytes: dtype must have {itemsize} bytes, as itemsize says, got {dtype}")
-    x = torch.empty((B, N, D) if channels_last else (B, D, N), dtype=dtype, device="meta")
-    x = x.transpose(1, 2) if channels_last else x
-    return EncodeBytes(_forward_bytes(x, K, target), _backward_bytes(x, K, target))
+    def product(self) -> int:
+        """Flops of one product of a tile, one block of channels and all codewords."""
+        return 2 * self.a["BLOCK_N"] * self.a["BLOCK_D"] * self.a["BLOCK_K"]
 
 
-class ProjectBytes(NamedTuple):
-    """Projection and encoding in one kernel, and in steps."""
-
-    memory: int  # all that memory moves
-    l2: int  # the weight, once for every tile of pixels
-    in_steps: int  # what memory moves for a convolution, a ReLU in place and encode
-
-
-def project_bytes(
-    B: int,
-    C: int,
-    N: int,
-    D: int,
-    K: int,
-    target: Target,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    channels_last: bool = False,
-) -> ProjectBytes:
-    """Counts the bytes of the projection of a dense x (B, C, N) to D channels and its encoding.
-
-    Args:
-        B: Images.
-        C: Channels of x.
-        N: Pixels of an image.
-        D: Channels that the encoding is taken of.
-        K: Codewords, in fp32.
-        target: The GPU.
-        dtype: Of x and of the weight.
-        channels_last: How x lies.
-
-    Returns:
-        The counts.
-    """
-    x = torch.empty((B, N, C) if channels_last else (B, C, N), dtype=dtype, device="meta")
-    x = x.transpose(1, 2) if channels_last else x
-    tiles, _, splits = project_tiles(x, K, D, target)
-    per_image = ceil_div(N, tiles.block_n)
-    splits = _launched(per_image, splits)
-    z = x[:, :1].expand(B, D, N)
-    _, prepared = _prepared(z, K, tiles)
-    weight, results = D * (C + 1) * dtype.itemsize, 4 * B * K * D
-    partial = splits * results if splits > 1 else 0
-    encoding = encode_bytes(B, D, N, K, dtype.itemsize, target, dtype=dtype, channels_last=channels_last).forward
-    written = B * N * D * dtype.itemsize
-    return ProjectBytes(
-        memory=x.nbytes + weight + 4 * K * (D + 1) + 2 * prepared + 2 * partial + results,
-        l2=B * per_image * D * C * dtype.itemsize,
-        in_steps=x.nbytes + weight + 3 * written + encoding.memory,
+def _assign(of: _Launch) -> Work:
+    a, grad = of.a, of.a["GRAD"]
+    return Work(
+        reads=of.read(p_codewords=2 * of.programs, p_grad=a["tiles"] * grad),
+        writes={name: a[name].nbytes for name in ("p_weights", "p_q", "p_dsmoothing") if grad or name == "p_weights"},
+        memory_waits=ceil_div(of.blocks, max(1, a["STAGES"] - 1)),
+        l2_waits=of.blocks,
+        tiles=of.programs,
+        flops=of.programs * of.blocks * (of.codewords + of.other * grad) * of.product(),
+        again={"p_codewords": 4 * of.programs * of.D},
     )
 
 
-def _launched(items: int, programs: int) -> int:
-    """Programs that get a share of the items, as the launchers cut them."""
-    return ceil_div(items, ceil_div(items, programs))
+def _forward(of: _Launch) -> Work:
+    a, rows = of.a, of.programs // of.blocks
+    tiles = of.programs // a["splits"] * a["tiles"]
+    return Work(
+        reads=of.read(p_map=of.blocks * a["WIDE"]),
+        writes={"p_encoding": 4 * rows * of.K * of.D, "p_weight_sum": 4 * rows * of.K},
+        memory_waits=a["share"],
+        l2_waits=of.blocks + 1,
+        tiles=tiles,
+        share=a["share"],
+        flops=tiles * (of.other + of.codewords * (not a["WIDE"])) * of.product(),
+        again={"p_codewords": of.prepared(rows)},
+    )
 
 
-def _prepared(x: Tensor, K: int, tiles: Tiles) -> tuple[int, int]:
-    """Bytes of an operand (K, D) as it is prepared, and of all that is prepared of the codewords."""
-    itemsize = 2 if x.dtype == torch.bfloat16 else 4
-    block_k, padded = block_of(K), padded_channels(x.shape[1], tiles)
-    operand = block_k * padded * itemsize
-    return operand, 2 * operand + 4 * (2 * padded + block_k * (padded // tiles.block_d))
+def _backward(of: _Launch) -> Work:
+    a, wide = of.a, of.a["WIDE"]
+    rows, all_tiles, codebook = of.programs // of.blocks, a["B"] * a["tiles"], 4 * of.K * of.D
+    # A program reads the gradient of an image once for each of its tiles, from L2 the first time.
+    images = rows + a["B"] - ceil_div(all_tiles, math.lcm(a["share"], a["tiles"]))
+    products = of.other + 2 * of.other * a["DX"] + (of.codewords + of.other) * (not wide)
+    return Work(
+        reads=of.read(p_map=of.blocks * wide, p_q=of.blocks * wide) | {"p_grad": images * codebook},
+        writes={"p_dx": a["p_dx"].nbytes, "p_rows": 4 * rows * of.K * (of.D + (not wide))},
+        memory_waits=a["share"],
+        l2_waits=of.blocks + 1,
+        tiles=all_tiles * of.blocks,
+        share=a["share"],
+        flops=all_tiles * of.blocks * products * of.product(),
+        again={
+            "p_codewords": of.prepared(rows) + (rows + all_tiles * (not wide)) * codebook,
+            "p_grad": (all_tiles - images) * codebook,
+        },
+    )
 
 
-def _walks(x: Tensor, K: int, target: Target, tiles: Tiles, programs: int, groups: int) -> dict[str, int]:
-    """What a launch does with x: programs in all share the pixels, and groups of each their channels."""
-    B, D, N = x.shape
-    item = tiles.block_n * D * x.element_size()
-    if tiles.resident:  # what is in flight is in shared memory
-        return {"x": x.nbytes, "l2_x": 0, "l2_sums": 0, "passes": 1, "in_flight": 0}
-    # Every group walks over all channels for the weights; for the sums it walks over its own, which makes one walk of all groups.
-    passes = groups + 1
-    sums = 0 if padded_channels(D, tiles) == tiles.block_d else 4 * K * D  # those of one block stay in registers
-    at_a_time = min(programs, ceil_div(PROGRAMS_AT_A_TIME * target.multiprocessors, groups))
-    return {
-        "x": x.nbytes,
-        "l2_x": (passes - 1) * x.nbytes,
-        "l2_sums": B * ceil_div(N, tiles.block_n) * 2 * sums,
-        "passes": passes,
-        "in_flight": at_a_time * (item + sums),
+def _project(of: _Launch) -> Work:
+    a = of.a
+    tiles, steps = of.programs // a["splits"] * a["tiles"], ceil_div(a["C"], a["BLOCK_C"])
+    projection = steps * 2 * a["BLOCK_N"] * a["BLOCK_C"] * a["BLOCK_D"]
+    return Work(
+        reads=of.read(p_weight=tiles, p_shift=tiles),
+        writes={"p_encoding": 4 * of.programs * of.K * of.D, "p_weight_sum": 4 * of.programs * of.K},
+        memory_waits=a["share"] * ceil_div(steps, max(1, a["STAGES"] - 1)),
+        l2_waits=2,
+        tiles=tiles,
+        share=a["share"],
+        again={"p_codewords": of.prepared(of.programs)},
+        flops=tiles * (projection + (of.other + of.codewords) * of.product()),
+    )
+
+
+def _finish_forward(of: _Launch) -> Work:
+    a = of.a
+    writes = {name: a[name].nbytes for name in ("p_encoding", "p_weight_sum")}
+    return Work({"p_rows": a["p_rows"].nbytes}, writes, 0, ceil_div(a["rows"], UNROLLED), of.programs)
+
+
+def _finish_backward(of: _Launch) -> Work:
+    a = of.a
+    reads = {"p_rows": 4 * a["rows"] * of.K * of.D, "p_smoothing_rows": 4 * a["smoothing_rows"] * of.K}
+    reads |= {"p_grad": a["p_grad"].nbytes, "p_weight_sum": of.D * a["p_weight_sum"].nbytes}
+    writes = {name: a[name].nbytes for name in ("p_dcodewords", "p_dsmoothing")}
+    waits = ceil_div(ceil_div(a["rows"], a["ROWS"]) + ceil_div(a["B"], a["ROWS"]), UNROLLED)
+    return Work(reads, writes, 0, waits, of.programs)
+
+
+def _gate_forward(of: _Launch) -> Work:
+    a = of.a
+    reads = {"p_x": a["p_x"].nbytes, "p_logits": a["tiles_n"] * a["p_logits"].nbytes}
+    return Work(reads, {"p_y": a["p_y"].nbytes}, 1, 1, of.programs)
+
+
+def _gate_backward(of: _Launch) -> Work:
+    a = of.a
+    reads = {"p_x": a["p_x"].nbytes, "p_dy": a["p_dy"].nbytes, "p_logits": a["splits"] * a["p_logits"].nbytes}
+    writes = {name: a[name].nbytes for name in ("p_dx", "p_dlogits")}
+    return Work(reads, writes, a["steps"], 1, of.programs * a["steps"], a["steps"])
+
+
+def _add_splits(of: _Launch) -> Work:
+    a = of.a
+    return Work({"p_sums": a["p_sums"].nbytes}, {"p_total": a["p_total"].nbytes}, 0, a["splits"], of.programs)
+
+
+WORK: dict[str, Callable[[_Launch], Work]] = {
+    "assign_kernel": _assign,
+    "encode_fwd_kernel": _forward,
+    "encode_bwd_kernel": _backward,
+    "project_encode_kernel": _project,
+    "finish_fwd_kernel": _finish_forward,
+    "finish_bwd_kernel": _finish_backward,
+    "gate_fwd_kernel": _gate_forward,
+    "gate_bwd_kernel": _gate_backward,
+    "add_splits_kernel": _add_splits,
+}
+
+
+def work_of(launch: Launch) -> Work:
+    """Count the work of a launch."""
+    return WORK[launch.kernel.fn.__name__](_Launch(launch))
+
+
+def by_storage(launch: Launch, moved: dict[str, int]) -> dict[int, int]:
+    """Add up bytes by the storage of the arguments: partial sums of two kinds share one."""
+    found: dict[int, int] = {}
+    for name, nbytes in moved.items():
+        if nbytes:
+            storage = launch.arguments[name].untyped_storage()._cdata
+            found[storage] = found.get(storage, 0) + nbytes
+    return found
+
+
+class Traffic(NamedTuple):
+    """What a launch moves, in bytes."""
+
+    memory: int
+    l2: int  # between the multiprocessors and L2: all that comes from memory passes it too
+
+
+def traffic(launches: Sequence[Launch], l2_bytes: float) -> list[Traffic]:
+    """Count what the launches of a call move.
+
+    Args:
+        launches: All of a call, in their order.
+        l2_bytes: Size of the GPU's L2 cache. What an earlier launch of the call touched is found there if it takes half of it at
+            most, and partial results of such a size never reach memory.
+    """
+    each = [tuple(by_storage(launch, moved) for moved in work_of(launch)[:2]) for launch in launches]
+    partial = {storage for read, _ in each for storage in read} & {
+        storage for _, written in each for storage in written
     }
+    touched: set[int] = set()
+    counts = []
+    for launch, (read, written) in zip(launches, each, strict=True):
+        room = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _tensors(launch)}
+        size = {storage: min(nbytes, room[storage]) for storage, nbytes in (read | written).items()}
+        found = {storage for storage in touched if size.get(storage, 0) <= l2_bytes / 2}
+        kept = {storage for storage in partial if size.get(storage, 0) <= l2_bytes / 2}
+        memory = sum(size[storage] for storage in read.keys() - found) + sum(
+            size[storage] for storage in written.keys() - kept
+        )
+        counts.append(Traffic(memory, sum(read.values()) + sum(written.values())))
+        touched |= {*read, *written}
+    return counts
 
 
-def _forward_bytes(x: Tensor, K: int, target: Target) -> Bytes:
-    B, D, N = x.shape
-    tiles, splits, groups = forward_tiles(x, K, target)
-    splits = _launched(ceil_div(N, tiles.block_n), splits)
-    _, prepared = _prepared(x, K, tiles)
-    results = 4 * B * K * (D + 1)
-    partial = splits * results if splits > 1 else 0
-    return Bytes(
-        dx=0,
-        partial_written=partial,
-        partial_read=partial,
-        operands=4 * K * (D + 1) + 2 * prepared,
-        results=results,
-        **_walks(x, K, target, tiles, B * splits, groups),
-    )
-
-
-def _backward_bytes(x: Tensor, K: int, target: Target) -> Bytes:
-    B, D, N = x.shape
-    tiles, programs, groups = backward_tiles(x, K, target)
-    programs = _launched(B * ceil_div(N, tiles.block_n), programs)
-    operand, prepared = _prepared(x, K, tiles)
-    # The incoming gradient is read to be prepared, and once more to be multiplied by the sums of the weights, whose product is
-    # written and read.
-    grad = 4 * B * K * D
-    partial = 4 * programs * K * (D + 1)
-    return Bytes(
-        dx=x.nbytes,
-        partial_written=partial,
-        partial_read=partial,
-        operands=4 * K * (D + 1) + 2 * prepared + 2 * B * operand + 4 * grad,
-        results=4 * K * (D + 1),
-        **_walks(x, K, target, tiles, programs, groups),
-    )
+def _tensors(launch: Launch) -> list[Tensor]:
+    return [argument for argument in launch.arguments.values() if isinstance(argument, Tensor)]

@@ -1,230 +1,133 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be there.
 
-    python -m benchmarks.kernel_report [--targets sm_90 ...] [--codes 16 ...] [--quick] [--out PATH]
+    python -m benchmarks.kernel_report [--targets sm_90 ...] [--codes 16 ...] [--quick] [--report-spills] [--out PATH]
 
-Every launch is made as for tensors of the given dtype, layout, alignment, K and D, so that tiles are chosen as they are at run
-time, but compiled instead of run. Columns: registers and bytes of stack a thread, shared memory, matrix instructions, loads and
-copies from global memory and how many of them take 16 bytes, instructions in all. It ends with an error if a kernel spills a
-register, takes more shared memory than the target has, multiplies without matrix instructions, or loads nothing by 16 bytes where x
-is aligned.
+Every kernel of a call is launched as for tensors of the given dtype, layout, alignment, K and D, so that tiles are chosen as at run
+time, but compiled instead of run. Columns: registers and bytes of stack a thread, shared memory, matrix instructions, loads from
+global memory and how many of them take 16 and 8 bytes, instructions in all. It ends with an error if a kernel does not compile,
+spills a register, takes more shared memory than the target has, multiplies without matrix instructions, or loads nothing by as many
+bytes as the rows of x are aligned to. With --report-spills a spill is told and no error: for other versions of Triton than the
+tiles' own.
 """
 
 import argparse
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks.compiled import DTYPES, FOUND, Launch, compiled, disassemble, launches, read_amdgcn
 from benchmarks.environment import describe
-from ctxenc.kernels.fused import launch
-from ctxenc.kernels.fused import project as triton_project
-from ctxenc.kernels.fused import tiles as triton_tiles
-from ctxenc.kernels.fused.tiles import Target, may_project
+from benchmarks.gpus import GPUS, Gpu
+from ctxenc.kernels.fused.project import may_project
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class Chip(NamedTuple):
-    """A target of the compiler, and what the choice of tiles and the limits depend on."""
-
-    backend: str
-    arch: int | str
-    threads: int  # in a warp
-    target: Target
-    shared: int  # bytes that a program may take
-
-
-CHIPS = {
-    "sm_80": Chip("cuda", 80, 32, Target(80, 108), 163 * 1024),  # A100
-    "sm_90": Chip("cuda", 90, 32, Target(90, 132), 227 * 1024),  # H100, H200
-    "sm_100": Chip("cuda", 100, 32, Target(100, 148), 227 * 1024),  # B200
-    "sm_120": Chip("cuda", 120, 32, Target(120, 170), 99 * 1024),  # RTX 5090
-    "gfx942": Chip("hip", "gfx942", 64, Target(0, 304), 64 * 1024),  # MI300X
-}
+IMAGES, PIXELS = (
+    3,
+    4096,
+)  # large enough that several programs share an image, and their sums are added by a kernel of its own
 
 
 class Case(NamedTuple):
     """What a launch depends on."""
 
     chip: str
-    direction: str  # of encode; "project" for the projection of 16 D channels and its encoding in one kernel
+    direction: str  # as benchmarks.compiled.launches takes it
     dtype: str
     channels_last: bool
-    aligned: bool
+    align: int  # bytes at whose multiples the rows of x begin: 16, 8, or 1 for an odd number of elements
     D: int
     K: int
 
-
-class Launch(NamedTuple):
-    """A kernel and what it was called with."""
-
-    kernel: JITFunction
-    arguments: dict[str, Any]
-    options: dict[str, Any]
+    def x(self) -> Tensor:
+        """An input without memory."""
+        dtype, C = DTYPES[self.dtype], 16 * self.D if self.direction == "project" else self.D
+        beyond = {16: 0, 8: 8 // dtype.itemsize, 1: 1}[self.align]
+        if not self.channels_last:
+            return torch.empty((IMAGES, C, PIXELS + beyond), dtype=dtype, device="meta")
+        return torch.empty((IMAGES, PIXELS, C + beyond), dtype=dtype, device="meta").transpose(1, 2)[:, :C]
 
 
 def cases(chips: list[str], codes: list[int], quick: bool) -> list[Case]:
     """All that is reported; the quick ones leave out what differs least."""
     sizes = (64, 512) if quick else (16, 32, 64, 100, 128, 256, 512, 1024, 2048)
-    alignments = (True,) if quick else (True, False)
-    dtypes = ("bf16", "fp16", "fp32")
-    every = product(chips, ("forward", "backward", "project"), dtypes, (False, True), alignments, sizes, codes)
-    found = [Case(*values) for values in every]
-    return [case for case in found if case.direction != "project" or may_project(_dtype(case.dtype), case.D, case.K)]
+    directions = ("forward", "backward", "project", "gate", "pool")
+    every = product(chips, directions, DTYPES, (False, True), (16, 8) if quick else (16, 8, 1), sizes, codes)
+    return [case for case in map(Case._make, every) if _is_there(case, codes[0], quick)]
 
 
-def _dtype(name: str) -> torch.dtype:
-    return next(dtype for dtype, its_name in DTYPES.items() if its_name == name)
+def _is_there(case: Case, first: int, quick: bool) -> bool:
+    if case.direction == "project" and not may_project(DTYPES[case.dtype], case.D, case.K):
+        return False
+    if case.direction == "gate" and (first != case.K or (quick and case.D == 64)):  # which knows no codewords
+        return False
+    if case.direction == "pool" and (case.channels_last or case.align < 16):  # which sees encodings alone
+        return False
+    # As half-precision maps of 14 x 14 lie.
+    return not quick or case.align == 16 or (first == case.K and case.dtype != "fp32" and not case.channels_last)
 
 
-def launches(case: Case) -> list[Launch]:
-    """The last kernel of a call, the one that reads x, on tensors without memory."""
-    chip = CHIPS[case.chip]
-    dtype = _dtype(case.dtype)
-    B, N = 64, 4096 if case.aligned else 4095
-    C = 16 * case.D if case.direction == "project" else case.D
-    channels = C if case.aligned or not case.channels_last else C + 1
-    x = torch.empty((B, N, channels) if case.channels_last else (B, channels, N), dtype=dtype, device="meta")
-    x = x.transpose(1, 2)[:, :C] if case.channels_last else x
-    codewords = torch.empty(case.K, case.D, device="meta")
-    smoothing = torch.empty(case.K, device="meta")
-    made: list[Launch] = []
-
-    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        named = dict(zip(kernel.arg_names, args, strict=False)) | {
-            k: v for k, v in kwargs.items() if k in kernel.arg_names
-        }
-        made.append(Launch(kernel, named, {k: v for k, v in kwargs.items() if k not in kernel.arg_names}))
-
-    with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(triton_tiles, "target_of", return_value=chip.target),
-        mock.patch.object(torch.version, "hip", "any" if chip.backend == "hip" else None),
-    ):
-        if case.direction == "forward":
-            launch.encode_forward(x, codewords, smoothing)
-        elif case.direction == "project":
-            weight = torch.empty(case.D, C, dtype=dtype, device="meta")
-            triton_project._project_encode(x, weight, weight[:, 0], codewords, smoothing)
-        else:
-            grad = torch.empty(B, case.K, case.D, device="meta")
-            launch.encode_backward(grad, x, codewords, smoothing, grad[..., 0], True)
-    return made[-1:]
+# These depend on D, K or C alone: reported with bf16, channels first, aligned.
+SHARED = ("finish_fwd_kernel", "finish_bwd_kernel", "add_splits_kernel", "pool_moments_kernel")
 
 
-def source(launch: Launch) -> ASTSource:
-    """The kernel specialised as Triton's own launcher would."""
-    signature, constants, attributes = {}, {}, {}
-    for parameter in launch.kernel.params:
-        value, name = launch.arguments[parameter.name], parameter.name
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[(parameter.num,)] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            block = ",".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{DTYPES[value.base.dtype]}[{block}]>"
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + DTYPES[value.dtype]
-            if not parameter.do_not_specialize_on_alignment:
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+def report(case: Case) -> list[dict[str, Any]]:
+    """A row for each kernel of a call."""
+    gpu = GPUS[case.chip]
+    first = case.dtype == "bf16" and not case.channels_last and case.align == 16
+    made = launches(case.direction, case.x(), case.K, gpu)
+    return [_row(case, launch, gpu) for launch in made if first or launch.kernel.fn.__name__ not in SHARED]
 
 
-def disassemble(cubin: bytes) -> dict[str, int]:
-    """Resources and instructions of a binary for NVIDIA."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
+def _row(case: Case, launch: Launch, gpu: Gpu) -> dict[str, Any]:
+    a = launch.arguments
+    row = {"kernel": launch.kernel.fn.__name__} | case._asdict()
+    row |= {name: a.get(name, 0) for name in ("BLOCK_N", "BLOCK_D", "STAGES")} | {"dot": a.get("DOT")}
+    row |= {
+        "warps": launch.options.get("num_warps", 4),
+        "vector_bytes": a.get("VECTOR", 1) * DTYPES[case.dtype].itemsize,
+    }
+    try:
+        kernel = compiled(launch, gpu)
+    except Exception as error:  # of Triton, LLVM or ptxas
+        return (
+            row
+            | dict.fromkeys(("shared", *FOUND), 0)
+            | {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
         )
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    operations = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass))
-
-    def count(pattern: str) -> int:
-        return sum(n for name, n in operations.items() if re.match(pattern, name))
-
-    return {
-        "registers": registers,
-        "stack": stack,
-        "matrix": count(r"[A-Z]*(HGMMA|HMMA|UTC\w*MMA|QGMMA)"),
-        "tile_copies": count("UTMALDG"),
-        "loads": count(r"LDG\.|LDGSTS\."),
-        "loads_16_bytes": count(r"(LDG|LDGSTS)\..*128"),
-        "instructions": sum(operations.values()),
-    }
+    found = disassemble(kernel.asm["cubin"]) if gpu.backend == "cuda" else read_amdgcn(kernel.asm["amdgcn"])
+    return row | {"shared": kernel.metadata.shared} | found | {"error": None}
 
 
-def read_amdgcn(text: str) -> dict[str, int]:
-    """Resources and instructions of a binary for AMD, from its assembly and the metadata in it."""
-
-    def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
-
-    lines = [line.split()[0] for line in text.splitlines() if re.match(r"\s+[vsdgb]\w*_\w+", line)]
-    return {
-        "registers": field("vgpr_count"),
-        "stack": field("private_segment_fixed_size") + field("vgpr_spill_count"),
-        "matrix": sum(line.startswith("v_mfma") for line in lines),
-        "tile_copies": 0,
-        "loads": sum(line.startswith(("global_load", "buffer_load")) for line in lines),
-        "loads_16_bytes": sum(line.endswith("load_dwordx4") for line in lines),
-        "instructions": len(lines),
-    }
-
-
-def report(case: Case) -> dict[str, Any]:
-    """One row."""
-    chip = CHIPS[case.chip]
-    (launch,) = launches(case)
-    compiled = triton.compile(
-        source(launch), target=GPUTarget(chip.backend, chip.arch, chip.threads), options=launch.options
-    )
-    found = disassemble(compiled.asm["cubin"]) if chip.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
-    tiles = {name: launch.arguments[name] for name in ("BLOCK_N", "BLOCK_D", "STAGES")}
-    tiles |= {"warps": launch.options["num_warps"], "resident": bool(launch.arguments.get("RESIDENT", False))}
-    tiles["vector"] = launch.arguments["VECTOR"]
-    return case._asdict() | tiles | {"shared": compiled.metadata.shared} | found
-
-
-def faults(row: dict[str, Any]) -> str | None:
+def faults(row: dict[str, Any], spills_allowed: bool = False) -> str | None:
     """Why a row may not be shipped."""
-    limit = CHIPS[row["chip"]].shared
+    if row["error"]:
+        return f"does not compile: {row['error']}"
+    limit, width = GPUS[row["chip"]].shared, row["vector_bytes"]
+    wide_loads = row["loads_16_bytes"] + (row["loads_8_bytes"] if width == 8 else 0)
     found = {
-        f"spills {row['stack']} bytes": row["stack"] > 0,
+        f"spills {row['stack']} bytes": row["stack"] > 0 and not spills_allowed,
         f"takes {row['shared']} bytes of shared memory of {limit}": row["shared"] > limit,
-        "has no matrix instruction": row["matrix"] == 0,
-        "loads nothing by 16 bytes": row["vector"] > 1 and row["loads_16_bytes"] + row["tile_copies"] == 0,
+        "has no matrix instruction": row["dot"] is not None and row["matrix"] == 0,
+        f"loads nothing by {width} bytes": width >= 8 and wide_loads == 0,
     }
     return ", ".join(fault for fault, there in found.items() if there) or None
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    layout = ("last" if row["channels_last"] else "first") + ("" if row["aligned"] else ", unaligned")
-    tiles = f"{row['BLOCK_N']} x {row['D'] if row['resident'] else row['BLOCK_D']}, {row['warps']} warps"
-    loads = f"{row['loads_16_bytes']}/{row['loads']}" + (f" + {row['tile_copies']} tiles" if row["tile_copies"] else "")
+    layout = f"{'last' if row['channels_last'] else 'first'}, {row['align']}"
+    tiles = f"{row['BLOCK_N']} x {row['BLOCK_D']}, {row['warps']} warps" if row["BLOCK_N"] else ""
+    loads = f"{row['loads']} {row['loads_16_bytes']} {row['loads_8_bytes']}"
     return (
-        f"{row['chip']:<7} {row['direction']:<9} {row['dtype']:<5} {layout:<17} {row['D']:>5} {row['K']:>3}  {tiles:<19}"
-        f" {row['registers']:>4} {row['stack']:>5} {row['shared']:>7} {row['matrix']:>6} {loads:>15} {row['instructions']:>6}"
+        f"{row['chip']:<7} {row['kernel']:<21} {row['direction']:<8} {row['dtype']:<5} {layout:<9} {row['D']:>5} {row['K']:>3} "
+        f" {tiles:<17} {row['registers']:>4} {row['stack']:>5} {row['shared']:>7} {row['matrix']:>6} {loads:>10}"
+        f" {row['instructions']:>6}"
     )
 
 
@@ -234,10 +137,10 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     for chip in dict.fromkeys(row["chip"] for row in rows):
         of_chip = [row for row in rows if row["chip"] == chip]
         most = {name: max(row[name] for row in of_chip) for name in ("registers", "stack", "shared")}
-        wrong = sum(faults(row) is not None for row in of_chip)
+        spilling = sum(row["stack"] > 0 for row in of_chip)
         lines.append(
-            f"{chip}: {len(of_chip)} kernels, at most {most['registers']} registers, {most['stack']} bytes spilled,"
-            f" {most['shared']} bytes of {CHIPS[chip].shared} shared; {wrong} not fit to ship"
+            f"{chip}: {len(of_chip)} kernels, at most {most['registers']} registers, {most['shared']} bytes of"
+            f" {GPUS[chip].shared} shared; {spilling} spill, at most {most['stack']} bytes"
         )
     return lines
 
@@ -250,24 +153,27 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     path.write_text(f'{{{head},\n"rows": [\n{values}\n]}}\n')
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--targets", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--codes", nargs="+", type=int, default=[16, 32, 64], help="K")
-    parser.add_argument("--quick", action="store_true", help="D 64 and 512, aligned")
+    parser.add_argument("--quick", action="store_true", help="D 64 and 512, aligned to 16 and 8 bytes")
+    parser.add_argument(
+        "--report-spills", action="store_true", help="no error for a spill: for other versions of Triton"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernel_report.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     print(
-        f"{'target':<7} {'kernel':<9} {'dtype':<5} {'channels':<17} {'D':>5} {'K':>3}  {'tile':<19} {'regs':>4} {'stack':>5}"
-        f" {'shared':>7} {'matrix':>6} {'16-byte loads':>15} {'instr.':>6}"
+        f"{'target':<7} {'kernel':<21} {'of':<8} {'dtype':<5} {'channels':<9} {'D':>5} {'K':>3}  {'tile':<17} {'regs':>4}"
+        f" {'stack':>5} {'shared':>7} {'matrix':>6} {'loads 16 8':>10} {'instr.':>6}"
     )
     rows, wrong = [], []
     with ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(report, cases(args.targets, args.codes, args.quick)):
+        for row in chain.from_iterable(pool.map(report, cases(args.targets, args.codes, args.quick))):
             rows.append(row)
             print(line(row), flush=True)
-            if fault := faults(row):
+            if fault := faults(row, args.report_spills):
                 wrong.append(f"{line(row)}: {fault}")
     write(rows, args.out)
     print("\n".join([*summary(rows), f"written: {args.out}"]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ctxenc
-from ctxenc.training.console import UserError, one_line, printable
+from ctxenc.training.console import UserError, one_line, say
 
 
 class Command(NamedTuple):
@@ -17,11 +17,11 @@ class Command(NamedTuple):
 
     summary: str
     extra: str
+    room: str = "training"
 
-    @staticmethod
-    def module(name: str) -> Any:
+    def module(self, name: str) -> Any:
         """The module that runs the command: it has add_arguments(parser) and run(args)."""
-        return importlib.import_module(f"ctxenc.training.{name}")
+        return importlib.import_module(f"ctxenc.{self.room}.{name}")
 
 
 COMMANDS = {
@@ -29,10 +29,11 @@ COMMANDS = {
     "evaluate": Command("measure the accuracy of a run", "train"),
     "predict": Command("name the classes of images with a run's model", "train"),
     "export": Command("write a run's model as ONNX or as a torch.export program, and verify it", "train,export"),
-    "segment": Command("train EncNet, or segment images with it", "train"),
+    "segment": Command("train EncNet, measure it, or segment images with it", "train"),
     "look": Command("picture which codeword owns which pixel, the use of the codewords, and the gates", "train"),
     "convert": Command("turn PyTorch-Encoding's or mmsegmentation's EncNet into a safetensors file of ours", "train"),
     "inspect": Command("list the SE blocks of a model, with parameters before and after a swap", "train"),
+    "doctor": Command("check the fused kernels on this machine, and time them", "timm", "commands"),
 }
 
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     chosen = next((each for each in arguments if not each.startswith("-")), None)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of classes need not be in the terminal's alphabet
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every letter
     try:
         args = build_parser(chosen).parse_args(arguments)
         COMMANDS[args.command].module(args.command).run(args)
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = explain(error, chosen)
         if not message or os.environ.get("CTXENC_TRACEBACK") == "1":
             raise
-        print(f"ctxenc: {printable(message)}", file=sys.stderr)
+        say(f"ctxenc: {message}", sys.stderr)
         return code
     return 0
 

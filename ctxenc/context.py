@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxenc.encoding import Encoding, check_sizes, check_smoothing, is_traced
-from ctxenc.functional import fused_gate, fused_projection, fuses_gate, fuses_projection
+from ctxenc.functional import fused_gate, fused_pool, fused_projection, fuses_gate, fuses_pool, fuses_projection
 
 Layer = Callable[..., nn.Module]
 
@@ -295,12 +295,20 @@ class ContextEncoding(nn.Module):
             return False
         return fuses_projection(x, self.conv.weight, shift, encoding.codewords, encoding.smoothing)
 
+    @torch.jit.unused
+    def _fuses_pool(self, encoding: Tensor) -> bool:
+        """Whether norm, ReLU and mean over the codewords are fused: only where nothing waits for a call of the norm."""
+        norm = self.norm_codes
+        return not _must_be_called(norm) and not is_traced(encoding) and fuses_pool(encoding, norm)
+
     def features(self, x: Tensor) -> Tensor:
-        """What the gate is computed from: (B, C') for "mean", (B, K * C') for "concat", of x (B, C, H, W)."""
+        """What the gate is computed from: (B, C') for "mean", (B, K * C') for "concat", of x (B, C, H, W); fp32 or x's dtype."""
         if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not is_traced(x):
             _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
         encoding = self._encode(x)
         if self.pool == "mean":
+            if not torch.jit.is_scripting() and self._fuses_pool(encoding):
+                return fused_pool(encoding, self.norm_codes, x.dtype)
             return self.norm_codes(encoding.unsqueeze(3)).squeeze(3).relu().mean(1)
         return F.normalize(encoding.flatten(1), dim=1)
 

@@ -9,7 +9,8 @@ import torch
 import torch._dynamo.testing
 
 import ctxenc
-from ctxenc import Encoding, functional
+from ctxenc import Encoding
+from ctxenc.kernels import backends
 from tests.programs import (
     MODULES,
     assert_close,
@@ -53,7 +54,7 @@ class Told(torch.nn.Module):
     """What the choice of the form is told while a graph is made."""
 
     def forward(self, x):
-        return x + (1 if functional._makes_saved_graph() else 0)
+        return x + (1 if backends.makes_saved_graph() else 0)
 
 
 def test_only_export_makes_a_saved_graph():
@@ -155,3 +156,14 @@ def test_new_sizes_of_one_kind_only():
         x = torch.randn(shape)
         assert_close(compiled(x, codewords, smoothing), ctxenc.encode(x, codewords, smoothing))
     assert counter.frame_count == 3
+
+
+def test_the_preference_is_seen_by_compiled_code():
+    """Each changes the graph: nothing that was compiled for one preference serves another."""
+    x, codewords, smoothing = torch.randn(2, 8, 5), torch.randn(3, 8), torch.rand(3)
+    compiled = torch.compile(ctxenc.encode, fullgraph=True, backend="eager")
+    compiled(x, codewords, smoothing)
+    with ctxenc.use_backend("triton"), pytest.raises(RuntimeError, match="x is on cpu, and Triton needs a GPU"):
+        compiled(x, codewords, smoothing)
+    with ctxenc.use_backend("torch"):
+        compiled(x, codewords, smoothing)

@@ -23,14 +23,15 @@ import ctxenc
 from ctxenc.__main__ import COMMANDS, build_parser, main
 from ctxenc.context import ContextEncoding
 from ctxenc.training import settings
-from ctxenc.training.runs import load_run, read_config
+from ctxenc.training.runs import read_config
 from ctxenc.training.segmentation import settings as segmentation
+from ctxenc.training.trained import load_run
 from tests.training.small_runs import make_cifar
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = {  # with the commands that each runs
     "cifar10.sh": ["finetune"],
-    "encnet_ade20k.sh": ["segment train", "segment predict"],
+    "encnet_ade20k.sh": ["segment train", "segment evaluate", "segment predict"],
     "imagenet_seresnet50.sh": ["finetune"],
     "imagenet_timm_finetune.sh": ["patched_timm_model.py", "train.py"],
     "imagenet_timm_train.sh": ["train.py"],
@@ -155,7 +156,7 @@ def test_a_script_without_data_says_how_to_call_it(script):
 
 @pytest.mark.parametrize("gpus", [1, 4])
 def test_ade20k_is_the_papers_whatever_the_number_of_gpus(gpus, recorded):
-    train, predict = (program(each) for each in recorded("encnet_ade20k.sh", "some data", GPUS=str(gpus)))
+    train, _, predict = (program(each) for each in recorded("encnet_ade20k.sh", "some data", GPUS=str(gpus)))
     _, found = parsed(train[1])
     assert train[2] == gpus
     assert found.batch_size * gpus == 16

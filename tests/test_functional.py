@@ -3,13 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import ctxenc
-from ctxenc import functional
-from ctxenc.kernels import reference, torch_encode
+from ctxenc.kernels import backends, reference, torch_encode
 
 FUNCTIONS = (ctxenc.encode, ctxenc.assign)
 each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -163,59 +163,68 @@ def test_torch_by_name_is_torch_whatever_auto_means():
         assert ctxenc.assign(**given).shape == (2, 4, 5)  # which has the PyTorch path alone
 
 
-def test_use_backend_nests_and_survives_errors(monkeypatch):
-    monkeypatch.setattr(functional, "_preferred", "auto")
-
-    def preferred() -> str:
-        return functional._preferred
-
+def test_use_backend_nests_and_survives_errors():
     def fail_inside() -> None:
         with ctxenc.use_backend("triton"):
-            assert preferred() == "triton"
+            assert backends.preferred() == "triton"
             raise KeyError
 
     with ctxenc.use_backend("torch"):
-        assert preferred() == "torch"
+        assert backends.preferred() == "torch"
         with pytest.raises(KeyError):
             fail_inside()
-        assert preferred() == "torch"
+        assert backends.preferred() == "torch"
         with pytest.raises(ValueError), ctxenc.use_backend("nonsense"):
             pass
-        assert preferred() == "torch"
+        assert backends.preferred() == "torch"
         with ctxenc.use_backend("auto"):
-            assert preferred() == "auto"
-        assert preferred() == "torch"
-    assert preferred() == "auto"
+            assert backends.preferred() == "auto"
+        assert backends.preferred() == "torch"
+    assert backends.preferred() == backends.DEFAULT
 
 
-def test_backend_info(monkeypatch):
-    monkeypatch.setattr(functional, "_preferred", "auto")
-    info = ctxenc.backend_info()
-    assert info == (info.backend, info.reason)
-    assert info.backend in ("torch", "triton")
-    assert info.reason
+def test_use_backend_is_no_other_threads_business():
+    """Two blocks that overlap in time, the first to begin the first to end: a global would stay on "triton" for good."""
+    first, second, seen = threading.Event(), threading.Event(), []
+
+    def begin_first() -> None:
+        with ctxenc.use_backend("triton"):
+            first.set()
+            second.wait(10)
+            seen.append(backends.preferred())
+
+    thread = threading.Thread(target=begin_first)
+    thread.start()
+    first.wait(10)
+    with ctxenc.use_backend("torch"):
+        second.set()
+        thread.join()
+        assert backends.preferred() == "torch"
+    assert seen == ["triton"]
+    assert backends.preferred() == backends.DEFAULT
+    assert ctxenc.encode(**arguments()).shape == (2, 4, 6)
+
+
+def test_backend_info():
+    with ctxenc.use_backend("auto"):
+        info = ctxenc.backend_info()
+        assert info == (info.backend, info.reason)
+        assert info.backend == ("triton" if torch.cuda.is_available() else "torch")
+        assert info.reason
+        given = arguments()
+        assert ctxenc.backend_info(given["x"], given["codewords"])[:1] == ("torch",)
+        assert "x is on cpu" in ctxenc.backend_info(**given).reason
+        with pytest.raises(ValueError, match=r"^backend_info: codewords must have shape \(K, 6\)"):
+            ctxenc.backend_info(given["x"], given["codewords"].t())
     with ctxenc.use_backend("torch"):
         assert ctxenc.backend_info().backend == "torch"
         assert "use_backend" in ctxenc.backend_info().reason
-    assert ctxenc.backend_info() == info
 
 
 def test_the_environment_variable():
-    """The module reads it when it is loaded: loaded anew for each value, in a process of its own."""
-    done = in_environment(
-        "torch",
-        """
-import importlib, os
-from ctxenc import functional
-print(functional._preferred)
-for value in ("auto", "", "triton"):
-    os.environ["CTXENC_BACKEND"] = value
-    print(importlib.reload(functional)._preferred)
-del os.environ["CTXENC_BACKEND"]
-print(importlib.reload(functional)._preferred)
-""",
-    )
-    assert done.stdout.split() == ["torch", "auto", "auto", "triton", "auto"], done.stderr
+    for value, wanted in {"torch": "torch", "auto": "auto", "": "auto", "triton": "triton"}.items():
+        done = in_environment(value, "from ctxenc.kernels import backends; print(backends.preferred())")
+        assert done.stdout.split() == [wanted], done.stderr
 
 
 def test_a_wrong_environment_variable_is_told_at_import():

@@ -6,20 +6,16 @@ Both store scale = -smoothing.
 
 import json
 import os
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ctxenc.integrations.encnet import EncNet
 from ctxenc.integrations.hub import with_usual_mode, without_memory
+from ctxenc.integrations.state_dicts import read_pickle, read_safetensors, unwrapped
 
 NAME = "load_encnet_checkpoint"
 METADATA = "ctxenc.EncNet"  # key of the configuration in the metadata of a safetensors file
@@ -81,6 +77,11 @@ MMSEGMENTATION = Source(
         "auxiliary_head.conv_seg.": "aux.1.1.",
     },
 )
+# By which they are told apart
+CODEWORDS = {
+    "head.encmodule.encoding.3.codewords": PYTORCH_ENCODING,
+    "decode_head.enc_module.encoding.0.codewords": MMSEGMENTATION,
+}
 
 
 def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> EncNet:
@@ -90,9 +91,12 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
     with and without laterals, auxiliary head and SE-loss), and what save_encnet_checkpoint wrote. What the network is follows from
     names and shapes; align_corners from the code base: True in PyTorch-Encoding's networks, False in mmsegmentation's.
 
+    PyTorch-Encoding computed the softmax over the pixels, not over the codewords, from November 2017 to September 2018. Networks
+    trained then load without an error and give other outputs here; neither names nor shapes tell. Measure the network first.
+
     Args:
-        source: a file of tensors (.safetensors, or what torch.save wrote, read with weights_only=True), or a state dict; inside
-            "state_dict" or "model", and with "module." before each name, too.
+        source: a file of tensors (.safetensors, or what torch.save wrote, read with weights_only=True), or a state dict, as it is
+            or as a trainer wraps it (DDP, Lightning, torch.compile, moving averages); see state_dicts.unwrapped.
 
     Returns:
         The network, on the CPU, in eval mode.
@@ -102,11 +106,11 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
             of another shape.
         OSError: the file cannot be read.
     """
-    if isinstance(source, Mapping):
-        state, config = dict(source), None
-    else:
-        state, config = _read(Path(source))
-    state = _unwrapped(state)
+    try:
+        content, config = (source, None) if isinstance(source, Mapping) else _read(Path(source))
+        state = _found(content)
+    except ValueError as error:
+        raise ValueError(f"{NAME}: {error}") from error
     names = {name: name for name in state}
     if config is None:
         code_base = _recognised(state)
@@ -137,57 +141,15 @@ def save_encnet_checkpoint(network: EncNet, path: str | os.PathLike[str]) -> Non
     with_usual_mode(Path(path), lambda: save_file(state, path, metadata))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _read(path: Path) -> tuple[Any, dict[str, Any] | None]:
     """What a file holds, and the arguments of our network where it has them."""
-    with open(path, "rb"):
-        pass  # what cannot be read raises here, in one way
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                config = (file.metadata() or {}).get(METADATA)
-                return {name: file.get_tensor(name) for name in file.keys()}, config and json.loads(config)  # noqa: SIM118
-        except (SafetensorError, ValueError, RecursionError) as error:
-            raise ValueError(f"{NAME}: {path} is no valid safetensors file: {error}") from error
+    if path.suffix != ".safetensors":
+        return read_pickle(path), None
+    state, metadata = read_safetensors(path)
     try:
-        with torch.serialization.safe_globals(_numpy_numbers()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on old protocols of pickle
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # its unpickler raises a dozen kinds
-        refused = re.search(r"GLOBAL:? (\S+)", str(error))
-        found = f"{refused[1]}, which could run code" if refused else "something else"
-        raise ValueError(
-            f"{NAME}: {path} must be what torch.save wrote of tensors, numbers and texts, got {found}; where you trust it, keep"
-            " its state dict and nothing more"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{NAME}: {path} must hold a state dict, got {type(state).__name__}")
-    return dict(state), None
-
-
-def _numpy_numbers() -> list[Any]:
-    """What a pickle of numpy's numbers names, in numpy 1 and 2: old checkpoints hold their scores so."""
-    number: Any = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
-    return [np.dtype, *kinds, *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
-
-
-def _unwrapped(state: dict[str, Any]) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = dict(state[key])
-    if strange := [name for name in state if not isinstance(name, str)]:
-        raise ValueError(f"{NAME}: a state dict must have names for keys, got {strange[0]!r}")
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if wrong := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(
-            f"{NAME}: a state dict must hold tensors, got {type(state[wrong[0]]).__name__} at {wrong[0]!r}"
-        )
-    for name, tensor in state.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
-            raise ValueError(f"{NAME}: a state dict must hold dense tensors with values, got a {kind} one at {name!r}")
-    return state
+        return state, json.loads(metadata[METADATA]) if METADATA in metadata else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid safetensors file: {error}") from error
 
 
 def _built(config: Any) -> EncNet:
@@ -202,19 +164,26 @@ def _built(config: Any) -> EncNet:
         raise ValueError(f"{NAME}: the checkpoint names a network that cannot be built: {error}") from error
 
 
+def _found(content: Any) -> dict[str, Tensor]:
+    """The state dict of an EncNet in what a file holds, by the codewords of either code base; else all of it."""
+    for name in CODEWORDS:
+        state = unwrapped(content, [name])
+        if name in state:
+            return state
+    return state
+
+
 def _recognised(state: dict[str, Tensor]) -> Source:
-    if "head.encmodule.encoding.3.codewords" in state:
-        return PYTORCH_ENCODING
-    if "decode_head.enc_module.encoding.0.codewords" in state:
-        return MMSEGMENTATION
+    if source := next((CODEWORDS[name] for name in CODEWORDS if name in state), None):
+        return source
     if "encoding.context.encoding.codewords" in state:
         raise ValueError(
             f"{NAME}: a state dict of ctxenc's own EncNet does not say what network it is of: build that and call its"
             " load_state_dict, or save with save_encnet_checkpoint"
         )
     raise ValueError(
-        f"{NAME}: neither PyTorch-Encoding's nor mmsegmentation's EncNet: no codewords among {len(state)} names such as"
-        f" {', '.join(sorted(state)[:3])}"
+        f"{NAME}: neither PyTorch-Encoding's nor mmsegmentation's EncNet: {' or '.join(CODEWORDS)} must be among its {len(state)}"
+        f" names, such as {', '.join(sorted(state)[:3])}"
     )
 
 

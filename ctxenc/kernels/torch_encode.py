@@ -372,6 +372,30 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     return _Encode.apply(x, codewords, smoothing)[0]
 
 
+def forward_with_weight_sum(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
+    """Encoding (B, K, D) of x (B, D, N) and the sum of each codeword's weights (B, K), without a graph: for the fused path."""
+    with torch.no_grad():
+        encoding, weights, _, _ = _Encode.forward(x, codewords, smoothing)
+        return encoding, weights.sum(2)
+
+
+def gradients(
+    grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, x_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the encoding in x (empty where not wanted), codewords and smoothing, for the fused path.
+
+    Weights are computed again, as that path saves none. The first is dense, channels last where x is, else first.
+    """
+    with torch.no_grad():
+        _, weights, square_sum, center = _Encode.forward(x, codewords, smoothing)
+        dx, dcodewords, dsmoothing = _backward(
+            *(x, codewords, smoothing, weights, square_sum, center, grad.to(weights.dtype), None, None, None),
+            x_wanted=x_wanted,
+            channels_last=x.stride(1) == 1,
+        )
+        return x.new_empty(0) if dx is None else dx, dcodewords, dsmoothing
+
+
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """Assignment weights (B, K, N) of x (B, D, N), at least fp32; differentiable through plain autograd. Autocast must be off."""
     book = _codebook(x, codewords, smoothing, compute_dtype(x, codewords, smoothing))

@@ -18,6 +18,7 @@ CHOICES = (FAIL, SKIP)
 FILE = "bad_images.txt"
 SHARE = 0.1  # of all images: where more are broken, it is not the images
 HANDFUL = 8  # broken ones that a small set may have all the same
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 TRIES = 16  # substitutes that may be broken themselves
 
 
@@ -47,7 +48,7 @@ class BadImages:
         if line in self.known:
             return
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666)
             with open(descriptor, "r+b", buffering=0) as file:
                 self.known = set(file.read().splitlines())
                 if line not in self.known:

@@ -9,7 +9,8 @@ A checkpoint is named by its finished epochs and the steps after them. The files
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from ctxenc.integrations.state_dicts import read_pickle
 from ctxenc.training import codebooks
-from ctxenc.training.console import UserError, one_line, printable
+from ctxenc.training.config import shortened
+from ctxenc.training.console import UserError, one_line, printable, say
 from ctxenc.training.durable import damage, keep_newest, write_folder
 from ctxenc.training.processes import agree
 from ctxenc.training.rng import rng_state, set_rng_state
@@ -33,7 +36,6 @@ COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
 PREDICTIONS = ("name", "target", "prediction", "loss", "index")
 SPEED = "images_per_s"
 FOLDER = "checkpoints"
-TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 @dataclass
@@ -116,7 +118,7 @@ def newest_state(accelerator: Accelerator, arm: Path) -> Path | None:
         for state in sorted((arm / FOLDER).glob("epoch-*"), reverse=True):
             if not (problem := damage(state)):
                 for each in problems:
-                    print(printable(f"damaged checkpoint {each}; going on from {state.name}"), flush=True)
+                    say(f"damaged checkpoint {each}; going on from {state.name}")
                 return state
             problems.append(f"{state}: {problem}")
         if problems:
@@ -178,12 +180,56 @@ def _saved(content: Any) -> bytes:
     return file.getvalue()
 
 
-def load_state(
-    accelerator: Accelerator, folder: Path, state: State, predicted: Sequence[str], val_samples: int
-) -> Progress:
+def check_progress(
+    progress: Progress, score: str, epochs: int, steps: int, predicted: Sequence[str], val_samples: int
+) -> None:
+    """Raise ValueError unless a training could have come so far.
+
+    Args:
+        progress: As a file has it: its values may be of any type.
+        score: By which the best epoch is chosen.
+        epochs: All of them.
+        steps: Of an epoch.
+        predicted: The columns of the predictions.
+        val_samples: What these are of.
+    """
+    counts = {"step": steps, "finite": steps, "skipped": math.inf, "images": math.inf}
+    for name, most in counts.items():
+        value = getattr(progress, name)
+        if type(value) is not int or not 0 <= value <= most:
+            raise ValueError(f"{name} must be an integer in [0, {most}], got {shortened(value)}")
+    rows, timings, numbers = progress.rows, progress.timings, (progress.lr, progress.seconds)
+    if any(len(each) != len(predicted) for each in progress.predictions):
+        raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")
+    if not all(0 <= each[-1] < val_samples for each in progress.predictions):
+        raise ValueError(f"it was evaluated on more than the {val_samples} validation images that are there")
+    holds = {
+        "rows": _is_table(rows) and len(rows) <= epochs and all(type(row.get(score)) is float for row in rows),
+        "timings": _is_table(timings) and [row.keys() for row in timings] == [{"epoch", SPEED, "seconds"}] * len(rows),
+        "codebooks": _is_table(progress.codebooks)
+        and all(row.keys() == set(codebooks.COLUMNS) for row in progress.codebooks),
+        "confusion": all(type(count) is int for row in progress.confusion for count in row),
+        "score": progress.score == score,
+        "lr and seconds": all(type(each) in (int, float) and math.isfinite(each) for each in numbers),
+    }
+    for table in (rows, timings):
+        holds["rows"] = holds["rows"] and [row["epoch"] for row in table] == list(range(1, len(table) + 1))
+    for name, is_so in holds.items():
+        if not is_so:
+            raise ValueError(f"{name} must be those of a training of {epochs} epochs")
+
+
+def _is_table(rows: Any) -> bool:
+    """Whether rows of a file have the same columns, and numbers and texts in them."""
+    return all(
+        row.keys() == rows[0].keys() and {type(each) for each in row.values()} <= {int, float, str} for row in rows
+    )
+
+
+def load_state(accelerator: Accelerator, folder: Path, state: State, check: Callable[[Progress], None]) -> Progress:
     """Puts networks, optimiser, scaler, generators and the sum of losses back as the checkpoint ``folder`` has them.
 
-    ``predicted`` names the columns of its predictions, which are of ``val_samples`` samples at most.
+    ``check`` raises ValueError where its progress is not one that this training could have made.
 
     Raises:
         UserError: It is of another model, number of processes, version or data, or cannot be read.
@@ -191,19 +237,16 @@ def load_state(
     try:
         for name, network in state.networks.items():
             network.load_state_dict(safetensors.torch.load_file(folder / f"{name}.safetensors"))
-        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = read_pickle(folder / "optimizer.pt")
         state.optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler is not None and saved["scaler"] is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
-        processes = torch.load(folder / "processes.pt", map_location="cpu", weights_only=True)
+        processes = read_pickle(folder / "processes.pt")
         table = json.loads((folder / "progress.json").read_bytes())
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:
             raise ValueError(f"it is of {len(processes)} processes, got {accelerator.num_processes}")
-        if any(len(each) != len(predicted) for each in progress.predictions):
-            raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")
-        if any(each[-1] >= val_samples for each in progress.predictions):
-            raise ValueError(f"it was evaluated on more than the {val_samples} validation images that are there")
+        check(progress)
         own = processes[accelerator.process_index]
         state.loss.copy_(own["loss"])
         set_rng_state(own["rng"], accelerator.device)
@@ -253,8 +296,9 @@ def _publish_rows(arm: Path, progress: Progress, predicted: Sequence[str]) -> No
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a CSV file with a header, whole or not at all. File names in it may be no text; they stay as they are."""
-    with atomic(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
+    """Writes a CSV file with a header, whole or not at all; texts in it are made printable."""
+    rows = [{name: printable(each) if isinstance(each, str) else each for name, each in row.items()} for row in rows]
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -277,7 +321,7 @@ def read_results(arm: Path) -> list[Row]:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """Reads the predictions.csv of a classification: name, target, prediction, loss and index of each validation sample."""
-    with open(path, newline="", **TEXT) as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     kinds = (str, int, int, float, int)
     return [tuple(kind(row[name]) for kind, name in zip(kinds, PREDICTIONS, strict=True)) for row in rows]

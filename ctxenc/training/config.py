@@ -7,17 +7,21 @@ download, name a file to load, or run code.
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ctxenc.training.console import UserError, one_line
 
 FORMAT = 1
 SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")
-Config = TypeVar("Config")
+USES = {  # of the runs of each kind
+    "finetune": "finetune: use ctxenc evaluate, predict, look, export or finetune --resume",
+    "segment": "segment train: use ctxenc segment evaluate, segment predict, look, export or segment train --resume",
+}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # timm's
 CROP_MODES = ("center", "squash", "border")
 LONGEST_SIDE = 8192  # of an image: 800 MB in fp32
@@ -164,6 +168,15 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def check_folder(path: Path) -> None:
+    """Raise UserError where something else than a folder is in its place: a link leads out of the run."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path} must be a folder, got {'a link' if path.is_symlink() else 'a file'}")
+
+
+TEMPORARY = r"\.[0-9a-f]{16}\.tmp(\.\w+)?"  # names of files of `atomic` that a kill leaves behind
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside path; on a clean exit that file takes the name path, else it is removed.
@@ -174,8 +187,8 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         if path.is_dir():  # first: "." has no name to put a temporary one in place of
             raise IsADirectoryError(None, "Is a directory")
-        temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")  # of 255 bytes at most
-        temporary.touch()
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # through no link, over no file
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
     try:
@@ -203,11 +216,15 @@ def write_config(run: Path, config: Any) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def read_config(run: Path, kind: Callable[..., Config] = RunConfig) -> Config:  # type: ignore[assignment]
-    """Read and validate run/config.json, which holds the fields of the dataclass ``kind``.
+def read_config(run: Path, *kinds: Any) -> Any:
+    """Read and validate run/config.json.
+
+    Args:
+        run: The folder of a run or of an arm.
+        *kinds: The dataclasses that it may be of (default: RunConfig).
 
     Raises:
-        UserError: There is none, it is no JSON, it is of another format, or a field holds a wrong value.
+        UserError: There is none, it is no JSON, it is of another format or kind of run, or a field holds a wrong value.
     """
     path = run / "config.json"
     try:
@@ -222,7 +239,11 @@ def read_config(run: Path, kind: Callable[..., Config] = RunConfig) -> Config:  
         raise UserError(
             f"{path}: format must be {FORMAT}, got {shortened(table.get('format'))}: made by another ctxenc"
         )
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    found = "segment" if "kind" in table else "finetune"
+    kind = next((each for each in kinds or (RunConfig,) if getattr(each, "kind", "finetune") == found), None)
+    if kind is None:
+        raise UserError(f"{run} is a run of {USES[found]}")
+    names = {field.name for field in fields(kind)}
     if wrong := sorted(names ^ table.keys()):
         state = "is missing" if wrong[0] in names else "is unknown"
         raise UserError(f"{path}: field {wrong[0]} {state}")

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # C0, C1, line and paragraph separators, marks that turn the direction of text, and bytes of a name that are no text
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -40,6 +40,11 @@ def counted(names: Sequence[str], counts: Sequence[int], limit: int = 40) -> str
     return text if len(names) <= limit else f"fewest: {text}, ..."
 
 
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print a line that may hold names of others."""
+    print(printable(text), file=file, flush=True)
+
+
 def near_names(name: str, known: Sequence[str]) -> str:
     """A hint for a name that is not among the known ones: the nearest, or how many there are."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -47,8 +52,12 @@ def near_names(name: str, known: Sequence[str]) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
-    """A table in plain text, columns two spaces apart; those whose header is in right are flushed right. Cells are printable."""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    """A table in plain text, columns two spaces apart; those whose header is in right are flushed right."""
+    header, rows, right = (
+        list(map(printable, header)),
+        [list(map(printable, row)) for row in rows],
+        list(map(printable, right)),
+    )
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
 
@@ -70,10 +79,19 @@ def positive_int(text: str) -> int:
     return value
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+RUN_OF_SEGMENT = (
+    "run folder of segment train, or an EncNet: folder of save_pretrained,"
+    " or checkpoint of ours, PyTorch-Encoding or mmsegmentation"
+)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, run: str = "run folder of finetune") -> None:
     """Add the run folder and the checkpoint, for a command that uses a trained model."""
     parser.add_argument(
-        "run_folder", metavar="RUN", type=Path, help="run folder of finetune, or one arm's folder in it"
+        "run_folder",
+        metavar="RUN",
+        type=Path,
+        help=f"{run}; of several seeds the first is taken: name an arm's folder for another",
     )
     parser.add_argument(
         "--checkpoint",
@@ -83,7 +101,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int, of: str = "images") -> None:
     """Add the device, the batch size and mixed precision."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto)")
     parser.add_argument(
@@ -91,7 +109,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int) -> No
         type=positive_int,
         default=batch_size,
         metavar="N",
-        help=f"images a step (default: {batch_size})",
+        help=f"{of} a step (default: {batch_size})",
     )
     parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision (default: none)")
 

@@ -5,7 +5,12 @@ from pathlib import Path
 
 from ctxenc.integrations.checkpoints import load_encnet_checkpoint, save_encnet_checkpoint
 from ctxenc.training.config import atomic
-from ctxenc.training.console import UserError
+from ctxenc.training.console import UserError, say
+
+OLD = (
+    "note: PyTorch-Encoding computed the softmax over pixels from November 2017 to September 2018, and a file does not tell when it"
+    " was trained; such a network gives other outputs here: measure it first"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +35,8 @@ def run(args: argparse.Namespace) -> None:
     with atomic(args.out) as path:
         save_encnet_checkpoint(network, path)
     config = network.config
-    parts = [name for name in ("aux", "se_loss", "lateral", "align_corners") if config[name]]
-    print(
-        f"{args.out}: EncNet on {config['backbone']}, {config['num_classes']} classes, {config['num_codes']} codewords",
-        end="",
-    )
-    print(f", {', '.join(parts)}" if parts else "")
+    found = [f"{config['num_classes']} classes", f"{config['num_codes']} codewords"]
+    found += [name for name in ("aux", "se_loss", "lateral", "align_corners") if config[name]]
+    say(f"{args.out}: EncNet on {config['backbone']}, {', '.join(found)}")
+    if config["align_corners"]:  # theirs alone
+        print(OLD)

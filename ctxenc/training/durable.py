@@ -7,6 +7,7 @@ cuts this off leaves the folders that were there before.
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,8 +21,7 @@ def write_folder(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
     Raises:
         OSError: It cannot be written; nothing has changed then.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
         sums = {}

@@ -8,13 +8,15 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ctxenc.training.bad_images import Intact
-from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, printable, text_table
+from ctxenc.training.console import UserError, add_device_arguments, add_run_arguments, say, text_table
 from ctxenc.training.data import Samples, Source, eval_transform, validation_source
 from ctxenc.training.loop import worker_errors
 from ctxenc.training.metrics import bootstrap, interval
+from ctxenc.training.nonfinite import check_outputs
 from ctxenc.training.processes import make_accelerator
-from ctxenc.training.runs import LoadedRun, load_run
+from ctxenc.training.runs import RunConfig
 from ctxenc.training.settings import Settings
+from ctxenc.training.trained import LoadedRun, load_run
 from ctxenc.training.trainer import Evaluation, evaluate
 
 DATA_SETTINGS = {"data": str, "data_dir": str, "val_fraction": float, "seed": int}
@@ -32,18 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the accuracies and the interval over images."""
-    loaded = load_run(args.run_folder, args.checkpoint)
+    loaded = load_run(args.run_folder, args.checkpoint, kind=RunConfig)
     settings = Settings(
         **data_settings(loaded), device=args.device, amp=args.amp, batch_size=args.batch_size, workers=args.workers
     )
     source = validation_source(settings, loaded.config.classes, args.data)
     accelerator = make_accelerator(settings)
     result = evaluate_run(accelerator, loaded, source, settings, args.skip_broken)
+    check_outputs(loaded.model, result.losses, "the validation images")
     if accelerator.is_main_process:
         for index in sorted(set(range(len(source.targets))) - set(result.indices.tolist())):
-            print(f"ctxenc: skipped broken image {source.name(index)}", file=sys.stderr)
-        where = getattr(source, "folder", settings.data)
-        print(printable(f"{loaded.folder}, {args.checkpoint} checkpoint, on {where}"))
+            say(f"ctxenc: skipped broken image {source.name(index)}", sys.stderr)
+        say(f"{loaded}, on {getattr(source, 'folder', args.data or settings.data)}")
         print(report(result))
 
 

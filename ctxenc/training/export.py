@@ -14,19 +14,28 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
-from ctxenc.training.console import UserError, add_run_arguments, one_line, printable
-from ctxenc.training.runs import atomic, load_run
+from ctxenc.training.config import RunConfig, atomic
+from ctxenc.training.console import RUN_OF_SEGMENT, UserError, add_run_arguments, one_line, positive_int, say
+from ctxenc.training.nonfinite import check_outputs
+from ctxenc.training.trained import LoadedRun, load_run
 
 TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 3)  # not the traced one: the batch size must be free
 TOLERANCE = 1e-4  # of the largest logit; onnx.reference was off by 5e-6 at most over five networks
+CROP = 480  # of the paper: the side of what an EncNet is exported for that says nothing of its training
 ONNX_LIMIT = 2**31  # bytes: an ONNX file is one protobuf message
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.epilog = "example: ctxenc export runs/001 --onnx model.onnx --torch-export model.pt2"
-    add_run_arguments(parser)
+    add_run_arguments(parser, f"run folder of finetune, {RUN_OF_SEGMENT}")
+    parser.add_argument(
+        "--image-size",
+        type=positive_int,
+        metavar="N",
+        help="side of the image (default: the run's, or the crop of its training)",
+    )
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="write an ONNX model")
     parser.add_argument("--torch-export", type=Path, metavar="FILE", help="write a torch.export program (.pt2)")
 
@@ -49,17 +58,39 @@ def run(args: argparse.Namespace) -> None:
         torch_file = files.enter_context(atomic(args.torch_export)) if args.torch_export else None
         bar.set_description("loading")
         loaded = load_run(args.run_folder, args.checkpoint)
-        size = loaded.config.data_config["input_size"]
+        model, size = exported_as(loaded, args.image_size)
         _next(bar, "tracing")
-        program = trace(loaded.model, torch.zeros(TRACED_BATCH, *size))
+        program = trace(model, torch.zeros(TRACED_BATCH, *size))
         if torch_file:
             _next(bar, "writing and checking the torch.export program")
-            difference = write_torch_export(program, torch_file, loaded.model, size)
+            difference = write_torch_export(program, torch_file, model, size)
             lines.append(f"{args.torch_export}: reloaded by torch.export.load, {difference}")
         if onnx_file:
             _next(bar, "writing and checking the ONNX model")
-            lines.append(f"{args.onnx}: {write_onnx(program, onnx_file, loaded.model, size)}")
-    print("\n".join(map(printable, lines)))
+            lines.append(f"{args.onnx}: {write_onnx(program, onnx_file, model, size)}")
+    for line in lines:
+        say(line)
+
+
+class Logits(nn.Module):
+    """An EncNet that gives the logits of the pixels alone: its other heads are for training."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)["out"]
+
+
+def exported_as(loaded: LoadedRun, side: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The network of a run with one output, and the (channels, height, width) of its images."""
+    if isinstance(loaded.config, RunConfig):
+        channels, height, width = loaded.config.data_config["input_size"]
+        return loaded.model, (channels, side or height, side or width)
+    trained_on = loaded.config.settings.get("crop_size")
+    side = side or (trained_on if type(trained_on) is int and trained_on > 0 else CROP)
+    return Logits(loaded.model).eval(), (loaded.config.network.get("in_chans", 3), side, side)
 
 
 def _next(bar: tqdm, step: str) -> None:
@@ -128,7 +159,7 @@ def compare(exported: Callable[[Tensor], Tensor], model: nn.Module, size: tuple[
     """Run both on random images in several batch sizes and tell the largest difference of the logits.
 
     Raises:
-        UserError: They differ by more than TOLERANCE of the largest logit.
+        UserError: They differ by more than TOLERANCE of the largest logit, or are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     worst, largest = 0.0, 0.0
@@ -137,6 +168,7 @@ def compare(exported: Callable[[Tensor], Tensor], model: nn.Module, size: tuple[
         with torch.no_grad():
             expected = model(images)
             got = exported(images)
+        check_outputs(model, expected, "random images")
         worst = max(worst, (got - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
     batches = " and ".join(map(str, CHECKED_BATCHES))

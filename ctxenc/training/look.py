@@ -12,15 +12,16 @@ from torch import nn
 
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training import photographs
-from ctxenc.training.config import parse_json
-from ctxenc.training.console import UserError, near_names, one_line, positive_int, printable, text_table
+from ctxenc.training.config import atomic
+from ctxenc.training.console import UserError, near_names, one_line, positive_int, printable, say, text_table
 from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
-from ctxenc.training.pictures import spread, write
+from ctxenc.training.pictures import spread
 from ctxenc.training.predict import find_images
-from ctxenc.training.runs import load_run, pick_device
-from ctxenc.training.segmentation import predict as segmentation
+from ctxenc.training.runs import pick_device
 from ctxenc.training.segmentation import scenes
+from ctxenc.training.segmentation.networks import SegmentConfig
+from ctxenc.training.trained import load_run
 from ctxenc.viz import Look, encoding_blocks, look, overview, presence_chart
 from ctxenc.viz.observing import IMAGE_SIZE, Picture
 from ctxenc.viz.usage import usage_of
@@ -43,7 +44,7 @@ class Subject:
     mean: Sequence[float]
     std: Sequence[float]
     classes: list[str] | None = None
-    remark: str = ""
+    remark: str = ""  # what it is
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,11 +124,11 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
     for name, figure in figures.items():
-        write(args.out / f"{name}.png", figure, pil_kwargs={"optimize": True})
-    if subject.remark:
-        print(subject.remark)
+        with atomic(args.out / f"{name}.png") as temporary:
+            figure.savefig(temporary, pil_kwargs={"optimize": True})
+    say(subject.remark)
     print(report(seen))
-    print(f"{len(names)} image{'s' if len(names) > 1 else ''}: {printable(args.out)}/{{{','.join(figures)}}}.png")
+    say(f"{len(names)} image{'s' if len(names) > 1 else ''}: {args.out}/{{{','.join(figures)}}}.png")
 
 
 def load(model: str) -> Subject:
@@ -138,13 +139,12 @@ def load(model: str) -> Subject:
     """
     path = Path(model)
     if path.exists():
-        if is_segmentation(path):
-            loaded = segmentation.load(path)
-            return Subject(loaded.network, loaded.mean, loaded.std, loaded.classes)
-        tuned = load_run(path)
-        config, network = tuned.config.data_config, cast(Any, tuned.model)
+        loaded = load_run(path)
+        if isinstance(loaded.config, SegmentConfig):
+            return Subject(loaded.model, loaded.config.mean, loaded.config.std, loaded.config.classes, str(loaded))
+        config, network = loaded.config.data_config, cast(Any, loaded.model)
         network.pretrained_cfg["input_size"] = config["input_size"]  # what look gives a network of a fixed size
-        return Subject(network, config["mean"], config["std"])
+        return Subject(network, config["mean"], config["std"], remark=str(loaded))
     if "/" in model or path.suffix in (".safetensors", ".pth", ".pt"):
         raise UserError(f"no run or checkpoint at {model}")
     check_name(model)
@@ -156,20 +156,6 @@ def load(model: str) -> Subject:
     config = timm.data.resolve_model_data_config(network)
     remark = f"{model} was patched and has no trained weights: these maps are those of a random start"
     return Subject(network, config["mean"], config["std"], remark=remark)
-
-
-def is_segmentation(path: Path) -> bool:
-    """Whether segment predict is to load it: a file, a folder of save_pretrained, or a run of segment train."""
-    if not path.is_dir() or (path / "model.safetensors").is_file():
-        return True
-    for config in (path / "config.json", *sorted(path.glob("*/config.json"))):
-        try:
-            table = parse_json(config.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(table, dict):
-            return table.get("kind") == "segment"
-    return False
 
 
 def choose(names: Sequence[str], given: Sequence[str], model: str) -> list[str]:

@@ -29,6 +29,7 @@ from ctxenc.training.checkpoint import (
     PREDICTIONS,
     Progress,
     State,
+    check_progress,
     load_state,
     newest_state,
     publish,
@@ -36,7 +37,7 @@ from ctxenc.training.checkpoint import (
     save_state,
 )
 from ctxenc.training.codebooks import codebook_health, draw_codebooks
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, one_line, say
 from ctxenc.training.nonfinite import Before, first_nonfinite, nonfinite_gradients
 from ctxenc.training.processes import make_accelerator
 from ctxenc.training.runs import SCORE
@@ -151,7 +152,10 @@ class Loop(ABC):
         set_seed(seed, device_specific=True)  # what the network draws differs between processes
         self.progress = Progress(score=self.score)
         if checkpoint is not None:
-            self.progress = load_state(self.accelerator, checkpoint, self.state, self.predicted, len(self.val))
+            limits = self.score, settings.epochs, self.updates_per_epoch, self.predicted, len(self.val)
+            self.progress = load_state(
+                self.accelerator, checkpoint, self.state, lambda found: check_progress(found, *limits)
+            )
         if self.accelerator.is_main_process:
             publish_again(arm, self.progress, self.evaluated, checkpoint, self.predicted)
             self.board = Board(arm, self.progress, self.updates_per_epoch) if settings.tensorboard else None
@@ -249,6 +253,7 @@ class Loop(ABC):
                 self.stop_if_told()
             if main and self.seed == self.settings.seed:
                 self.finish()
+        self.stop_if_told()  # out of the body: none comes between this and the handlers from before
         self.accelerator.free_memory()
 
     def _train_epoch(self, bar: tqdm) -> float:
@@ -346,10 +351,7 @@ class Loop(ABC):
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()  # it takes the next gradient only then
             if self.accelerator.is_main_process:
-                print(
-                    f"{text}; left out, {progress.skipped} of {self.settings.skip_nonfinite} that may be",
-                    file=sys.stderr,
-                )
+                say(f"{text}; left out, {progress.skipped} of {self.settings.skip_nonfinite} that may be", sys.stderr)
             return
         self.before.restore()
         if broken_loss:

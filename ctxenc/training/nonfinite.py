@@ -1,11 +1,12 @@
 """Where a loss or a gradient that is not finite came from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ctxenc.training.console import UserError
 from ctxenc.training.rng import rng_state, set_rng_state
 
 
@@ -45,6 +46,20 @@ def is_finite(value: Any) -> bool:
     return all(map(is_finite, value)) if isinstance(value, list | tuple) else True
 
 
+def check_outputs(network: nn.Module, outputs: Tensor, of: str) -> None:
+    """Raise UserError where the outputs of a trained network hold NaN or infinity; it names the weights that do."""
+    if is_finite(outputs):
+        return
+    names = [name for name, each in network.state_dict().items() if not is_finite(each)]
+    weights = f"NaN or infinity in {_few(names)}" if names else "finite"
+    raise UserError(f"the network's outputs for {of} are not finite; its weights are {weights}")
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 @torch.no_grad()
 def first_nonfinite(network: nn.Module, forward: Callable[[], Any]) -> str:
     """The first layer of ``network`` whose output is not finite when ``forward`` runs, in words."""
@@ -73,5 +88,4 @@ def nonfinite_gradients(network: nn.Module, most: int) -> str:
     names = [name for name, each in network.named_parameters() if each.grad is not None and not is_finite(each.grad)]
     if not names:
         return "each number of it is finite, but its norm is not"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"it is NaN or infinite in {', '.join(names[::-1][:most])}{more}, nearest the loss first"
+    return f"it is NaN or infinite in {_few(names[::-1], most)}, nearest the loss first"

@@ -19,12 +19,15 @@ from ctxenc.training.console import (
     add_run_arguments,
     positive_int,
     printable,
+    say,
     text_table,
 )
 from ctxenc.training.data import eval_transform
 from ctxenc.training.files import LEFT_BEHIND, images_below
 from ctxenc.training.images import open_image
-from ctxenc.training.runs import LoadedRun, autocast, load_run
+from ctxenc.training.nonfinite import check_outputs
+from ctxenc.training.runs import RunConfig, autocast
+from ctxenc.training.trained import LoadedRun, load_run
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what the model makes of the images, once all of them are done."""
     paths = find_images(args.images)
-    loaded = load_run(args.run_folder, args.checkpoint, args.device)
+    loaded = load_run(args.run_folder, args.checkpoint, args.device, RunConfig)
     predictions = predict(loaded, paths, args.top_k, args.batch_size, args.amp, args.skip_broken)
+    say(loaded, sys.stderr)
     if args.json:
         print(json.dumps([_as_json(each) for each in predictions], indent=2))
         return
@@ -119,7 +123,7 @@ def predict(
         skip_broken: Name broken images on stderr and leave them out.
 
     Raises:
-        UserError: A broken image, or nothing but broken ones.
+        UserError: A broken image, nothing but broken ones, or outputs that are not finite.
     """
     config = loaded.config
     device = next(loaded.model.parameters()).device
@@ -128,11 +132,12 @@ def predict(
     for names, images in _batches(loaded, paths, batch_size, broken):
         with torch.inference_mode(), autocast(device, amp):
             logits = loaded.model(images.to(device))
+        check_outputs(loaded.model, logits, ", ".join(names[:3]))
         best = logits.float().softmax(-1).topk(min(top_k, len(config.classes)))
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             predictions.append(Prediction(name, [config.classes[index] for index in indices], values))
     for error in broken or ():
-        print(f"ctxenc: skipped {printable(error)}", file=sys.stderr)
+        say(f"ctxenc: skipped {error}", sys.stderr)
     if not predictions:
         raise UserError(f"all {len(paths)} images are broken")
     return predictions

@@ -180,7 +180,14 @@ def markdown(
 
     listing = [(f"`{name}`", f"`{value}`") for name, value in settings.as_dict().items()]
     return (
-        "\n\n".join([f"# {printable(title)}", table(header, cells), *notes, table(("setting", "value"), listing)])
+        "\n\n".join(
+            [
+                f"# {printable(title)}",
+                table(header, cells),
+                *map(printable, notes),
+                table(("setting", "value"), listing),
+            ]
+        )
         + "\n"
     )
 

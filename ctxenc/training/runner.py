@@ -2,24 +2,36 @@
 
 import argparse
 import re
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from ctxenc.training import signals
+from ctxenc.training import checkpoint, pictures, signals, tensorboard
 from ctxenc.training.bad_images import SKIP
-from ctxenc.training.config import read_config, write_config
-from ctxenc.training.console import UserError, one_line, printable
+from ctxenc.training.config import TEMPORARY, check_folder, read_config, write_config
+from ctxenc.training.console import UserError, one_line, say
 from ctxenc.training.processes import agree, make_accelerator, same, speaks
+from ctxenc.training.settings import option_name
 from ctxenc.training.tensorboard import check_tensorboard
 
-UNFINISHED = re.compile(r"\.config\.\d+\.json")  # what a kill in the writing of the first configuration leaves
+FOLDERS = (checkpoint.FOLDER, pictures.FOLDER, tensorboard.FOLDER)  # of an arm
+# What a stored configuration does not do by itself: these read or fetch weights of others, `download` a data set.
+ASKED = ("pretrained", "initial_checkpoint", "pretrained_backbone")
+LOCK = ".lock"
+PATIENCE = 10.0  # seconds: the workers of a killed training keep its lock until they look for it, every 5 s
+UNFINISHED_CHECKPOINT = r"\.epoch-\d+-step-\d+\.[0-9a-f]{16}\.tmp"
+UNFINISHED = re.compile(rf"\.lock|{TEMPORARY}")  # what a kill before the first configuration leaves
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,11 @@ def run(args: argparse.Namespace, training: Training) -> None:
 
 
 def _run(args: argparse.Namespace, training: Training) -> None:
+    with ExitStack() as held:
+        _train(args, training, held)
+
+
+def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> None:
     started = time.perf_counter()
     options = training.options
     chosen = options.given(args)
@@ -95,7 +112,10 @@ def _run(args: argparse.Namespace, training: Training) -> None:
     stored: Any = None if folder is None else read_config(folder, training.config)
     if folder is not None:
         check_format(folder, stored)
-    settings = options.resolve(chosen) if stored is None else options.resumed(stored.settings, chosen)
+    if folder is None:
+        settings = options.resolve(chosen)
+    else:
+        settings = consented(options.resumed(stored.settings, chosen), chosen, folder)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.tensorboard:
@@ -112,24 +132,25 @@ def _run(args: argparse.Namespace, training: Training) -> None:
     training.verify(datasets, accelerator.is_local_main_process, settings.on_bad_image == SKIP)
     with accelerator.local_main_process_first():
         configs = training.configs(settings, datasets, stored is None)
-    if folder is None:
-        folder = agree(accelerator, lambda: new_folder(args.out, training.runs))
+    folder = agree(accelerator, lambda: take_folder(folder, args.out, training.runs, held))
+    agree(accelerator, lambda: write_config(folder, configs[list(configs)[-1]]))  # from here on --resume takes it
     if accelerator.is_main_process:
-        write_configs(folder, configs, settings.seed_list)
-        print(printable(f"{training.describe(settings, datasets)}; run folder {folder}"), flush=True)
-    accelerator.wait_for_everyone()
+        say(f"{training.describe(settings, datasets)}; run folder {folder}")
     try:
         for seed in settings.seed_list:
             for arm, config in configs.items():
-                trainer = training.trainer(config, settings, datasets, folder / f"{arm}-{seed}", seed)
-                trainer.fit(f"{arm}, seed {seed}")
+                own = folder / f"{arm}-{seed}"
+                agree(accelerator, partial(prepare_arm, own, config))
+                training.trainer(config, settings, datasets, own, seed).fit(f"{arm}, seed {seed}")
     except KeyboardInterrupt:
         if accelerator.is_main_process:
-            print(f"\nto go on: ctxenc {training.name} --resume {printable(folder)}", file=sys.stderr)
+            print(file=sys.stderr)
+            say(f"to go on: ctxenc {training.name} --resume {folder}{asked_again(settings)}", sys.stderr)
         raise
     if accelerator.is_main_process:
         table = training.write_report(folder, configs, settings, time.perf_counter() - started)
-        print(f"\n{table}\n\n{printable(folder / 'report.html')}")
+        print(f"\n{table}\n")
+        say(folder / "report.html")
     accelerator.end_training()
 
 
@@ -154,6 +175,32 @@ def folder_to_resume(resume: str | None, out: Path | None, runs: Path) -> Path |
     return folder
 
 
+def consented(settings: Any, chosen: Mapping[str, Any], folder: Path) -> Any:
+    """The settings of a run that is resumed, which may come from others, without what the command line must ask for.
+
+    By itself a stored configuration has its data read, its network built and trained, and its own folder written.
+
+    Raises:
+        UserError: An arm has yet to begin, from weights that the command line does not name.
+    """
+    arms = (folder / f"{arm}-{seed}" for seed in settings.seed_list for arm in settings.arm_names)
+    fresh = next((arm.name for arm in arms if not any((arm / checkpoint.FOLDER).glob("epoch-*"))), None)
+    named = [name for name in ASKED if getattr(settings, name, None) and name not in chosen]
+    if fresh and named:
+        raise UserError(f"--resume: {fresh} has yet to begin, from other weights: add{asked_again(settings)}")
+    if getattr(settings, "download", False) and "download" not in chosen:
+        return replace(settings, download=False)
+    return settings
+
+
+def asked_again(settings: Any) -> str:
+    """The options that a resumed run must be given once more, each after a space."""
+    values = {option_name(name): getattr(settings, name, None) for name in ASKED}
+    return "".join(
+        f" {name}" if value is True else f" {name} {shlex.quote(value)}" for name, value in values.items() if value
+    )
+
+
 def _age(run: Path) -> float:
     config = run / "config.json"
     return config.stat().st_mtime if config.is_file() else 0.0
@@ -168,40 +215,94 @@ def check_format(folder: Path, config: Any) -> None:
         )
 
 
+def take_folder(run: Path | None, out: Path | None, runs: Path, held: ExitStack) -> Path:
+    """Lock the folder of `run`, or that of a new one, which is made, until `held` is closed.
+
+    Raises:
+        UserError: Another training holds it; or that of a new run holds something already, or cannot be made.
+    """
+    folder = run or new_folder(out, runs)
+    held.enter_context(locked(folder))
+    sweep(folder)
+    if run is None:
+        check_empty(folder)  # another training may have held it until now
+    return folder
+
+
 def new_folder(out: Path | None, runs: Path) -> Path:
-    """Makes the folder of a new run.
+    """Make the folder of a new run: `out`, or the next number in `runs` that no other training takes first.
 
     Raises:
         UserError: It holds something already, or cannot be made.
     """
-    if out is None:
-        numbers = [int(each.name) for each in runs.glob("*") if each.name.isdecimal()]
-        out = runs / f"{max(numbers, default=0) + 1:03d}"
     try:
-        if (out / "config.json").exists():
-            raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
-        if out.is_dir() and not all(UNFINISHED.fullmatch(each.name) for each in out.iterdir()):
-            raise UserError(f"--out {out} is not empty")
-        out.mkdir(parents=True, exist_ok=True)
+        if out is not None:
+            check_empty(out)
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        runs.mkdir(parents=True, exist_ok=True)
+        number = max((int(each.name) for each in runs.glob("*") if each.name.isdecimal()), default=0)
+        while True:
+            number += 1
+            folder = runs / f"{number:03d}"
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or one_line(error)}") from error
-    return out
+        raise UserError(f"--out {out or runs} cannot be written: {error.strerror or one_line(error)}") from error
 
 
-def write_configs(folder: Path, configs: Mapping[str, Any], seeds: Iterable[int]) -> None:
-    """Writes the configuration of the run, and of each arm and seed into a folder of its own.
+def check_empty(out: Path) -> None:
+    """Raise UserError where the folder `out` holds a run or anything else."""
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
+    if out.is_dir() and not all(UNFINISHED.fullmatch(each.name) for each in out.iterdir()):
+        raise UserError(f"--out {out} is not empty")
 
-    That of the run comes first: whatever cuts this off later leaves a run that --resume takes, and that mends the rest.
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder in the body. It ends with the process, however that ends.
+
+    Raises:
+        UserError: Another training holds it.
     """
-    write_config(folder, configs[list(configs)[-1]])
-    for arm, config in configs.items():
-        for seed in seeds:
-            own = folder / f"{arm}-{seed}"
-            try:
-                own.mkdir(exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
-            write_config(own, config)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout as error:
+        raise UserError(f"{folder} is in use by another training") from error
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        say(f"{folder} cannot be locked ({one_line(error)}): start no second training in it", sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def prepare_arm(arm: Path, config: Any) -> None:
+    """Make the folder of an arm, with its configuration, and remove what a kill left half written in it.
+
+    Raises:
+        UserError: It leads out of the run, or cannot be written.
+    """
+    for each in (arm, *(arm / name for name in FOLDERS)):
+        check_folder(each)
+    try:
+        arm.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{arm} cannot be written: {error.strerror}") from error
+    sweep(arm, arm / pictures.FOLDER, arm / checkpoint.FOLDER)
+    write_config(arm, config)
+
+
+def sweep(*folders: Path) -> None:
+    """Remove the temporary files and folders that a killed training left: those of weights would fill the disk in time."""
+    for each in (each for folder in folders for each in folder.glob(".*.tmp*")):
+        if re.fullmatch(TEMPORARY, each.name):
+            each.unlink(missing_ok=True)
+        elif re.fullmatch(UNFINISHED_CHECKPOINT, each.name):
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def difference(stored: Iterable[str], found: Iterable[str]) -> str:

@@ -5,14 +5,10 @@ RUN/<arm>-<seed>/config.json  metrics.csv  timings.csv  codebooks.csv  predictio
 RUN/<arm>-<first seed>/pictures/
 """
 
-import csv
 import importlib.metadata
-import os
 import platform
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from stat import S_IMODE
 from typing import Any
@@ -21,17 +17,17 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import get_arch_pretrained_cfgs, load_state_dict, split_model_name_tag
-from torch import Tensor, nn
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
+from torch import nn
 
 import ctxenc.integrations.timm_models  # so that timm knows the names of our networks
+from ctxenc.integrations.state_dicts import read_pickle, read_safetensors, side_by_side, unwrapped
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training.config import RunConfig, atomic, read_config, write_config
 from ctxenc.training.console import UserError, near_names, one_line
 
 __all__ = [
     "SCORE",
-    "LoadedRun",
     "RunConfig",
     "UserError",
     "atomic",
@@ -39,8 +35,6 @@ __all__ = [
     "build_model",
     "check_model_name",
     "installed_versions",
-    "load",
-    "load_run",
     "load_weights",
     "pick_device",
     "read_config",
@@ -50,7 +44,7 @@ __all__ = [
     "write_config",
 ]
 
-SCORE = "balanced_accuracy"  # the column of metrics.csv by which the best arm is chosen
+SCORE = "balanced_accuracy"  # the column of metrics.csv by which the best epoch is chosen
 CHECKPOINTS = ("best", "last")
 
 
@@ -111,27 +105,22 @@ def load_initial(model: nn.Module, path: Path) -> None:
 
     Args:
         model: Not swapped yet.
-        path: A run of finetune (of its arms the best SE network), safetensors, or a checkpoint of timm's train.py, of which
-            averaged weights are preferred. Read as data, never run.
+        path: A run of finetune (of its arms the first SE network), safetensors, or a checkpoint of timm's train.py, torchvision's
+            references, Lightning or others (see state_dicts.unwrapped); averaged weights are preferred. Read as data, never run.
 
     Raises:
         UserError: There is no such file, it cannot be read, or it is of another model. The model is then unchanged.
     """
     if path.is_dir():
-        path = resolve(path, preferred="se") / "best.safetensors"
+        path = resolve(path, preferred=("se-",)) / "best.safetensors"
+    own = model.state_dict()
     try:
-        path.open("rb").close()  # for the system's reason: timm logs that there is no file
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of old pickles
-            weights = load_state_dict(str(path), weights_only=True)
+        content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+        weights = unwrapped(content, list(own))
     except OSError as error:
         raise UserError(f"--initial-checkpoint {path} cannot be read: {error.strerror or one_line(error)}") from error
-    except Exception as error:  # pickle, zip and safetensors each raise their own
-        text = one_line(error).partition(" No automatic unsafe")[0]  # then timm tells how to run the file's code
-        raise UserError(f"--initial-checkpoint {path} is no file of weights: {text}") from error
-    own = model.state_dict()
-    if not isinstance(weights, dict) or not all(isinstance(each, Tensor) for each in weights.values()):
-        raise UserError(f"--initial-checkpoint {path} is no file of weights: it must hold a tensor for each name")
+    except ValueError as error:
+        raise UserError(f"--initial-checkpoint {path} is no file of weights: {one_line(error)}") from error
     classifiers: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{each}." for each in ([classifiers] if isinstance(classifiers, str) else classifiers))
     other = [
@@ -139,7 +128,7 @@ def load_initial(model: nn.Module, path: Path) -> None:
     ]
     weights |= {name: own[name] for name in other}
     shapes, wanted = ({name: tuple(each.shape) for name, each in table.items()} for table in (weights, own))
-    if problem := _mismatch(shapes, wanted, aliases={}):
+    if problem := _mismatch(shapes, wanted):
         swapped = any(name.endswith(".encoding.codewords") for name in shapes.keys() - wanted.keys())
         hint = "; it is of a swapped network, and one with SE blocks is wanted" if swapped else ""
         raise UserError(f"--initial-checkpoint {path} does not fit the model: {problem}{hint}")
@@ -168,36 +157,49 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: The file is missing, damaged or of another model. The model is then unchanged.
     """
+    aliases = check_weights(model, path)
+    own = model.state_dict()
+    for name, kept in aliases.items():
+        if own[name].data_ptr() != own[kept].data_ptr():
+            raise UserError(f"{path} does not fit the model of its configuration: {name} is missing, {kept} is another")
+    safetensors.torch.load_model(model, path)
+
+
+def check_weights(model: nn.Module, path: Path) -> dict[str, str]:
+    """Raise UserError unless the file has the names and shapes of model, which may be on the meta device.
+
+    Returns:
+        Names of model that the file has as second names of a tensor, with the first.
+    """
     try:
         path.open("rb").close()  # for the system's reason: safetensors calls missing whatever it cannot open
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            aliases = file.metadata() or {}  # second names of shared tensors
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if problem := _mismatch(shapes, wanted, aliases):
-            raise UserError(f"{path} does not fit the model of its configuration: {problem}")
-        safetensors.torch.load_model(model, path)
+            second = file.metadata() or {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or no safetensors file: {one_line(error)}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    aliases = {name: kept for name, kept in second.items() if name in wanted.keys() - shapes.keys() and kept in wanted}
+    shapes |= {name: shapes[kept] for name, kept in aliases.items() if kept in shapes}
+    if problem := _mismatch(shapes, wanted):
+        raise UserError(f"{path} does not fit the model of its configuration: {problem}")
+    return aliases
 
 
-def _mismatch(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> str:
-    for name, shape in wanted.items():
-        if name not in shapes and name not in aliases:
-            return f"{name} is missing"
-        if name in shapes and shapes[name] != shape:
-            return f"{name} has shape {shapes[name]}, the model {shape}"
-    extra = sorted(shapes.keys() - wanted.keys())
-    return f"the model has no {extra[0]}" if extra else ""
+def _mismatch(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str:
+    if names := side_by_side(shapes, wanted):
+        return names
+    name = next((name for name, shape in wanted.items() if shapes[name] != shape), None)
+    return "" if name is None else f"{name} has shape {shapes[name]}, the model {wanted[name]}"
 
 
-def resolve(run: Path, checkpoint: str = "best", preferred: str = "context", score: str = SCORE) -> Path:
+def resolve(run: Path, checkpoint: str = "best", preferred: tuple[str, ...] = ("context-", "encnet-")) -> Path:
     """Find the folder of one arm in run.
 
-    run may be an arm's folder itself. Of several arms the one with the best score in its metrics.csv is taken, of those
-    whose name begins with ``preferred`` (any other only where there is none).
+    run may be an arm's folder itself. Of several arms the first seed of one whose name begins as ``preferred`` is taken (of any
+    other only where there is none): the best of several seeds would be chosen on the images that it is then judged by.
 
     Raises:
         UserError: No such folder, not a run, or no such checkpoint.
@@ -205,15 +207,14 @@ def resolve(run: Path, checkpoint: str = "best", preferred: str = "context", sco
     if checkpoint not in CHECKPOINTS:
         raise UserError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}")
     if not run.is_dir():
-        raise UserError(f"no run folder at {run}")
+        raise UserError(f"no run at {run}")
     if _is_arm(run):
         arms = [run]
     else:
-        arms = sorted(each for each in run.iterdir() if each.is_dir() and _is_arm(each))
+        arms = [each for each in run.iterdir() if each.is_dir() and _is_arm(each)]
         if not arms:
             raise UserError(f"{run} is no run folder: neither it nor a folder in it holds a configuration and weights")
-        arms = [each for each in arms if each.name.startswith(preferred)] or arms
-    arm = arms[0] if len(arms) == 1 else max(arms, key=lambda each: _score(each, checkpoint, score))
+    arm = min([each for each in arms if each.name.startswith(preferred)] or arms, key=_name_and_seed)
     weights = arm / f"{checkpoint}.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights} does not exist")
@@ -225,16 +226,9 @@ def _is_arm(folder: Path) -> bool:
     return weights and (folder / "config.json").is_file()
 
 
-def _score(arm: Path, checkpoint: str, score: str) -> float:
-    path = arm / "metrics.csv"
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            scores = [float(row[score]) for row in csv.DictReader(file)]
-        return max(scores) if checkpoint == "best" else scores[-1]
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
-        raise UserError(
-            f"cannot choose the best arm: {path} has no readable column {score}; name an arm's folder"
-        ) from error
+def _name_and_seed(arm: Path) -> tuple[str, int, str]:
+    name, _, seed = arm.name.rpartition("-")
+    return name, int(seed) if seed.isdecimal() else 0, seed
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -252,39 +246,6 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} cannot be used: {one_line(error)}") from error
     return device
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model with the configuration that it was built from."""
-
-    model: nn.Module
-    config: RunConfig
-    folder: Path
-
-
-def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str = "cpu") -> LoadedRun:
-    """Rebuild the model of run, load its weights, and put it on device in eval mode.
-
-    Args:
-        run: An arm's folder, or a run folder (then see resolve).
-        checkpoint: "best" or "last".
-        device: A torch device, or "auto".
-
-    Raises:
-        UserError: Whatever of this cannot be done.
-    """
-    where = pick_device(device)
-    arm = resolve(Path(run), checkpoint)
-    config: RunConfig = read_config(arm)
-    model = build_model(config)
-    load_weights(model, arm / f"{checkpoint}.safetensors")
-    return LoadedRun(model.to(where).eval(), config, arm)
-
-
-def load(run: str | os.PathLike[str], checkpoint: str = "best", device: str = "cpu") -> nn.Module:
-    """The trained model of run in eval mode: load_run without the configuration."""
-    return load_run(run, checkpoint, device).model
 
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:

@@ -93,12 +93,20 @@ def _binary(instruction: Instruction, _: Kernel) -> Execute:
         return _multiply_add(instruction, _)
     result, *sources = instruction.operands
     compute, mask, a, b = BINARY[instruction.parts[0]], masked(instruction), *map(operand, sources)
+    if "hi" in instruction.parts:
+        compute = _high_product
     if instruction.type == "pred":
         return lambda warp: warp.write(result, compute(warp.predicate(a), warp.predicate(b)), mask(warp))
     type_ = bits(instruction.type)
     if type_ == "f32":  # of a number and NaN both give the number
         compute = {"min": np.fmin, "max": np.fmax}.get(instruction.parts[0], compute)
     return lambda warp: warp.write(result, compute(warp.read(a, type_), warp.read(b, type_)), mask(warp))
+
+
+def _high_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The upper half of products of 32 bits, with which the compiler divides by constants."""
+    wide = np.int64 if a.dtype == np.int32 else np.uint64
+    return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
 
 
 @makes("mad", "fma")
@@ -139,16 +147,18 @@ def _unary(instruction: Instruction, _: Kernel) -> Execute:
     return lambda warp: warp.write(result, compute(warp.read(a, type_)), mask(warp))
 
 
-@makes("div")
+@makes("div", "rem")
 def _divide(instruction: Instruction, _: Kernel) -> Execute:
+    remainder = instruction.parts[0] == "rem"
     result, *sources = instruction.operands
     mask, (a, b), type_ = masked(instruction), map(operand, sources), instruction.type
     if type_ == "f32":
         return lambda warp: warp.write(result, warp.read(a, type_) / warp.read(b, type_), mask(warp))
 
     def execute(warp: Warp) -> None:
-        quotient = np.trunc(warp.read(a, type_).astype(np.float64) / warp.read(b, type_))
-        warp.write(result, quotient.astype(TYPES[type_]), mask(warp))
+        dividend, divisor = warp.read(a, type_), warp.read(b, type_)
+        quotient = np.trunc(dividend.astype(np.float64) / divisor).astype(TYPES[type_])
+        warp.write(result, dividend - quotient * divisor if remainder else quotient, mask(warp))
 
     return execute
 

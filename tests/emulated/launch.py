@@ -14,8 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.kernel_report import CHIPS, Launch, source
-from ctxenc.kernels.fused import tiles as triton_tiles
+from benchmarks.compiled import Launch, room, source
+from benchmarks.gpus import GPUS
+from ctxenc.kernels.fused import launch as launcher
 from tests.emulated import copies, tensor_cores
 from tests.emulated.instructions import executable
 from tests.emulated.machine import Program
@@ -29,7 +30,7 @@ _compiled: dict[tuple, tuple[str, Any]] = {}
 
 def _compile(launch: Launch, chip: str) -> tuple[str, Any]:
     """PTX and what the launcher must know besides."""
-    made, target = source(launch), CHIPS[chip]
+    made, target = source(launch), GPUS[chip]
     for parameter in launch.kernel.params:  # source() takes every tensor for aligned
         value = launch.arguments[parameter.name]
         if isinstance(value, Tensor) and value.data_ptr() % 16:
@@ -86,7 +87,7 @@ def _bind(launch: Launch, kernel: Kernel, metadata: Any) -> tuple[GlobalMemory, 
 def emulated(
     chip: str, *, late: bool = False, seed: int = 0, change: Callable[[str], str] = lambda ptx: ptx
 ) -> Iterator[list[str]]:
-    """Triton kernels that are launched inside run as compiled for a chip of benchmarks.kernel_report, on CPU tensors.
+    """Triton kernels that are launched inside run as compiled for a chip of benchmarks.gpus, on CPU tensors.
 
     Args:
         chip: "sm_80" or "sm_90".
@@ -99,11 +100,13 @@ def emulated(
     """
     draw, ran = random.Random(seed), []
 
-    def run(kernel: JITFunction, *args: Any, grid: tuple[int], warmup: bool, **kwargs: Any) -> None:
+    def run(kernel: JITFunction, *args: Any, grid: tuple[int], warmup: bool, **kwargs: Any) -> Any:
         named = dict(zip(kernel.arg_names, args, strict=False))
         named |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
         options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
-        launch = Launch(kernel, named, options)
+        launch = Launch(kernel, grid, named, options)
+        if warmup:
+            return room(launch, GPUS[chip])
         ptx, metadata = _compile(launch, chip)
         read = Kernel(change(ptx))
         code = [(executable(each, read), each.text) for each in read.instructions]
@@ -114,13 +117,16 @@ def emulated(
             for number in numbers:
                 Program(read, code, number, memory, parameters, maps, metadata.shared, draw, late).run()
         ran.append(kernel.fn.__name__)
+        return None
 
-    target, before = CHIPS[chip].target, torch.are_deterministic_algorithms_enabled()
+    launcher._slots.clear()
+    launcher.plan_of.cache_clear()
+    target, before = GPUS[chip].target, torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
     try:
         with (
             mock.patch.object(JITFunction, "run", run),
-            mock.patch.object(triton_tiles, "target_of", return_value=target),
+            mock.patch.object(launcher, "gpu_of", return_value=target),
         ):
             yield ran
     finally:

@@ -12,23 +12,15 @@ import torch
 from torch import Tensor
 
 from ctxenc.kernels import reference
-from ctxenc.kernels.fused import (
-    gate as triton_gate,
-)
-from ctxenc.kernels.fused import (
-    launch,
-)
-from ctxenc.kernels.fused import (
-    project as triton_project,
-)
-from ctxenc.kernels.fused import (
-    tiles as triton_tiles,
-)
-from ctxenc.kernels.fused.tiles import _resident_tiles, may_be_resident
+from ctxenc.kernels.fused import gate as triton_gate
+from ctxenc.kernels.fused import pool as fused_pool
+from ctxenc.kernels.fused import project as triton_project
+from ctxenc.kernels.fused.backward import encode_backward
+from ctxenc.kernels.fused.forward import encode_forward
 from tests.emulated.copies import NEEDS_FENCE
 from tests.emulated.launch import emulated
 from tests.emulated.memory import KernelError
-from tests.interpreted.test_triton_encode import lay_out
+from tests.interpreted.test_encode import lay_out
 from tests.tolerance import largest_excess
 
 pytestmark = pytest.mark.slow
@@ -48,15 +40,15 @@ def problem(
     return x, codewords, smoothing, torch.randn(B, K, D, generator=generator)
 
 
-def excess(arguments, *, forward=None, backward=None, **how) -> float:
-    """The largest error over tolerance of the encoding and its gradients; the launches may be cut by hand."""
+def excess(arguments, **how) -> float:
+    """The largest error over tolerance of the encoding and its gradients."""
     x = arguments[0]
 
     class Encode(torch.autograd.Function):
         @staticmethod
         def forward(ctx, features: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
             with emulated(**how):
-                encoding, weight_sum = launch.encode_forward(x, codewords, smoothing, forward)
+                encoding, weight_sum = encode_forward(x, codewords, smoothing)
             ctx.save_for_backward(codewords, smoothing, weight_sum)
             return encoding
 
@@ -64,7 +56,7 @@ def excess(arguments, *, forward=None, backward=None, **how) -> float:
         def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
             codewords, smoothing, weight_sum = ctx.saved_tensors
             with emulated(**how):
-                return launch.encode_backward(grad, x, codewords, smoothing, weight_sum, True, backward)
+                return encode_backward(grad, x, codewords, smoothing, weight_sum, True)
 
     return max(largest_excess(Encode.apply, *arguments, products=x.dtype).values())
 
@@ -91,40 +83,21 @@ def test_encode(chip, dtype, late, layout):
         ("sliced_channels", torch.bfloat16, 20, 150, 20),
         ("expanded", torch.float32, 24, 64, 8),
         ("no_unit_stride", torch.bfloat16, 16, 1, 1),
-        # prepared in three steps, the last of which goes beyond what there is
-        ("channels_last", torch.bfloat16, 300, 20, 20),
+        ("channels_last", torch.bfloat16, 150, 20, 20),
     ],
 )
 @each_chip
 def test_encode_what_is_not_aligned(chip, layout, dtype, D, N, K):
-    """With an offset that half precision must be shifted by, one smoothing factor, and channels that programs share."""
+    """With an offset that half precision must be shifted by, and one smoothing factor."""
     arguments = problem(2, D, N, K, dtype, layout, offset=100.0, shared=True)
-    target = triton_tiles.Target(int(chip[3:]), 108)
-    (tiles, *_), (back, *_) = (
-        choose(arguments[0], K, target) for choose in (triton_tiles.forward_tiles, triton_tiles.backward_tiles)
-    )
-    assert excess(arguments, forward=(tiles, 2, 2), backward=(back, 2, 2), chip=chip, late=True) <= 1
-
-
-@each_time
-@each_layout
-@pytest.mark.parametrize(("D", "K", "offset"), [(128, 16, 0.0), (40, 5, 0.0), (64, 32, 100.0)])
-def test_encode_with_tiles_in_shared_memory(D, K, offset, layout, late):
-    """The resident form; it walks where the codewords are far from the origin."""
-    arguments = problem(2, D, 200, K, torch.bfloat16, layout, offset=offset)
-    forward, backward = (_resident_tiles(D, K, back) for back in (False, True))
-    assert all(may_be_resident(arguments[0], back) for back in (False, True))
-    assert excess(arguments, forward=(forward, 2, 1), backward=(backward, 2, 1), chip="sm_90", late=late) <= 1
+    assert excess(arguments, chip=chip, late=True) <= 1
 
 
 @each_layout
-def test_forward_at_512_channels(layout):
-    """EncNet's, in 200 kB of shared memory."""
-    x, codewords, smoothing, _ = problem(1, 512, 136, 32, torch.bfloat16, layout)
-    with emulated("sm_90", late=True):
-        got, _ = launch.encode_forward(x, codewords, smoothing, (_resident_tiles(512, 32), 1, 1))
-    exact = reference.encode(*(tensor.double() for tensor in (x, codewords, smoothing)))
-    assert (got - exact).abs().max() <= 3e-3 * exact.abs().max()  # the weights' rounding
+@each_chip
+def test_encode_more_channels_than_a_program_holds(chip, layout):
+    """Two kernels a direction, and several blocks of channels."""
+    assert excess(problem(1, 136, 72, 20, torch.bfloat16, layout), chip=chip, late=True) <= 1
 
 
 @each_layout
@@ -137,7 +110,7 @@ def test_projection(chip, dtype, layout):
     codewords, smoothing = torch.randn(6, 20, generator=generator), torch.rand(6, generator=generator) / 500
     z = (torch.einsum("dc,bcn->bdn", weight.double(), x.double()) + shift.double()[:, None]).relu()
     with emulated(chip, late=True) as ran:
-        got = triton_project._project_encode(x, weight, shift, codewords, smoothing)
+        got = triton_project.project_forward(x, weight, shift, codewords, smoothing)
     assert "project_encode_kernel" in ran
     exact = reference.encode(z, codewords.double(), smoothing.double())
     assert (got - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
@@ -145,7 +118,11 @@ def test_projection(chip, dtype, layout):
 
 @pytest.mark.parametrize("dy_layout", ["channels_first", "channels_last"])
 @each_layout
-@pytest.mark.parametrize(("dtype", "shape"), [(torch.bfloat16, (2, 72, 296)), (torch.float32, (1, 30, 49))], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.bfloat16, (2, 72, 296)), (torch.bfloat16, (2, 40, 49)), (torch.float32, (1, 30, 49))],
+    ids=str,
+)
 @each_chip
 def test_gate(chip, dtype, shape, layout, dy_layout):
     generator = torch.Generator().manual_seed(0)
@@ -159,6 +136,24 @@ def test_gate(chip, dtype, shape, layout, dy_layout):
     for result, value in zip(got, exact, strict=True):
         assert result.dtype == dtype
         assert (result - value).abs().max() <= max(torch.finfo(dtype).eps, 5e-7) * value.abs().max()
+
+
+@pytest.mark.parametrize(("training", "momentum"), [(True, 0.1), (True, None), (False, 0.1)])
+@pytest.mark.parametrize(("K", "C"), [(5, 24), (16, 16)])
+@each_chip
+def test_pool(chip, K, C, training, momentum, monkeypatch):
+    monkeypatch.setattr(fused_pool, "BLOCK", 128)
+    monkeypatch.setattr(fused_pool, "PARTS", 2)
+    encoding, norm, dfeatures = fused_pool.example_problem(K, C, training, "cpu", images=30)
+    norm.momentum = momentum
+    exact = fused_pool.example_results(encoding, norm, dfeatures, torch.float64)
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    with emulated(chip):
+        features, statistics = fused_pool._forward(encoding, norm, torch.float32)
+        grads = fused_pool._backward(dfeatures, encoding, weight, bias, statistics, training)
+    for got, value in zip((features, *grads, norm.running_mean, norm.running_var), exact, strict=True):
+        assert (got - value).abs().max() <= 8 * torch.finfo(torch.float32).eps * value.abs().max()
+    assert norm.num_batches_tracked == training
 
 
 # What the emulator is to find

@@ -174,7 +174,7 @@ def without(state, part):
         (lambda s: s | {"decode_head.conv_seg.bias": torch.ones(19).to_sparse()}, "dense tensors with values, got a torch.sparse"),
         (lambda s: s | {"decode_head.conv_seg.bias": torch.ones(19, device="meta")}, "dense tensors with values, got a meta one"),
         (lambda s: {"encoding.context.encoding.codewords": torch.ones(2, 3)}, "of ctxenc's own EncNet does not say what network"),
-        (lambda s: {}, "neither PyTorch-Encoding's nor mmsegmentation's EncNet: no codewords among 0 names"),
+        (lambda s: {}, r"neither PyTorch-Encoding's nor mmsegmentation's EncNet: head\.encmodule\.encoding.* its 0 names"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(small_state, changed, text):
@@ -232,11 +232,16 @@ class TestConvert:
         torch.save({"state_dict": small_state}, tmp_path / "in.pth")
         out = tmp_path / "out.safetensors"
         assert main(["convert", str(tmp_path / "in.pth"), str(out)]) == 0
-        assert "EncNet on resnet50c, 21 classes, 32 codewords, aux\n" in capsys.readouterr().out
+        assert capsys.readouterr().out == f"{out}: EncNet on resnet50c, 21 classes, 32 codewords, aux\n"
         wanted = load_encnet_checkpoint(small_state).state_dict()
         assert all(
             torch.equal(wanted[name], tensor) for name, tensor in load_encnet_checkpoint(out).state_dict().items()
         )
+
+    def test_a_formula_that_the_file_does_not_tell_is_said(self, tmp_path, capsys):
+        torch.save(state_of(foreign.read_case("pe_r50")), tmp_path / "in.pth")
+        assert main(["convert", str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")]) == 0
+        assert "softmax over pixels from November 2017 to September 2018" in capsys.readouterr().out
 
     def test_refusals(self, tmp_path, capsys):
         (tmp_path / "in.pth").write_bytes(b"nothing")

@@ -17,6 +17,7 @@ def clusters(num=5, channels=6, pixels=400, spread=0.05):
     return (centres[owner] + spread * torch.randn(2, pixels, channels, generator=generator)).mT, centres
 
 
+@pytest.mark.figures
 def test_kmeans_finds_the_clusters_and_hard_assignment_leaves_no_residual():
     x, centres = clusters()
     layer = init_codewords(Encoding(6, 5), x)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchmetrics.functional.classification import multiclass_f1_score
 
 from ctxenc.integrations.losses import DiceLoss, EncNetLoss, presence
 
@@ -224,6 +225,21 @@ def test_dice_against_numpy(smooth):
     logits = outputs_for(MASKS)["out"]
     wanted = dice_by_hand(logits.detach().numpy(), MASKS.numpy(), smooth)
     assert DiceLoss(smooth=smooth)(logits, MASKS).item() == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1.0])
+def test_dice_against_other_libraries(smooth):
+    """Soft as segmentation_models_pytorch has it; hard, where it is one minus the F score of torchmetrics."""
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 5, (3, 17, 19), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = IGNORE
+    logits = torch.randn(3, 5, 17, 19, generator=generator, dtype=torch.float64)
+    soft = smp.losses.DiceLoss("multiclass", smooth=smooth / 2, ignore_index=IGNORE)(logits, target)  # adds it twice
+    assert DiceLoss(smooth=smooth)(logits, target).item() == pytest.approx(soft.item(), rel=1e-9)
+    score = multiclass_f1_score(logits.argmax(1), target, 5, average="macro", ignore_index=IGNORE)
+    hard = F.one_hot(logits.argmax(1), 5).movedim(-1, 1) * 1e4
+    assert DiceLoss(smooth=0.0)(hard, target).item() == pytest.approx(1 - score.item(), rel=1e-6)
 
 
 def test_dice_at_its_ends():

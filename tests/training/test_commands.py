@@ -202,7 +202,7 @@ class TestRunErrors:
     @pytest.mark.parametrize("name", ["predict", "evaluate", "export"])
     def test_no_run(self, refused, name, image_folder, tmp_path):
         more = {"predict": [image_folder], "evaluate": [], "export": ["--onnx", tmp_path / "a.onnx"]}[name]
-        assert "no run folder at" in refused(name, tmp_path / "none", *more)
+        assert "no run at" in refused(name, tmp_path / "none", *more)
         assert "is no run folder" in refused(name, tmp_path, *more)
         assert not list(tmp_path.iterdir())
 
@@ -273,7 +273,8 @@ class TestPredict:
         code, out, err = command("predict", run_folder, text, good, short, "--skip-broken", "--json")
         assert code == 0
         assert [each["image"] for each in json.loads(out)] == [str(good)]
-        assert [str(text) in line or str(short) in line for line in err.splitlines()] == [True, True]
+        assert [str(text) in line or str(short) in line for line in err.splitlines()] == [True, True, False]
+        assert err.splitlines()[-1] == f"{run_folder / 'context-0'} (arm context, seed 0), best checkpoint"
         code, out, err = command("predict", run_folder, text, "--skip-broken")
         assert (code, out) == (2, "")
         assert "all 1 images are broken" in err
@@ -293,6 +294,7 @@ class TestEvaluate:
     def test_agrees_with_the_model(self, command, run_folder, image_folder, config):
         code, out, _ = command("evaluate", run_folder, "--device", "cpu", "--batch-size", "4")
         assert code == 0
+        assert out.startswith(f"{run_folder / 'context-0'} (arm context, seed 0), best checkpoint, on {image_folder}\n")
         model = ctxenc.load(run_folder)
         transform = eval_transform(config.data_config)
         hits = {
@@ -399,7 +401,7 @@ class TestExport:
         assert not list(out.iterdir())
 
     def test_errors_before_anything_is_built(self, refused, run_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(export, "load_run", lambda *arguments: pytest.fail("the model was built"))
+        monkeypatch.setattr(export, "load_run", lambda *_, **__: pytest.fail("the model was built"))
         assert "--onnx FILE or --torch-export FILE" in refused("export", run_folder)
         assert "must end in .pt2" in refused("export", run_folder, "--torch-export", tmp_path / "model.onnx")
         (tmp_path / "sub").mkdir()

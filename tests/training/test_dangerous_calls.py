@@ -47,7 +47,6 @@ ATTRIBUTES = {
 # What is allowed, and why.
 ALLOWED = {
     ("__main__.py", "importlib.import_module"): "a module of ours, named in the table of commands",
-    ("functional.py", "importlib.import_module"): "triton, by its name",
     ("calibration.py", "import_module"): "timm's or torchvision's module of a class, from the table of SE blocks",
     ("training/export.py", "importlib.import_module"): "onnxruntime, by its name",
     ("training/export.py", "torch.export.load"): "the file that it wrote a moment ago",

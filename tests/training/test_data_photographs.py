@@ -66,9 +66,10 @@ def test_the_retina_is_without_its_black_surround():
     assert np.asarray(photographs.read_photograph("retina.jpg").convert("L")).min() > 20
 
 
+@pytest.mark.figures
 def test_the_score_on_colour():
     score = photographs.colour_score()
-    assert score == pytest.approx(0.686, abs=0.01)
+    assert score == pytest.approx(0.686, abs=0.03)  # a tile of a class of six, decoded otherwise, is worth 0.01
     assert score == photographs.colour_score()
 
 

@@ -33,7 +33,7 @@ class TestRun:
             if path.is_file() and "checkpoints" not in path.parts
         }
         own = ("best.safetensors", "config.json", "last.safetensors", "metrics.csv", "predictions.csv", "timings.csv")
-        shared = {"config.json", "curves.png", "metrics.csv", "report.html", "report.md"}
+        shared = {".lock", "config.json", "curves.png", "metrics.csv", "report.html", "report.md"}
         files_of_arms = {f"{arm}/{name}" for arm in arms for name in own}
         files_of_arms |= {
             f"{arm}-0/pictures/{name}.png" for arm in ("se", "context") for name in ("confusion", "worst")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from ctxenc.__main__ import main
-from ctxenc.training import loop, runs
+from ctxenc.training import loop, runs, trained
 from tests.training.small_runs import RANDOM, SMALL, assert_same_run, checkpoints
 
 
@@ -79,7 +79,7 @@ class TestResume:
 
         def replace(source, target):
             if len(done) == written:
-                shutil.copy(source, source.with_name(".config.1.json"))
+                shutil.copy(source, source.with_name(f".{'0a' * 8}.tmp.json"))
                 raise KeyboardInterrupt
             done.append(real(source, target))
 
@@ -90,7 +90,7 @@ class TestResume:
         code, _, err = finetune(*arguments)
         assert code == 0, err
         for arm in ("se-0", "context-0"):
-            assert runs.load_run(tmp_path / "run" / arm)
+            assert trained.load_run(tmp_path / "run" / arm)
 
     def test_only_where_it_runs_may_change(self, refused, finetune, tmp_path, image_folder):
         assert finetune("--out", tmp_path / "run", "--epochs", 1)[0] == 0

@@ -156,9 +156,9 @@ class TestInitialCheckpoint:
         ("content", "message"),
         [
             (None, "cannot be read: "),
-            (b"no weights", "is no file of weights: "),
-            ({"conv_stem.weight": torch.zeros(3)}, "does not fit the model: "),
-            ({"conv_stem.weight": 3}, "must hold a tensor for each name"),
+            (b"no weights", "must be what torch.save wrote of tensors"),
+            ({"conv_stem.weight": torch.zeros(3)}, "does not fit the model: the network bn1.weight, "),
+            ({"conv_stem.weight": 3}, "a state dict must hold tensors, got int at 'conv_stem.weight'"),
             ([1, 2], "is no file of weights: "),
             (
                 {"blocks.3.0.se.encoding.codewords": torch.zeros(3)},

@@ -78,6 +78,7 @@ def test_killed_and_resumed(server, tmp_path, image_folder, command):
         if code == 0:
             assert_same_run(whole, cut, arms)
             assert all(checkpoints(cut / arm) == checkpoints(whole / arm) for arm in arms)
+            assert not list(cut.rglob(".*.tmp*"))
             if kills == KILLS:
                 return
             run += 1

@@ -59,11 +59,12 @@ def test_a_run_of_finetune(look, run_folder, image_folder):
     assert list(sizes) == [f"{name}.png" for name in BLOCKS]
     assert all(width == 1200 and 700 < height < 1600 for width, height in sizes.values())
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[2:4]] == BLOCKS
+    assert lines[0] == f"{run_folder / 'context-0'} (arm context, seed 0), best checkpoint"
+    assert [line.split()[0] for line in lines[3:5]] == BLOCKS
     assert lines[-1].startswith("2 images: ")
     # What is printed is what the network of the run gives, its colours included.
     images = [image_folder / "val" / "cat" / "0.png", image_folder / "val" / "newt" / "0.png"]
-    for name, line in zip(BLOCKS, lines[2:4], strict=True):
+    for name, line in zip(BLOCKS, lines[3:5], strict=True):
         usage = codebook_usage(ctxenc.load(run_folder), images, name, mean=(0.5,) * 3, std=(0.5,) * 3)
         assert line.split()[2:] == ["4", f"{usage.entropy:.2f}", f"{usage.pixel_entropy:.2f}", str(len(usage.dead))]
 
@@ -118,18 +119,6 @@ def test_a_network_of_the_embedded_scenes_gets_scenes(monkeypatch):
 )
 def test_blocks_are_chosen(given, chosen):
     assert command.choose("abcdefg", given, "net") == chosen
-
-
-def test_a_run_of_segmentation_is_known_by_its_configuration(tmp_path, run_folder, encnet):
-    assert not command.is_segmentation(run_folder)
-    assert not command.is_segmentation(run_folder / "context-0")
-    assert command.is_segmentation(encnet)
-    arm = tmp_path / "encnet-0"
-    arm.mkdir()
-    assert not command.is_segmentation(tmp_path)
-    (arm / "config.json").write_text('{"kind": "segment"}')
-    assert command.is_segmentation(tmp_path)
-    assert command.is_segmentation(arm)
 
 
 def test_mistakes(refused, tmp_path, run_folder, image_folder, encnet):

@@ -197,6 +197,7 @@ def test_fp16_leaves_out_those_too(finetune, tmp_path, broken, fp16, monkeypatch
     assert all(each.isfinite().all() for each in load_file(folder / "model.safetensors").values())
 
 
+@pytest.mark.figures
 def test_fp16_clips_the_gradient_not_its_multiple(finetune, tmp_path, broken, fp16):
     """What SGD changes, which goes with the size of the gradient, is the same whatever the scale."""
     changes = []
@@ -209,7 +210,7 @@ def test_fp16_clips_the_gradient_not_its_multiple(finetune, tmp_path, broken, fp
         folder = run / "context-0" / "checkpoints"
         first, *_, last = (load_file(each / "model.safetensors") for each in sorted(folder.iterdir()))
         changes.append(torch.cat([(last[name] - first[name]).flatten() for name in first if name.endswith("weight")]))
-    assert (changes[0] - changes[1]).norm() < 0.05 * changes[0].norm()
+    assert (changes[0] - changes[1]).norm() < 0.2 * changes[0].norm()  # 0.003 to 0.012
 
 
 PROGRAM = """

@@ -13,10 +13,10 @@ import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet, load_encnet_checkpoint
 from ctxenc.integrations.checkpoints import METADATA, save_encnet_checkpoint
-from ctxenc.training import data, durable, runs, settings
+from ctxenc.training import checkpoint, data, durable, runs, settings
 from ctxenc.training.console import UserError
 from ctxenc.training.segmentation import settings as segment_settings
-from tests.training.attacks import Watch, forge
+from tests.training.attacks import Watch, forge, saved
 
 CODE = "__import__('os').system('touch taken')"
 NAMES = [
@@ -132,7 +132,7 @@ class TestConfigurations:
     def test_what_is_no_json_or_odd(self, run, marker, picture, capsys, text):
         (run / "config.json").write_text(text)
         commands = (["predict", run, picture], ["evaluate", run], ["look", run, picture], ["finetune", "--resume", run])
-        commands += (["segment", "predict", "--checkpoint", run, picture], ["segment", "train", "--resume", run])
+        commands += (["segment", "predict", run, picture], ["segment", "train", "--resume", run])
         for command in commands:
             with Watch(marker):
                 assert main([str(each) for each in command]) == 2
@@ -231,7 +231,46 @@ class TestVersions:
         newest = run / "context-0" / "checkpoints" / "epoch-00002-step-0000000"
         progress = json.loads((newest / "progress.json").read_bytes())
         older = progress | {"predictions": [row[:3] for row in progress["predictions"]]}
-        for changed in (progress | {"novelty": 1}, {}, [1], {"predictions": 3}, older):
+        odd = ({"novelty": 1}, {"step": 10**9}, {"step": 1e9}, {"rows": [1]}, {"timings": []})
+        for changed in ({}, [1], {"predictions": 3}, older, *(progress | each for each in odd)):
             forge(newest, {"progress.json": json.dumps(changed).encode()})
             assert main(["finetune", "--resume", str(run)]) == 2
             assert f"cannot resume from {newest}: " in capsys.readouterr().err
+        endless = saved(torch.ones(1).expand(10**6, 10**6))
+        for name in ("processes.pt", "optimizer.pt"):  # the latter is read first
+            forge(newest, {"progress.json": json.dumps(progress).encode(), name: endless})
+            assert main(["finetune", "--resume", str(run)]) == 2
+            assert f"{name} claims 4,000,000,000,000 bytes where it holds 4" in capsys.readouterr().err
+
+
+def test_progress_that_no_training_makes(done):
+    """Any of these would hang, train nothing, or end in a traceback later."""
+    newest = done / "context-0" / "checkpoints" / "epoch-00002-step-0000000"
+    progress = json.loads((newest / "progress.json").read_bytes())
+    limits = ("balanced_accuracy", 2, 3, checkpoint.PREDICTIONS, 10)
+    checkpoint.check_progress(checkpoint.Progress(**progress), *limits)
+    checkpoint.check_progress(checkpoint.Progress(), *limits)
+    row = progress["rows"][0]
+    impossible = [
+        *({"step": value} for value in (10**9, 1e9, -1, 4, True, "1", None)),
+        *({"images": value} for value in (-1, 1.5, None)),
+        *({"skipped": -1}, {"finite": 10**9}, {"score": "loss"}, {"lr": "0.1"}, {"seconds": None}, {"lr": 10**400}),
+        *({"rows": value} for value in (3, [1], [row, row], [row] * 3, [{}], [row, row | {"epoch": 3}], [[]])),
+        *(
+            {"rows": [row, row | changed]}
+            for changed in ({"epoch": 2, "more": 1.0}, {"epoch": 2, "balanced_accuracy": "x"})
+        ),
+        *({"timings": value} for value in ([], [1], [progress["timings"][0]] * 2, [{"epoch": 1}, {"epoch": 2}])),
+        *({"codebooks": value} for value in ([1], [{"epoch": 1}], [progress["codebooks"][0] | {"dead": []}])),
+        *({"predictions": [[*progress["predictions"][0][:4], value]]} for value in (-1, 10**9, "x", None)),
+        {"confusion": [[{}]]},
+    ]
+
+    def is_taken(changed):
+        try:
+            checkpoint.check_progress(checkpoint.Progress(**progress | changed), *limits)
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError):
+            return False
+        return True
+
+    assert not [changed for changed in impossible if is_taken(changed)]

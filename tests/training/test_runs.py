@@ -13,7 +13,7 @@ import timm
 import torch
 
 import ctxenc
-from ctxenc.training import runs
+from ctxenc.training import runs, trained
 from ctxenc.training.console import UserError
 
 
@@ -211,6 +211,17 @@ class TestWeights:
         assert torch.equal(other[1].weight, model[0].weight)
         assert other[0].weight is other[1].weight
 
+    @pytest.mark.parametrize("kept", ["conv_stem.weight", "bn1.weight", "nowhere"])
+    def test_a_second_name_that_the_model_does_not_have(self, config, tmp_path, kept):
+        """A file may name any tensor as the second name of another, of its own or of none."""
+        model, path = runs.build_model(config), tmp_path / "w.safetensors"
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        state = {name: tensor + 1 for name, tensor in before.items() if name != "bn1.bias"}
+        safetensors.torch.save_file(state, path, {"bn1.bias": kept})
+        with pytest.raises(UserError, match=r"does not fit the model of its configuration: .*bn1\.bias"):
+            runs.load_weights(model, path)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
     @pytest.mark.parametrize("length", [0, 4, 100, -1])
     def test_truncated(self, config, tmp_path, length):
         path = tmp_path / "w.safetensors"
@@ -243,26 +254,27 @@ class TestWeights:
         with pytest.raises(UserError, match=r"classifier\.\w+ has shape"):
             runs.load_weights(model, path)
         runs.save_weights(path, runs.build_model(replace(config, swap=None)))
-        with pytest.raises(UserError, match="is missing"):
+        with pytest.raises(
+            UserError, match=r"it has blocks\.3\.0\.se\.conv_expand\.bias, .*; the network blocks\.3\.0\.se\.conv"
+        ):
             runs.load_weights(model, path)
         safetensors.torch.save_file(before | {"extra": torch.zeros(1)}, path)
-        with pytest.raises(UserError, match="the model has no extra"):
+        with pytest.raises(UserError, match=r"it has extra \(1 and 0 such names\)"):
             runs.load_weights(model, path)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 class TestResolve:
-    def test_the_best_context_arm(self, run_folder):
-        assert runs.resolve(run_folder).name == "context-1"
-        assert runs.resolve(run_folder, "last").name == "context-0"
+    def test_the_first_seed_whatever_the_scores(self, run_folder, tmp_path):
+        """The best of several seeds would be chosen on the images that it is then judged by."""
+        assert runs.resolve(run_folder).name == runs.resolve(run_folder, "last").name == "context-0"
+        for name in ("context-10", "context-9", "encnet_no_se_loss-0"):
+            shutil.copytree(run_folder / "se-0", tmp_path / name)
+        assert runs.resolve(tmp_path).name == "context-9"
+        assert runs.resolve(run_folder, preferred=("se-",)).name == "se-0"
 
     def test_an_arm_itself(self, run_folder):
         assert runs.resolve(run_folder / "se-0") == run_folder / "se-0"
-
-    def test_a_single_arm_needs_no_metrics(self, run_folder, tmp_path):
-        shutil.copytree(run_folder / "context-0", tmp_path / "context-0")
-        (tmp_path / "context-0" / "metrics.csv").unlink()
-        assert runs.resolve(tmp_path) == tmp_path / "context-0"
 
     def test_se_arms_where_there_is_no_other(self, run_folder, tmp_path):
         for seed in range(2):
@@ -270,18 +282,15 @@ class TestResolve:
         assert runs.resolve(tmp_path).name.startswith("se-")
 
     def test_errors(self, run_folder, tmp_path):
-        with pytest.raises(UserError, match="no run folder at"):
+        with pytest.raises(UserError, match="no run at"):
             runs.resolve(tmp_path / "none")
         with pytest.raises(UserError, match="is no run folder"):
             runs.resolve(tmp_path)
         with pytest.raises(UserError, match="checkpoint must be one of best, last, got 'first'"):
             runs.resolve(run_folder, "first")
         shutil.copytree(run_folder, tmp_path / "run")
-        (tmp_path / "run" / "context-1" / "best.safetensors").unlink()
+        (tmp_path / "run" / "context-0" / "best.safetensors").unlink()
         with pytest.raises(UserError, match=r"best\.safetensors does not exist"):
-            runs.resolve(tmp_path / "run")
-        (tmp_path / "run" / "context-1" / "metrics.csv").write_text("epoch\n1\n")
-        with pytest.raises(UserError, match="name an arm's folder"):
             runs.resolve(tmp_path / "run")
 
 
@@ -289,11 +298,23 @@ class TestLoad:
     def test_gives_the_trained_model(self, run_folder):
         model = ctxenc.load(run_folder, checkpoint="best")
         assert not model.training
-        saved = safetensors.torch.load_file(run_folder / "context-1" / "best.safetensors")
+        saved = safetensors.torch.load_file(run_folder / "context-0" / "best.safetensors")
         assert saved.keys() == model.state_dict().keys()
         assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
         last = ctxenc.load(run_folder, checkpoint="last")
         assert any(not torch.equal(saved[name], tensor) for name, tensor in last.state_dict().items())
+
+    def test_takes_no_memory_for_what_the_file_does_not_hold(self, run_folder, tmp_path, monkeypatch):
+        """A configuration may name a network of any size."""
+        run = shutil.copytree(run_folder / "context-0", tmp_path / "run")
+        rewrite(run, model_kwargs={"channel_multiplier": 3.0})
+        devices, real = [], trained.build_model
+        monkeypatch.setattr(
+            trained, "build_model", lambda *a: (devices.append(torch.empty(0).device.type), real(*a))[1]
+        )
+        with pytest.raises(UserError, match="does not fit the model of its configuration"):
+            ctxenc.load(run)
+        assert devices == ["meta"]
 
     def test_downloads_nothing(self, run_folder, monkeypatch):
         def refuse(*args, **kwargs):
@@ -303,9 +324,10 @@ class TestLoad:
         assert ctxenc.load(run_folder)
 
     def test_names_its_classes(self, run_folder, config):
-        loaded = runs.load_run(run_folder)
+        loaded = trained.load_run(run_folder)
         assert loaded.config.classes == config.classes
-        assert loaded.folder == run_folder / "context-1"
+        assert loaded.folder == run_folder / "context-0"
+        assert str(loaded) == f"{run_folder / 'context-0'} (arm context, seed 0), best checkpoint"
 
     @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x", "meta"])
     def test_a_device_that_is_not_there(self, run_folder, device):

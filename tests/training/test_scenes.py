@@ -95,15 +95,18 @@ def test_what_a_small_network_sees(monkeypatch, stage, blind):
         assert (difference[:, ambiguous].max() < 1e-6 * difference.max()) == blind
 
 
+@pytest.mark.figures
 def test_a_patch_is_not_enough_and_the_type_of_scene_is():
     result = local_patch_accuracy(train_scenes=240, test_scenes=400, steps=120)
     for right, count in result.in_pair.values():
         assert count > 190  # of 200
-        # Each patch has a scene of its own, so that chance is Binomial(count, 1/2): 3.3 deviations, one run in a thousand.
-        assert abs(right - count / 2) < 3.3 * math.sqrt(count) / 2
-    assert all(result.told[name] > 0.85 for name in AMBIGUOUS_CLASSES)
-    assert np.mean([result.alone[name] for name in CUES]) > 0.65
-    assert result.alone["background"] > 0.95
+        # Each patch has a scene of its own, so that chance is Binomial(count, 1/2): five deviations, one run in a million.
+        assert abs(right - count / 2) < 5 * math.sqrt(count) / 2
+    assert all(
+        result.told[name] > 0.75 for name in AMBIGUOUS_CLASSES
+    )  # 0.94 and more; 0.68 is the most that may pass above
+    assert np.mean([result.alone[name] for name in CUES]) > 0.5  # 0.77; chance is 1 / 9
+    assert result.alone["background"] > 0.8  # 0.97
 
 
 def test_patches_lie_inside_their_regions(monkeypatch):

@@ -40,7 +40,7 @@ def test_train_writes_a_run_that_predict_takes(folder, tmp_path, capsys):
     assert "mIoU" in capsys.readouterr().out
     image = folder / "images" / "val" / "1.png"
     masks = tmp_path / "masks"
-    assert main(["segment", "predict", "--checkpoint", str(out), str(image), "--out", str(masks), "--flip"]) == 0
+    assert main(["segment", "predict", str(out), str(image), "--out", str(masks), "--flip"]) == 0
     assert sorted(path.name for path in masks.iterdir()) == ["1.legend.png", "1.mask.png", "1.overlay.png"]
     with Image.open(masks / "1.mask.png") as mask, Image.open(image) as photograph:
         assert mask.size == photograph.size
@@ -103,7 +103,7 @@ def test_configuration_goes_through_a_file_and_refuses_others(tmp_path, folder, 
         {"kind": "finetune"},
     ):
         path.write_text(json.dumps(table | change))
-        arguments = ["segment", "predict", "--checkpoint", str(path.parent), str(folder / "images" / "val")]
+        arguments = ["segment", "predict", str(path.parent), str(folder / "images" / "val")]
         assert main(arguments) == 2
         assert (
             f"{path}: config: {'mean and std' if {'mean', 'std'} & set(change) else next(iter(change))} must be"
@@ -120,7 +120,7 @@ def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys, monkeyp
     names.write_text("sky\nsea\nsand\n")
     long = "x" * 240  # of 255 letters that a file system takes
     Image.new("RGB", (44, 30)).save(folder / "images" / "val" / f"{long}.png")
-    arguments = ["segment", "predict", "--checkpoint", str(checkpoint), str(folder / "images" / "val")]
+    arguments = ["segment", "predict", str(checkpoint), str(folder / "images" / "val")]
     arguments += ["--out", str(tmp_path / "masks"), "--classes", str(names), "--crop", "24", "--scales", "0.5", "1"]
     shown = []
     monkeypatch.setattr(
@@ -144,12 +144,12 @@ def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys, monkeyp
         (["train", "--data", "scenes", "--rotate", "3"], "--rotate has no part in --data scenes"),
         (["train", "--resume", "nowhere"], "--resume: no run at nowhere"),
         (["train", "--data", "nowhere"], "no folder of images and masks at nowhere"),
-        (["predict", "--checkpoint", "nowhere.pth", "IMAGE"], "nowhere.pth: No such file or directory"),
-        (["predict", "--checkpoint", ".", "IMAGE"], "is no run folder"),
-        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--stride", "2"], "--stride must be above 0 and at most 1, got 2.0"),
-        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--scales", "-1"], "--scales must be above 0 and at most 16"),
-        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "--classes", "CLASSES"], "must name 3 classes, one a line, got 2"),
-        (["predict", "--checkpoint", "CHECKPOINT", "IMAGE", "IMAGE2"], "images must differ in their names"),
+        (["predict", "nowhere.pth", "IMAGE"], "no run at nowhere.pth"),
+        (["predict", ".", "IMAGE"], "is no run folder"),
+        (["predict", "CHECKPOINT", "IMAGE", "--stride", "2"], "--stride must be above 0 and at most 1, got 2.0"),
+        (["predict", "CHECKPOINT", "IMAGE", "--scales", "-1"], "--scales must be above 0 and at most 16"),
+        (["predict", "CHECKPOINT", "IMAGE", "--classes", "CLASSES"], "must name 3 classes, one a line, got 2"),
+        (["predict", "CHECKPOINT", "IMAGE", "IMAGE2"], "images must differ in their names"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_a_line(arguments, text, tmp_path, folder, capsys, monkeypatch):

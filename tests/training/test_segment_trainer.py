@@ -20,6 +20,7 @@ from ctxenc.training.segmentation.data import Datasets
 from ctxenc.training.segmentation.networks import ARMS, PooledContext, arm_configs
 from ctxenc.training.segmentation.settings import SegmentSettings
 from ctxenc.training.segmentation.trainer import share_wrong
+from ctxenc.training.trained import load_run
 from tests.training.small_runs import SEGMENT, make_pairs
 
 
@@ -173,7 +174,6 @@ def test_predict_normalises_and_takes_the_likeliest_class(tmp_path, monkeypatch)
     parser = predict.argparse.ArgumentParser()
     predict.add_arguments(parser)
     arguments = [
-        "--checkpoint",
         tmp_path / "saved",
         tmp_path / "white.png",
         "--out",
@@ -184,8 +184,8 @@ def test_predict_normalises_and_takes_the_likeliest_class(tmp_path, monkeypatch)
     ]
     predict.run(parser.parse_args([*map(str, arguments), "--device", "cpu"]))
     assert (seen["flip"], seen["crop"], seen["scales"]) == (True, 8, [1.0])
-    loaded = predict.load(tmp_path / "saved")
-    wanted = (1 - torch.tensor(loaded.mean)) / torch.tensor(loaded.std)
+    config = load_run(tmp_path / "saved").config
+    wanted = (1 - torch.tensor(config.mean)) / torch.tensor(config.std)
     torch.testing.assert_close(seen["image"].mean((1, 2)), wanted)
     mask = np.asarray(Image.open(tmp_path / "out" / "white.mask.png"))
     assert (mask[:, :10] == 0).all()

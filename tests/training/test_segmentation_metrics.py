@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_jaccard_index
 
 from ctxenc.training.segmentation.metrics import SegmentationMetrics, as_floats
 
@@ -51,6 +52,22 @@ def test_by_hand():
     wanted |= {"mean_iou": sum(iou[:3]) / 3, "mean_dice": sum(dice[:3]) / 3}
     assert_measures(measured(PREDICTED, TARGET), wanted)
     assert_measures(by_numpy(PREDICTED.numpy(), TARGET.numpy(), 4), wanted)  # which the other tests rely on
+
+
+def test_against_torchmetrics():
+    """Its own accuracy, Jaccard index and F score; a class that occurs nowhere is 0 there in the last two."""
+    generator = torch.Generator().manual_seed(0)
+    preds, target = (torch.randint(0, 6, (4, 31, 33), generator=generator) for _ in range(2))
+    target[torch.rand(target.shape, generator=generator) < 0.1] = IGNORE
+    for classes in (6, 8):  # two of them occur nowhere
+        got, shared = measured(preds, target, classes), {"num_classes": classes, "ignore_index": IGNORE}
+        accuracy = multiclass_accuracy(preds, target, average="micro", **shared)
+        iou = multiclass_jaccard_index(preds, target, average="none", **shared)
+        dice = multiclass_f1_score(preds, target, average="none", **shared)
+        assert got["pixel_accuracy"].item() == pytest.approx(accuracy.item(), rel=1e-6)
+        for name, values in (("iou", iou), ("dice", dice)):
+            torch.testing.assert_close(got[name].nan_to_num().float(), values)
+            assert got[f"mean_{name}"].item() == pytest.approx(values[:6].mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])

@@ -76,18 +76,22 @@ class TestSignals:
             (signal.SIGINT, "_step", "context-0", 2, 2, "epoch-00002-step-0000003"),
             (signal.SIGTERM, "evaluate", "context-0", 1, 3, "epoch-00001-step-0000003"),
             (signal.SIGTERM, "save", "se-0", 2, 0, "epoch-00002-step-0000000"),
+            (signal.SIGTERM, "finish", "se-0", 3, 0, "epoch-00003-step-0000000"),
+            (signal.SIGINT, "finish", "context-0", 3, 0, "epoch-00003-step-0000000"),
         ],
     )
     def test_finish_the_step_and_resuming_is_exact(
         self, finetune, never_stopped, tmp_path, monkeypatch, capsys, number, where, arm, epoch, step, left
     ):
         run = tmp_path / "run"
-        kind = trainer.Trainer if where == "evaluate" else loop.Loop
+        kind = trainer.Trainer if where in ("evaluate", "finish") else loop.Loop
         with monkeypatch.context() as patch:
             signalled_in(patch, kind, where, number, arm, epoch, step)
             code = outcome(lambda: finetune("--out", run, *RANDOM)[0])
         assert code == 128 + number
         assert checkpoints(run / arm)[-1] == left
+        assert arm == "context-0" or not (run / "context-0").exists()  # the next arm has not begun
+        assert not (run / "report.md").exists()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert finetune("--resume", "auto", "--out", run, "--workers", 1)[0] == 0
         assert_same_run(never_stopped, run, ARMS)
@@ -162,7 +166,8 @@ class TestCheckpoints:
         """Where training differs afterwards, as on a GPU, nothing of what was cut may stay."""
         run, newest = cut
         (newest / "progress.json").write_bytes(b"")
-        (run / "context-0" / "best.safetensors").write_bytes(b"of an epoch that is no more")
+        for name in ("best", "last"):
+            (run / "context-0" / f"{name}.safetensors").write_bytes(b"of an epoch that is no more")
         monkeypatch.setattr(loop.Loop, "_train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert finetune("--resume", run)[0] == 130
         whole = (never_stopped / "context-0" / "metrics.csv").read_text().splitlines()
@@ -170,6 +175,9 @@ class TestCheckpoints:
         assert len((run / "context-0" / "timings.csv").read_text().splitlines()) == 3
         before = newest.with_name("epoch-00002-step-0000000")
         assert (run / "context-0" / "best.safetensors").read_bytes() == (before / "best.safetensors").read_bytes()
+        last, average = load_file(run / "context-0" / "last.safetensors"), load_file(before / "ema.safetensors")
+        assert last.keys() == average.keys()
+        assert all(torch.equal(last[name], average[name]) for name in last)
 
     def test_none_intact_is_an_error(self, refused, cut):
         run, newest = cut

@@ -1,166 +1,163 @@
-"""Forward of the operator as one kernel, in two forms.
+"""Forward of the operator: its kernels and their launcher.
 
-The resident form, for bf16 on a GPU that copies tiles on its own (TMA, compute capability 9): all channels of a tile lie in
-shared memory, x is read once, and no element of it passes through a register. The squared norms of the pixels are the diagonal of
-x @ x^T. Two tiles take turns, one copied while the other is multiplied.
+Where a program holds all channels (64 of them at 32 codewords), one kernel does it all: it assigns the pixels of a tile and adds up
+their residuals, while the copy of the next tile is on its way. Wider maps take two: one assigns (wide.py), this one adds up.
 
-The walking form, for all else: see walk.py.
+Deep TEN (arXiv 1612.02844), section 3.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ctxenc.kernels.fused.operands import dot, load_operand, rounded
-from ctxenc.kernels.fused.resident import load_tile, resident_nearness
-from ctxenc.kernels.fused.walk import (
-    add_product,
-    image,
-    load_bias,
-    load_x,
+from ctxenc.kernels.fused.launch import FUSED, Key, Plan, key_of, make_readable, plan_of, slots_of
+from ctxenc.kernels.fused.steps import (
+    dot,
+    find_center,
+    find_nearness,
+    load_smoothing,
+    load_tile,
     multiple,
+    prepare_codewords,
+    rounded,
     softmax,
-    subtract_codewords,
-    walk_channels,
 )
+from ctxenc.kernels.fused.tiles import ceil_div, partial_cost, split_images
+from ctxenc.kernels.fused.wide import assign_wide, load_map
 
-# One binary for all sizes: how x is aligned is the explicit constexpr VECTOR.
-SIZES = ["p_x", "N", "tiles", "share", "splits", "groups", "stride_b", "stride_n", "stride_d"]
-
-
-@triton.jit
-def _resident(
-    d_x, p_smoothing, p_operands, p_bias, b, first, last, N,
-    K: tl.constexpr, PADDED_D: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sums over the tiles from first to last of weights times x (padded D, BLOCK_K), and of the weights (BLOCK_K,)."""
-    o_d, o_k = tl.arange(0, PADDED_D), tl.arange(0, BLOCK_K)
-    m_k = o_k < K
-    high = load_operand(p_operands, o_d, o_k, PADDED_D)
-    low = load_operand(p_operands + BLOCK_K * PADDED_D, o_d, o_k, PADDED_D)
-    bias = load_bias(p_bias, o_k, PADDED_D // BLOCK_D, BLOCK_K)
-    weight_sum = tl.zeros((BLOCK_K,), tl.float32)
-    sums = tl.zeros((PADDED_D, BLOCK_K), tl.float32)
-    # What is hoisted out of the loop would be spilled: 64 addresses of operands in shared memory among it.
-    for tile in tl.range(first, last, num_stages=STAGES, disable_licm=True):
-        x = load_tile(d_x, b, tile * BLOCK_N, 0, PADDED_D, CHANNELS_LAST, BLOCK_N)
-        nearness = resident_nearness((x,), (high,), (low,), bias, SHARED, DOT, BLOCK_N, BLOCK_K, 1)
-        s = tl.load(p_smoothing + (o_k * 0 if SHARED else o_k), mask=m_k, other=0.0).to(tl.float32)
-        m_n = tile * BLOCK_N + tl.arange(0, BLOCK_N) < N
-        weights = rounded(softmax(nearness, s, m_n, m_k), DOT)
-        weight_sum += tl.sum(weights.to(tl.float32), 0)
-        sums = dot(tl.trans(x), weights, sums, DOT)
-    return sums, weight_sum
-
-
-@triton.jit
-def _walking(
-    p_image, p_smoothing, p_operands, p_centers, p_bias, p_sums, first, last, first_block, last_block, N, stride_n, stride_d,
-    D: tl.constexpr, K: tl.constexpr, PADDED_D: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """As _resident, for some blocks of channels; where there are several the sums are in memory."""
-    o_k = tl.arange(0, BLOCK_K)
-    m_k = o_k < K
-    s = tl.load(p_smoothing + (o_k * 0 if SHARED else o_k), mask=m_k, other=0.0).to(tl.float32)
-    bias = load_bias(p_bias, o_k, PADDED_D // BLOCK_D, BLOCK_K)
-    weight_sum = tl.zeros((BLOCK_K,), tl.float32)
-    sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
-    for tile in tl.range(first, last, disable_licm=True):
-        if PADDED_D != BLOCK_D:
-            tl.debug_barrier()  # the threads that add to a sum need not be those that wrote it for the tile before
-        o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        nearness, _ = walk_channels(  # no gradient
-            p_image, p_operands, p_operands, p_centers, bias, o_n, o_k, N, stride_n, stride_d, D, PADDED_D, SHARED,
-            CHANNELS_LAST, False, DOT, BLOCK_N, BLOCK_D, BLOCK_K, STAGES,
-        )  # fmt: skip
-        weights = rounded(softmax(nearness, s, o_n < N, m_k), DOT)
-        weight_sum += tl.sum(weights.to(tl.float32), 0)
-        for block in tl.range(first_block, last_block, num_stages=STAGES):
-            o_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-            x = load_x(p_image, o_n, o_d, N, stride_n, stride_d, D, CHANNELS_LAST)
-            x = rounded(x - tl.load(p_centers + PADDED_D + o_d)[None, :], DOT)
-            if PADDED_D == BLOCK_D:
-                sums = dot(tl.trans(x), weights, sums, DOT)
-            else:
-                add_product(p_sums, o_d, o_k, x, weights, tile - first, D, K, DOT)
-    return sums, weight_sum
+SIZES = ["p_x", "p_weight_sum", "N", "tiles", "share", "splits", "stride_b", "stride_n", "stride_d", "row_e", "row_w"]
+BLOCK = 256  # elements that a program of the finishing kernel adds up
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
 def encode_fwd_kernel(
     p_x,  # (B, D, N)
-    d_x,  # its descriptor, for tiles of all channels; None in the walking form
     p_codewords,  # (K, D)
     p_smoothing,  # (K,) or ()
-    p_operands,  # as prepared
-    p_centers,
-    p_bias,
-    p_near,
+    p_map,  # (B, tiles, BLOCK_N, BLOCK_K): weights, where D is WIDE
     p_encoding,  # (B, splits, K, D), fp32
-    p_weight_sum,  # (B, splits, K), fp32: sum of the weights over pixels
+    p_weight_sum,  # (B, splits, K), fp32: sums of the weights over pixels
     N,
     tiles,  # of BLOCK_N pixels in an image
     share,  # of them for one program
     splits,  # programs that share the pixels of an image
-    groups,  # programs that share the sums over the same pixels, each for some channels
     stride_b,
     stride_n,
     stride_d,
+    row_e,  # strides from one split to the next
+    row_w,
     D: tl.constexpr,
     K: tl.constexpr,
-    PADDED_D: tl.constexpr,
     SHARED: tl.constexpr,  # one smoothing factor for all codewords: |x'|^2 cancels
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,  # elements that the address, the strides and, channels first, N are multiples of
-    RESIDENT: tl.constexpr,
+    WIDE: tl.constexpr,  # a program takes one block of the channels, and finds the weights in p_map
     DOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = PADDED_D // BLOCK_D
+    BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     if CHANNELS_LAST:
         stride_n = multiple(stride_n, VECTOR)
     else:
         stride_d, N = multiple(stride_d, VECTOR), multiple(N, VECTOR)
-    pid = tl.program_id(0)
-    group = 0
-    first_block, last_block = 0, BLOCKS
-    if not RESIDENT:  # the constants spare it registers
-        group, pid = pid % groups, pid // groups
-        first_block, last_block = group * BLOCKS // groups, (group + 1) * BLOCKS // groups
-    split, b, row = pid % splits, pid // splits, pid.to(tl.int64)
-    p_sums = p_encoding + row * K * D
-    first = split * share
-    last = tl.minimum(first + share, tiles)
-    o_k, one = tl.arange(0, BLOCK_K), tl.full((BLOCK_K,), 1.0, tl.float32)
-    near = False
-    if RESIDENT:
-        near = tl.load(p_near) > 0
-    sums, weight_sum = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
-    if near:
-        if RESIDENT:
-            all_sums, weight_sum = _resident(
-                d_x, p_smoothing, p_operands, p_bias, b, first, last, N, K, PADDED_D, SHARED, CHANNELS_LAST, DOT, BLOCK_N,
-                BLOCK_D, BLOCK_K, STAGES,
-            )  # fmt: skip
-            if BLOCKS == 1:
-                sums = all_sums
-            else:
-                o_d = tl.arange(0, PADDED_D)
-                mask = (o_d < D)[:, None] & (o_k < K)[None, :]
-                tl.store(p_sums + o_k[None, :] * D + o_d[:, None], all_sums, mask=mask)
-    else:
-        sums, weight_sum = _walking(
-            image(p_x, b.to(tl.int64), stride_b, VECTOR), p_smoothing, p_operands, p_centers, p_bias, p_sums, first, last,
-            first_block, last_block, N, stride_n, stride_d, D, K, PADDED_D, SHARED, CHANNELS_LAST, DOT, BLOCK_N, BLOCK_D,
-            BLOCK_K, STAGES,
-        )  # fmt: skip
-    p_base = p_centers + PADDED_D
-    subtract_codewords(
-        p_sums, sums, weight_sum, one, p_codewords, p_base, first_block, last_block, D, K, BLOCK_D, BLOCK_K, BLOCKS == 1
-    )
-    if group == 0:
-        tl.store(p_weight_sum + row * K + o_k, weight_sum, mask=o_k < K)
+    block, row = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
+    first = row // splits * tiles + row % splits * share
+    last = tl.minimum(first + share, row // splits * tiles + tiles)
+    o_k, o_d = tl.arange(0, BLOCK_K), block * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_k = o_k < K
+    s = load_smoothing(p_smoothing, o_k, K, SHARED)
+    center = find_center(p_codewords, D, K, BLOCK_D, BLOCK_K)
+    d, high, low, scale, bias, c, base, x_scale = prepare_codewords(p_codewords, center, o_d, o_k, D, K, DOT)
+    sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
+    weight_sum = tl.zeros((BLOCK_K,), tl.float32)
+    x = load_tile(p_x, first, last, tiles, o_d, N, stride_b, stride_n, stride_d, D, CHANNELS_LAST, VECTOR, BLOCK_N)
+    for tile in tl.range(first, last, num_stages=1, disable_licm=True):
+        # Asked for before the products of this tile, so that the copy goes on beneath them.
+        ahead = load_tile(
+            p_x, tile + 1, last, tiles, o_d, N, stride_b, stride_n, stride_d, D, CHANNELS_LAST, VECTOR, BLOCK_N
+        )
+        x = x.to(tl.float32)
+        operand = rounded((x - base[None, :]) * x_scale, DOT)
+        if WIDE:
+            weights = load_map(p_map, tile, BLOCK_N, BLOCK_K)
+        else:
+            nearness = find_nearness(x, operand, high, low, scale / x_scale, bias, c, SHARED, DOT)
+            m_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N) < N
+            weights = rounded(softmax(nearness, s, m_n, m_k), DOT)
+        weight_sum += tl.sum(weights.to(tl.float32), 0)
+        sums -= dot(tl.trans(operand), weights, DOT)
+        x = ahead
+    residuals = -sums / x_scale - weight_sum[None, :] * d
+    p_row = p_encoding + row * row_e
+    tl.store(p_row + o_k[None, :] * D + o_d[:, None], residuals, mask=(o_d < D)[:, None] & m_k[None, :])
+    tl.store(p_weight_sum + row * row_w + o_k, weight_sum, mask=m_k & (block == 0))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_fwd_kernel(
+    p_rows,  # (B, rows, K D + K), fp32
+    p_encoding,  # (B, K, D), fp32
+    p_weight_sum,  # (B, K), fp32
+    rows,
+    KD: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the sums of all splits of an image, in their order."""
+    BLOCKS: tl.constexpr = (KD + K + BLOCK - 1) // BLOCK
+    b = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    o = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row in range(rows):
+        total += tl.load(p_rows + (b * rows + row) * (KD + K) + o, mask=o < KD + K, other=0.0)
+    tl.store(p_encoding + b * KD + o, total, mask=o < KD)
+    tl.store(p_weight_sum + b * K + o - KD, total, mask=(o >= KD) & (o < KD + K))
+
+
+def add_up(
+    kernel: Any, key: Key, plan: Plan, inputs: tuple[Tensor, ...], options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Launch a kernel of forward, its programs sharing the tiles of an image, and add their sums.
+
+    Returns:
+        The encoding (B, K, D) and the sums of the weights over pixels (B, K), both fp32.
+    """
+    x = inputs[0]
+    (B, _, N), (K, D) = x.shape, (key.K, key.D)
+    tiles, row = ceil_div(N, plan.tiles.block_n), K * (D + 1)
+    stride_b, stride_d, stride_n = x.stride()
+    encoding, weight_sum = x.new_empty((B, K, D), dtype=torch.float32), x.new_empty((B, K), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        one = (*inputs, encoding, weight_sum, N, tiles, tiles, 1, stride_b, stride_n, stride_d, K * D, K)
+        slots = max(1, slots_of(kernel, key, one, options) // plan.blocks)
+        splits, share = split_images(B, tiles, slots, partial_cost(K, plan.tiles.block_n, x.element_size()))
+        if splits == 1:
+            kernel[(plan.blocks * B,)](*one, **options)
+            return encoding, weight_sum
+        rows = x.new_empty(B * splits * row, dtype=torch.float32)
+        several = (*inputs, rows, rows[K * D :], N, tiles, share, splits, stride_b, stride_n, stride_d, row, row)
+        kernel[(plan.blocks * B * splits,)](*several, **options)
+        finish_fwd_kernel[(B * ceil_div(row, BLOCK),)](rows, encoding, weight_sum, splits, K * D, K, BLOCK, **FUSED)
+    return encoding, weight_sum
+
+
+def encode_forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode x (B, D, N): the encoding (B, K, D) and the sums of the weights over pixels (B, K), both fp32.
+
+    Memory moves x once (twice where D is wide) and 4 K (D + 1) bytes an image; as many a split, twice, where there are several.
+    """
+    if x.numel() == 0:
+        (B, _, _), (K, D) = x.shape, codewords.shape
+        return x.new_zeros((B, K, D), dtype=torch.float32), x.new_zeros((B, K), dtype=torch.float32)
+    x, codewords, smoothing = make_readable(x), codewords.contiguous(), smoothing.contiguous()
+    key = key_of("forward", x, codewords, smoothing)
+    plan = plan_of(key, x.device)
+    with torch.cuda.device_of(x):
+        weights = assign_wide(x, codewords, smoothing, plan)[0] if plan.wide else x
+    return add_up(encode_fwd_kernel, key, plan, (x, codewords, smoothing, weights), {"WIDE": plan.wide, **plan.options})

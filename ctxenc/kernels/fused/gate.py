@@ -1,12 +1,17 @@
 """The fused gate: y = x * sigmoid(logits), or EncNet's y = relu(x + x * sigmoid(logits)), forward and backward as Triton kernels.
 
 Forward reads x and writes y, once each. Backward reads x and dy and writes dx, once each, and sums dy * x over the pixels on its
-way: a program sums WALK pixels of some channels, and the sums of all programs are added in a fixed order. No atomics: the same bits
-come out of every run. The cut depends on sizes alone, so that another GPU adds in the same order. Arithmetic is fp32.
+way; where programs share the pixels of a channel, a last launch adds their sums in a fixed order. No atomics: the same bits come
+out of every run. The cut depends on sizes alone, so that another GPU adds in the same order. Arithmetic is fp32.
+
+An image is one run of C * N elements. Channels first, a row of N pixels is read by the chunks of 16 bytes that touch it, for 7 x 7
+or 14 x 14 pixels of half precision are no multiple of them. A chunk is written with the row that it begins in.
 
 The first form is that of Squeeze-and-Excitation (arXiv 1709.01507), the second that of EncNet (arXiv 1803.08904), section 3.1.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,40 +19,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.fused.operands import _INTERPRETED, INTERPRETED, drop_bits
-from ctxenc.kernels.fused.tiles import ceil_div
-from ctxenc.kernels.fused.walk import multiple
+from ctxenc.kernels.fused import proof
+from ctxenc.kernels.fused.encode import DEVICES, differentiable, is_watched, takes_formula
+from ctxenc.kernels.fused.steps import _INTERPRETED, drop_bits, multiple
+from ctxenc.kernels.fused.tiles import ceil_div, is_channels_last
+from ctxenc.kernels.verdicts import Arguments, Constants, Operator, place
 
-# One binary for all sizes: how x and dy are aligned is in the explicit constexprs VECTOR and DY_VECTOR.
-SIZES = ["p_x", "p_logits", "p_dy", "C", "N", "tiles_c", "tiles_n", "splits"]
-SIZES += [f"{of}stride_{dim}" for of in ("", "dy_") for dim in "bcn"]
+# One binary for all sizes: how x and dy are aligned is in the explicit constexpr VECTOR.
+SIZES = ["p_x", "p_logits", "p_dy", "B", "C", "N", "tiles_c", "tiles_n", "splits", "steps", "stride_b", "dy_stride_b"]
 
-WALK = 256  # pixels that one program of backward sums up: its partial sums are 1 / (64 * itemsize) of x, at most 0.8 %
-
-
-@triton.jit
-def _place(tiles_c, tiles_n, UNIT: tl.constexpr):
-    """Image, tile of channels and tile of pixels of this program, int64: neighbours lie side by side in memory."""
-    pid = tl.program_id(0).to(tl.int64)
-    if UNIT == "c":
-        return pid // tiles_c // tiles_n, pid % tiles_c, pid // tiles_c % tiles_n
-    else:
-        return pid // tiles_n // tiles_c, pid // tiles_n % tiles_c, pid % tiles_n
+WALK, PROGRAMS = 256, 512  # programs of backward share an image from 256 pixels each on, until there are 512 of them
 
 
 @triton.jit
-def _pointers(p_image, c, n, o_c, o_n, stride_c, stride_n, UNIT: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to the tile that starts at channel c and pixel n, int64. UNIT: whose stride is 1, "c", "n" or "" for neither."""
-    if UNIT == "c":
-        stride_n = multiple(stride_n, VECTOR)
-        p_tile, offsets = p_image + n * stride_n + c, (o_n.to(tl.int64) * stride_n)[None, :] + o_c[:, None]
-    elif UNIT == "n":
-        stride_c = multiple(stride_c, VECTOR)
-        p_tile, offsets = p_image + c * stride_c + n, (o_c.to(tl.int64) * stride_c)[:, None] + o_n[None, :]
+def _place(tiles_c, tiles_n, LAST: tl.constexpr):
+    """Image, int64, tile of channels and tile of pixels of this program: neighbours lie side by side in memory."""
+    pid = tl.program_id(0)
+    if LAST:
+        return (pid // tiles_c // tiles_n).to(tl.int64), pid % tiles_c, pid // tiles_c % tiles_n
     else:
-        p_tile = p_image + c * stride_c + n * stride_n
-        offsets = (o_c.to(tl.int64) * stride_c)[:, None] + (o_n.to(tl.int64) * stride_n)[None, :]
-    return tl.multiple_of(p_tile, VECTOR * p_image.dtype.element_ty.primitive_bitwidth // 8) + offsets
+        return (pid // tiles_n // tiles_c).to(tl.int64), pid // tiles_n % tiles_c, pid % tiles_n
+
+
+@triton.jit
+def _at(p_x, offset, VECTOR: tl.constexpr):
+    """Address of an element, a multiple of VECTOR elements in a form that the compiler sees; multiple_of is lost on arguments."""
+    return tl.multiple_of(p_x + offset, VECTOR * p_x.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
@@ -59,8 +56,27 @@ def _sigmoid(p_logits, mask):
 
 
 @triton.jit
-def _store(pointers, value, mask):
-    """The fp32 value, rounded to what the pointers point to."""
+def _tile(c, o_n, C, N, LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Channels c (BLOCK_C,) and pixels o_n (BLOCK_N,) of an image.
+
+    Returns offsets, what to read, what to write, and which elements lie in the channel's row, in the next row otherwise or before.
+    """
+    m_c = (c < C)[:, None]
+    if LAST:
+        mask = m_c & (o_n < N)[None, :]
+        return o_n.to(tl.int64)[None, :] * C + c[:, None], mask, mask, mask, mask
+    else:
+        row, o_n = c.to(tl.int64) * N, o_n[None, :]
+        before = (row % VECTOR).to(tl.int32)[:, None]  # elements of the first chunk that are of the row before
+        end = before + N
+        read = m_c & (o_n < multiple(end + VECTOR - 1, VECTOR))
+        written = read & (o_n >= multiple(before + VECTOR - 1, VECTOR))
+        return multiple(row, VECTOR)[:, None] + o_n, read, written, (o_n >= before) & (o_n < end), o_n < end
+
+
+@triton.jit
+def store_rounded(pointers, value, mask):
+    """Store the fp32 value, rounded to the dtype of the pointers."""
     dtype = pointers.dtype.element_ty
     if _INTERPRETED and dtype == tl.bfloat16:  # which the interpreter cuts
         value = drop_bits(value, 16)
@@ -69,237 +85,334 @@ def _store(pointers, value, mask):
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
 def gate_fwd_kernel(
-    p_x,  # (B, C, N)
+    p_x,  # (B, C, N), or (B, N, C) where LAST; an image is one run
     p_logits,  # (B, C)
-    p_y,  # (B, C, N), dense, in the layout of x
-    C,
-    N,
-    tiles_c,
-    tiles_n,
-    stride_b,
-    stride_c,
-    stride_n,
+    p_y,  # as x, dense
+    C, N, tiles_c, tiles_n, stride_b,
     RESIDUAL: tl.constexpr,  # EncNet's form
-    UNIT: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements that address, strides and length of a row are multiples of
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    if UNIT == "c":
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements that addresses are multiples of, and C where LAST, C * N elsewhere
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if LAST:
         C = multiple(C, VECTOR)
-    else:
-        N = multiple(N, VECTOR)
-    b, tile_c, tile_n = _place(tiles_c, tiles_n, UNIT)
-    c, n, o_c, o_n = tile_c * BLOCK_C, tile_n * BLOCK_N, tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
-    m_c = o_c < C - c
-    mask = m_c[:, None] & (o_n < N - n)[None, :]
-    gate, _ = _sigmoid(p_logits + b * C + c + o_c, m_c)
-    p_image = p_x + b * multiple(stride_b, VECTOR)
-    x = tl.load(_pointers(p_image, c, n, o_c, o_n, stride_c, stride_n, UNIT, VECTOR), mask=mask, other=0.0)
-    x = x.to(tl.float32)
-    y = x * gate[:, None]
+    b, tile_c, tile_n = _place(tiles_c, tiles_n, LAST)
+    c, o_n = tile_c * BLOCK_C + tl.arange(0, BLOCK_C), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o, _, written, _, own = _tile(c, o_n, C, N, LAST, VECTOR)
+    gate, _ = _sigmoid(p_logits + b * C + c, c < C)
+    gate = gate[:, None]
+    if not LAST and VECTOR > 1:
+        next_gate, _ = _sigmoid(p_logits + b * C + c + 1, c + 1 < C)
+        gate = tl.where(own, gate, next_gate[:, None])
+    x = tl.load(_at(p_x, b * stride_b, VECTOR) + o, mask=written, other=0.0).to(tl.float32)
+    y = x * gate
     if RESIDUAL:
         y += x
         y = tl.where(y < 0, 0.0, y)  # lets NaN through
-    _store(_pointers(p_y + b * C * N, c, n, o_c, o_n, N, C, UNIT, VECTOR), y, mask)
+    store_rounded(_at(p_y, b * C * N, VECTOR) + o, y, written)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
 def gate_bwd_kernel(
-    p_x,  # (B, C, N)
+    p_x,  # (B, C, N), or (B, N, C) where LAST; an image is one run
     p_logits,  # (B, C)
-    p_dy,  # (B, C, N)
-    p_dx,  # (B, C, N), dense, in the layout of x
-    p_dlogits,  # (B, splits, C), fp32
-    C,
-    N,
-    tiles_c,
+    p_dy,  # as x
+    p_dx,  # as x, dense
+    p_dlogits,  # (B, splits, C)
+    C, N, tiles_c,
     splits,  # programs that share the pixels of an image
-    stride_b,
-    stride_c,
-    stride_n,
-    dy_stride_b,
-    dy_stride_c,
-    dy_stride_n,
+    steps,  # tiles of each
+    stride_b, dy_stride_b,
     RESIDUAL: tl.constexpr,
-    UNIT: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DY_UNIT: tl.constexpr,
-    DY_VECTOR: tl.constexpr,
     DX: tl.constexpr,  # whether the gradient in x is wanted
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WALK: tl.constexpr,
-):
-    C = multiple(C, VECTOR if UNIT == "c" else (DY_VECTOR if DY_UNIT == "c" else 1))
-    N = multiple(N, VECTOR if UNIT == "n" else (DY_VECTOR if DY_UNIT == "n" else 1))
-    b, tile_c, split = _place(tiles_c, splits, UNIT)
-    c, first, o_c, o_n = tile_c * BLOCK_C, split * WALK, tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
-    m_c = o_c < C - c
-    gate, slope = _sigmoid(p_logits + b * C + c + o_c, m_c)
-    p_image, p_grad = p_x + b * multiple(stride_b, VECTOR), p_dy + b * multiple(dy_stride_b, DY_VECTOR)
-    products = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-    for n in range(first, tl.minimum(first + WALK, N), BLOCK_N):
-        mask = m_c[:, None] & (o_n < N - n)[None, :]
-        p_tile = _pointers(p_image, c, n, o_c, o_n, stride_c, stride_n, UNIT, VECTOR)
-        x = tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)
-        p_tile = _pointers(p_grad, c, n, o_c, o_n, dy_stride_c, dy_stride_n, DY_UNIT, DY_VECTOR)
-        dy = tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)
+    LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if LAST:
+        C = multiple(C, VECTOR)
+    b, tile_c, split = _place(tiles_c, splits, LAST)
+    c, first = tile_c * BLOCK_C + tl.arange(0, BLOCK_C), split * steps
+    p_x, p_dy = _at(p_x, b * stride_b, VECTOR), _at(p_dy, b * dy_stride_b, VECTOR)
+    p_dx, p_logits = _at(p_dx, b * C * N, VECTOR), p_logits + b * C + c
+    own_gate, slope = _sigmoid(p_logits, c < C)
+    next_gate, _ = _sigmoid(p_logits + 1, c + 1 < C)
+    sums = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    for step in range(first, first + steps):
+        o, read, written, in_row, own = _tile(c, step * BLOCK_N + tl.arange(0, BLOCK_N), C, N, LAST, VECTOR)
+        x = tl.load(p_x + o, mask=read, other=0.0).to(tl.float32)
+        dy = tl.load(p_dy + o, mask=read, other=0.0).to(tl.float32)
+        gate = own_gate[:, None]
+        if not LAST and VECTOR > 1:
+            gate = tl.where(own, gate, next_gate[:, None])
         if RESIDUAL:
-            dy = tl.where(x + x * gate[:, None] <= 0, 0.0, dy)  # as torch's relu has it, NaN too
-        products += dy * x
+            dy = tl.where(x + x * gate <= 0, 0.0, dy)  # as torch's relu has it, NaN too
+        sums += tl.where(in_row, dy * x, 0.0)
         if DX:
-            dx = dy * gate[:, None]
+            dx = dy * gate
             if RESIDUAL:
                 dx += dy
-            _store(_pointers(p_dx + b * C * N, c, n, o_c, o_n, N, C, UNIT, VECTOR), dx, mask)
-    p_sums = p_dlogits + (b * splits + split) * C + c + o_c
-    tl.store(p_sums, tl.sum(products, 1) * slope, mask=m_c)
+            store_rounded(p_dx + o, dx, written)
+    store_rounded(p_dlogits + (b * splits + split) * C + c, tl.sum(sums, 1) * slope, c < C)
 
 
-def _unit(x: Tensor) -> str:
-    """The dimension of x (B, C, N) along which its elements lie side by side: "c", "n", or "" for none."""
-    if x.shape[1] > 1 and x.stride(1) == 1:
-        return "c"
-    return "n" if x.shape[2] == 1 or x.stride(2) == 1 else ""
+@triton.jit(do_not_specialize=SIZES)
+def add_splits_kernel(p_sums, p_total, B, C, splits, BLOCK: tl.constexpr):
+    """Add fp32 sums (B, splits, C) up over the splits: (B, C)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p_sums, total = p_sums + (i // C).to(tl.int64) * splits * C + i % C, tl.zeros((BLOCK,), tl.float32)
+    for split in range(0, splits):
+        total += tl.load(p_sums + split * C, mask=i < B * C, other=0.0)
+    store_rounded(p_total + i, total, i < B * C)
 
 
-def _vector(x: Tensor, unit: str) -> int:
-    """Elements of 16 bytes where every row of x begins and ends at a multiple of 16 bytes, else 1."""
-    if not unit:
-        return 1
-    elements, row = 16 // x.element_size(), "bcn".index(unit)
-    strides = [x.stride(dim) for dim in range(3) if dim != row and x.shape[dim] > 1]
-    return elements if all(size % elements == 0 for size in (x.shape[row], *strides)) and x.data_ptr() % 16 == 0 else 1
-
-
-def _tiles(itemsize: int, unit: str, vector: int, backward: bool) -> tuple[int, int]:
-    """Channels and pixels of a tile. Not timed.
-
-    A row of 64 elements is one or two cache lines, and 7 x 7 or 14 x 14 pixels fill three quarters of theirs. With 4 warps a thread
-    has four loads of 16 bytes in flight, in backward two of x and two of dy. A dy that lies across x is read by 64 bytes. Unaligned
-    half precision gets the tiles of fp32: with its own, backward takes all 255 registers. B, C and N would each be compiled for.
-    """
-    rows = (64 if backward else 128) // (itemsize if vector > 1 else 4)
-    return (64, rows) if unit == "c" else (rows, 64)
+def _as_runs(x: Tensor, last: bool) -> Tensor:
+    """X (B, C, N) in the layout that is asked for, copied unless each image is one run."""
+    _, C, N = x.shape
+    if last:
+        return x if x.stride()[1:] == (1, C) else x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x if x.stride()[1:] == (N, 1) else x.contiguous()
 
 
 def _empty_as(x: Tensor) -> Tensor:
     """Room for x (B, C, N), dense, in its layout."""
     B, C, N = x.shape
-    return x.new_empty((B, N, C)).transpose(1, 2) if _unit(x) == "c" else x.new_empty((B, C, N))
+    return x.new_empty((B, N, C)).transpose(1, 2) if is_channels_last(x) else x.new_empty((B, C, N))
 
 
 def _empty_rows(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def gate_bytes(B: int, C: int, N: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that forward and backward move, with logits of the same itemsize and x read where it lies.
+def _tiles(itemsize: int, last: bool, vector: int, backward: bool) -> tuple[int, int]:
+    """Channels and pixels of a tile. Not timed.
 
-    Args:
-        B: images.
-        C: channels.
-        N: pixels of an image.
-        itemsize: bytes of an element of x.
-
-    Returns:
-        Bytes of forward (x, y, logits) and of backward (x, dy, dx, logits, the partial sums written and read, dlogits).
+    A row of 64 elements is one or two cache lines, and 7 x 7 or 14 x 14 pixels fill three quarters of theirs. With 4 warps a thread
+    has four loads of 16 bytes in flight, in backward two of x and two of dy. Unaligned half precision gets the tiles of fp32: with
+    its own, a thread takes 154 registers. B, C and N would each be compiled for.
     """
-    x, logits, partial = B * C * N * itemsize, B * C * itemsize, B * ceil_div(N, WALK) * C * 4
-    return 2 * x + logits, 3 * x + 2 * logits + 2 * partial
+    rows = (64 if backward else 128) // (itemsize if vector > 1 else 4)
+    return (64, rows) if last else (rows, 64)
 
 
-def _launch(x: Tensor, backward: bool) -> tuple[Tensor, int, dict[str, Any]]:
-    """X, copied where no stride is 1; programs along the channels; and the constants of a launch."""
-    unit = _unit(x)
-    if not unit:
-        x, unit = x.contiguous(), "n"
-    vector = _vector(x, unit)
-    block_c, block_n = _tiles(x.element_size(), unit, vector, backward)
-    constants = {"UNIT": unit, "VECTOR": vector, "BLOCK_C": block_c, "BLOCK_N": block_n}
+def _plan(x: Tensor, *others: Tensor, last: bool) -> tuple[int, int, dict[str, Any]]:
+    """Tiles along the channels and along the pixels, and the constants of a launch on x, in backward also dy."""
+    (_, C, N), itemsize = x.shape, x.element_size()
+    vector = 16 // itemsize
+    aligned = all(y.data_ptr() % 16 == 0 and (len(y) == 1 or y.stride(0) % vector == 0) for y in (x, *others))
+    if not aligned or (C if last else C * N) % vector or (vector > N and not last):
+        vector = 1
+    block_c, block_n = _tiles(itemsize, last, vector, bool(others))
+    constants = {"LAST": last, "VECTOR": vector, "BLOCK_C": block_c, "BLOCK_N": block_n}
     constants |= {"num_warps": 4, "enable_fp_fusion": True}  # which Triton 3.10 would turn over
-    return x, ceil_div(x.shape[1], block_c), constants
+    # The longest row with what is before and behind it in its chunks.
+    pixels = N if last else ceil_div(N + vector - math.gcd(N, vector), vector) * vector
+    return ceil_div(C, block_c), ceil_div(pixels, block_n), constants
 
 
-# Bytes: x and the logits read, y written; see gate_bytes.
+def _cut(programs: int, tiles_n: int, block_n: int) -> tuple[int, int]:
+    """Of backward: programs that share the pixels of an image, and tiles of each."""
+    splits = max(1, min(ceil_div(tiles_n * block_n, WALK), PROGRAMS // programs))
+    steps = ceil_div(tiles_n, splits)
+    return ceil_div(tiles_n, steps), steps
+
+
+# Bytes: x and the logits read, y written; see benchmarks/bytes.py.
 def _forward(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     B, C, N = x.shape
-    y = _empty_as(x)
+    y, last = _empty_as(x), is_channels_last(x)
     if x.numel() == 0:
         return y
     with torch.cuda.device_of(x):
-        x, tiles_c, constants = _launch(x, backward=False)
-        tiles_n = ceil_div(N, constants["BLOCK_N"])
-        gate_fwd_kernel[(B * tiles_c * tiles_n,)](
-            x, logits.contiguous(), y, C, N, tiles_c, tiles_n, *x.stride(), RESIDUAL=residual, **constants
-        )
+        x = _as_runs(x, last)
+        tiles_c, tiles_n, constants = _plan(x, last=last)
+        sizes = C, N, tiles_c, tiles_n, x.stride(0)
+        gate_fwd_kernel[(B * tiles_c * tiles_n,)](x, logits.contiguous(), y, *sizes, RESIDUAL=residual, **constants)
     return y
 
 
-# Bytes: x, dy and the logits read, dx and B * ceil(N / WALK) * C fp32 sums written, which torch then adds; see gate_bytes.
+# Bytes: x, dy and the logits read, dx and the sums written, which are added up where there are several; see benchmarks/bytes.py.
 def _backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
     B, C, N = x.shape
-    dx = _empty_as(x) if x_wanted else x.new_empty(0)
+    dx, dlogits, last = _empty_as(x) if x_wanted else x.new_empty(0), _empty_rows(logits), is_channels_last(x)
     if x.numel() == 0:
-        return dx, _empty_rows(logits).zero_()
-    splits, unit = ceil_div(N, WALK), _unit(dy)
+        return dx, dlogits.zero_()
     with torch.cuda.device_of(x):
-        x, tiles_c, constants = _launch(x, backward=True)
-        constants |= {"DY_UNIT": unit, "DY_VECTOR": _vector(dy, unit), "RESIDUAL": residual, "DX": x_wanted}
-        sums = x.new_empty((B, splits, C), dtype=torch.float32)
-        strides = (*x.stride(), *dy.stride())
-        gate_bwd_kernel[(B * tiles_c * splits,)](
-            x, logits.contiguous(), dy, dx, sums, C, N, tiles_c, splits, *strides, WALK=WALK, **constants
-        )
-    return dx, (sums.squeeze(1) if splits == 1 else sums.sum(1)).to(logits.dtype)
+        x, dy = _as_runs(x, last), _as_runs(dy, last)
+        tiles_c, tiles_n, constants = _plan(x, dy, last=last)
+        splits, steps = _cut(B * tiles_c, tiles_n, constants["BLOCK_N"])
+        sums = dlogits if splits == 1 else x.new_empty((B, splits, C), dtype=torch.float32)
+        sizes = C, N, tiles_c, splits, steps, x.stride(0), dy.stride(0)
+        forms = {"RESIDUAL": residual, "DX": x_wanted}
+        gate_bwd_kernel[(B * tiles_c * splits,)](x, logits.contiguous(), dy, dx, sums, *sizes, **forms, **constants)
+        if splits > 1:
+            add_splits_kernel[(ceil_div(B * C, 256),)](sums, dlogits, B, C, splits, BLOCK=256)
+    return dx, dlogits
 
 
-_DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
+# The PyTorch path, laid out as the kernels' results are
 
 
-@torch.library.custom_op("ctxenc::gate", mutates_args=(), device_types=_DEVICES)
-def _gate_op(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
-    return _forward(x, logits, residual)
+def plain_forward(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
+    gated = x * logits.sigmoid().to(x.dtype).unsqueeze(2)
+    y = (x + gated).relu() if residual else gated
+    wanted = _empty_as(x)
+    return y if y.stride() == wanted.stride() else wanted.copy_(y)
+
+
+def plain_backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).unsqueeze(2)
+    gate = wide.sigmoid().to(x.dtype)
+    if residual:
+        dy = torch.where(x + x * gate <= 0, 0, dy)
+    slope = wide.sigmoid() * (-wide).sigmoid()
+    dlogits = (dy * x).sum(2, dtype=wide.dtype) * slope.squeeze(2)
+    dx = _empty_as(x) if x_wanted else x.new_empty(0)
+    if x_wanted:
+        dx.copy_(torch.addcmul(dy, dy, gate) if residual else dy * gate)
+    return dx, dlogits.to(logits.dtype)
+
+
+# How the kernels prove themselves
+
+
+def _constants(x: Tensor, logits: Tensor, *flags: bool, dy: Tensor | None = None) -> Constants | None:
+    """Everything that a kernel is compiled for; the flags are residual and, for backward, x_wanted."""
+    if not x.numel():
+        return None
+    last = is_channels_last(x)
+    named = {"x": proof.dtype_name(x), "logits": proof.dtype_name(logits), "residual": flags[0]}
+    if dy is not None:
+        named["x_wanted"] = flags[1]
+    runs = [_as_runs(tensor, last) for tensor in ((x,) if dy is None else (x, dy))]
+    return named | _plan(*runs, last=last)[2]
+
+
+def _backward_constants(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> Constants | None:
+    return _constants(x, logits, *flags, dy=dy)
+
+
+def _problem(constants: Constants, device: torch.device) -> Arguments | None:
+    """Three images of some tiles of channels and runs of WALK pixels; logits from -9 to 9; zeros, where relu has its kink."""
+    draw, backward = proof.drawing(device), "x_wanted" in constants
+    flags = [constants[name] for name in ("residual", "x_wanted") if name in constants]
+    dtypes = [getattr(torch, str(constants[name])) for name in ("x", "logits")]
+    N = 2 * WALK + int(constants["BLOCK_N"])
+    for ragged in (9, 10, 12, 16):
+        C = 2 * int(constants["BLOCK_C"]) + ragged
+        logits = (3 * torch.randn(3, C, **draw)).to(dtypes[1])
+        for x in proof.placed(3, C, N, bool(constants["LAST"]), dtypes[0], device):
+            dy = torch.empty_like(x) if backward else None
+            if _constants(x, logits, *flags, dy=dy) != constants:
+                continue
+            proof.fill(x, lambda shape: torch.randn(shape, **draw) * (torch.rand(shape, **draw) < 0.9))
+            return (x, logits, *flags) if dy is None else (dy.copy_(torch.randn(x.shape, **draw)), x, logits, *flags)
+    return None
+
+
+def _over(got: Tensor, wanted: Tensor, terms: Tensor) -> float:
+    """Error over tolerance: 2 units of the result's own dtype, and 16 of fp32 of the sum of its absolute terms."""
+    fp32 = torch.finfo(torch.float32)
+    tolerance = 2 * torch.finfo(got.dtype).eps * wanted.abs() + 16 * fp32.eps * terms + fp32.tiny
+    return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
+
+
+def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    return {"y": _over(results[0], exact[0], 2 * arguments[0].double().abs())}
+
+
+def _backward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    dy, x, logits = (tensor.double() for tensor in arguments[:3])
+    slope = logits.sigmoid() * (-logits).sigmoid()
+    over = {"dlogits": _over(results[1], exact[1], (dy * x).abs().sum(2) * slope)}
+    return over | ({"dx": _over(results[0], exact[0], 2 * dy.abs())} if arguments[-1] else {})
+
+
+def _key(x: Tensor, logits: Tensor, *flags: bool) -> tuple[Any, ...]:
+    return *place(x), logits.dtype, *flags
+
+
+def _backward_key(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> tuple[Any, ...]:
+    return *place(dy), *place(x), logits.dtype, *flags
+
+
+FORWARD = Operator("gate", _forward, plain_forward, _constants, _problem, _excess, _key)
+BACKWARD = Operator(
+    "gate_backward", _backward, plain_backward, _backward_constants, _problem, _backward_excess, _backward_key
+)
+
+
+# The registered operators
+
+
+@torch.library.custom_op("ctxenc::gate", mutates_args=(), device_types=DEVICES)
+def _gate_op(x: Tensor, logits: Tensor, residual: bool, strict: bool = False) -> Tensor:
+    return FORWARD(strict, x, logits, residual)
 
 
 @_gate_op.register_fake
-def _(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
+def _(x: Tensor, logits: Tensor, residual: bool, strict: bool = False) -> Tensor:
     return _empty_as(x)
 
 
-@torch.library.custom_op("ctxenc::gate_backward", mutates_args=(), device_types=_DEVICES)
-def _gate_backward_op(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
-    return _backward(dy, x, logits, residual, x_wanted)
+@torch.library.custom_op("ctxenc::gate_backward", mutates_args=(), device_types=DEVICES)
+def _gate_backward_op(
+    dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool, strict: bool = False
+) -> tuple[Tensor, Tensor]:
+    return BACKWARD(strict, dy, x, logits, residual, x_wanted)
 
 
 @_gate_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
+def _(
+    dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool, strict: bool = False
+) -> tuple[Tensor, Tensor]:
     return _empty_as(x) if x_wanted else x.new_empty(0), _empty_rows(logits)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.residual = inputs[2]
+    ctx.flags = inputs[2:]
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None]:
+def _gradients(
+    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, Tensor]] = _gate_backward_op
+) -> tuple[Any, ...]:
+    x, logits = ctx.saved_tensors
+    residual, strict = ctx.flags
+    if takes_formula(dy):
+
+        def plainly(x: Tensor, logits: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                return plain_forward(x, logits, residual)
+
+        return *differentiable(plainly, (x, logits), dy), None, None
     x_wanted = ctx.needs_input_grad[0]
-    dx, dlogits = _gate_backward_op(dy, *ctx.saved_tensors, ctx.residual, x_wanted)
-    return dx if x_wanted else None, dlogits, None
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError('gate: the Triton path has no second derivatives; take ctxenc.use_backend("torch")')
+    dx, dlogits = backward(dy, x, logits, residual, x_wanted, strict)
+    return dx if x_wanted else None, dlogits, None, None
 
 
 _gate_op.register_autograd(_gradients, setup_context=_save)
-_gate_backward_op.register_autograd(_no_second_derivative)
 
 
-def gate(x: Tensor, logits: Tensor, residual: bool = False) -> Tensor:
+class _Gate(torch.autograd.Function):
+    """The same without the dispatcher, for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, residual: bool, strict: bool) -> Tensor:
+        _save(ctx, (x, logits, residual, strict), x)
+        return FORWARD(strict, x, logits, residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _gradients(ctx, dy, lambda *arguments: BACKWARD(arguments[-1], *arguments[:-1]))
+
+
+def gate(x: Tensor, logits: Tensor, residual: bool = False, strict: bool = False) -> Tensor:
     """X * sigmoid(logits), or relu(x + x * sigmoid(logits)), of x (B, C, N) and logits (B, C): (B, C, N), dense, in x's layout.
 
-    fp32, fp16 and bf16 on a GPU, any strides: x is read where it lies if the stride of C or N is 1, copied otherwise.
+    fp32, fp16 and bf16 on a GPU, any strides: x is read where it lies if each image is dense, copied otherwise.
+    strict: raise RuntimeError where no kernel has proved itself, instead of taking the PyTorch path.
     """
-    return _gate_op(x, logits, residual)
+    if is_watched():
+        return _gate_op(x, logits, residual, strict)
+    if (x.requires_grad or logits.requires_grad) and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _Gate.apply(x, logits, residual, strict)
+    return FORWARD(strict, x, logits, residual)

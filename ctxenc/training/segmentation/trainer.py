@@ -26,7 +26,7 @@ from ctxenc.training.segmentation.networks import SegmentConfig, build_network
 from ctxenc.training.segmentation.pictures import sheet
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
 
-SCORE = "mean_iou"  # the column of metrics.csv by which the best epoch and the best arm are chosen
+SCORE = "mean_iou"  # the column of metrics.csv by which the best epoch is chosen
 SHOWN = 4  # validation samples in the picture of each epoch
 WORST = 6  # in that of the worst
 
@@ -138,10 +138,7 @@ class SegmentTrainer(Loop):
         """Logits of the pixels of masks of this size, fp32."""
         images = in_format(images.to(self.accelerator.device), self.settings.channels_last)
         with self.accelerator.autocast():
-            logits = self.network(images)["out"].float()
-        if logits.shape[2:] != size:
-            logits = F.interpolate(logits, size, mode="bilinear", align_corners=self.network.align_corners)
-        return logits
+            return pixel_logits(self.network, images, size)
 
     def publish(self) -> None:
         """Writes what an epoch leaves for others, a picture of some validation samples among it; on the main process."""
@@ -187,6 +184,14 @@ class SegmentTrainer(Loop):
         resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         pixels = pictures.photograph(resized, self.config.mean, self.config.std)
         return (pixels * 255).round().byte().permute(2, 0, 1)
+
+
+def pixel_logits(network: Any, images: Tensor, size: torch.Size) -> Tensor:
+    """The logits of images at the pixels of masks of this size, fp32."""
+    logits = network(images)["out"].float()
+    if logits.shape[2:] != size:
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=network.align_corners)
+    return logits
 
 
 def share_wrong(predictions: Tensor, masks: Tensor, ignore_index: int = 255) -> Tensor:

@@ -1,0 +1,238 @@
+"""How well the launches of the operator fill a GPU, and what bounds them, on paper: kernels are compiled, and nothing is run.
+
+    python -m benchmarks.occupancy [--targets sm_90 ...] [--batch 1 16 64 256] [--dtype bf16] [--layout channels_first]
+                                   [--check] [--quick] [--out FILE]
+
+A row is a call of forward or of backward, at a shape that a known network feeds it. Columns:
+
+- kernels: launches of the call;
+- programs of the kernel that reads x, how many of them a multiprocessor has room for (from the registers and shared memory that it
+  compiles to), and the waves that they take;
+- at work: the part of the GPU that has a tile to work on, averaged over the time of the busiest multiprocessor;
+- memory, L2: bytes in times of x, from benchmarks.bytes;
+- us: the sum of the kernels' times. A kernel's is the greatest of four: bytes by bandwidth; bytes by that of L2; products by the
+  rate of the tensor cores; and latency, the loads of a program that wait for one another, times the waves. L2 and tensor cores are
+  those of the multiprocessors at work. Left out are gaps between kernels, instructions outside the tensor cores and bank conflicts:
+  it is an estimate to compare launches by, and no speed;
+- floor: the part of that time in which memory could move the call's inputs and results once;
+- bound: what takes the time of the longest kernel.
+
+--check ends with an error where the aims do not hold. A kernel that reads x gives 90 % of the multiprocessors a tile at once where
+x has that many. Up to 128 channels, and where x has more tiles than the GPU has room for programs, L2 moves at most twice the
+call's inputs and results in forward, and 1.5 times in backward: on large maps twice and three times x.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.bytes import Traffic, Work, traffic, work_of
+from benchmarks.compiled import DTYPES, Launch, launches, resources
+from benchmarks.environment import describe
+from benchmarks.gpus import GPUS, Gpu
+from benchmarks.shapes import NETWORKS, Feed
+from ctxenc.kernels.fused.tiles import ceil_div, programs_per_multiprocessor
+
+DIRECTIONS = ("forward", "backward")
+AIM_BUSY, AIM_L2 = 0.9, {"forward": 2.0, "backward": 1.5}
+NARROW = 128  # channels up to which the aim for L2 holds
+
+
+class Kernel(NamedTuple):
+    """One launch of a call on paper."""
+
+    name: str
+    reads_x: bool
+    programs: int
+    programs_at_a_time: int  # on a multiprocessor
+    waves: float
+    busy: float  # part of the multiprocessors that have a program in the first wave
+    could_be_busy: float  # that part, had each tile a program of its own
+    is_full: bool  # it reads x, and there are more tiles than the GPU has room for programs
+    at_work: float
+    memory_seconds: float
+    l2_seconds: float
+    product_seconds: float
+    latency_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The greatest of its times."""
+        return max(self[-4:])
+
+    @property
+    def bound(self) -> str:
+        """What takes that time."""
+        return ("memory", "L2", "tensor", "latency")[self[-4:].index(self.seconds)]
+
+
+def estimate(launch: Launch, work: Work, moved: Traffic, gpu: Gpu) -> Kernel:
+    """Estimate a launch on a GPU whose figures are known."""
+    figures, multiprocessors = gpu.figures, gpu.target.multiprocessors
+    assert figures
+    a, programs, reads_x = launch.arguments, launch.programs, "p_x" in work.reads
+    if reads_x:
+        taken = resources(launch, gpu)
+        room = programs_per_multiprocessor(gpu.target, taken.registers, taken.shared, taken.warps)
+    else:  # a finishing kernel, which needs little
+        room = gpu.target.threads // (32 * launch.options.get("num_warps", 4))
+    on_busiest = ceil_div(programs, multiprocessors) * work.share
+    at_work = work.tiles / (multiprocessors * on_busiest)
+    rate = figures.half_rate if a.get("DOT") in ("bf16", "fp16") else figures.tf32_rate
+    waits = work.memory_waits * figures.latency + work.l2_waits * figures.l2_latency
+    return Kernel(
+        name=launch.kernel.fn.__name__,
+        reads_x=reads_x,
+        programs=programs,
+        programs_at_a_time=room,
+        waves=programs / (multiprocessors * room),
+        busy=min(1.0, programs / multiprocessors),
+        could_be_busy=min(1.0, work.tiles / multiprocessors),
+        is_full=reads_x and work.tiles > multiprocessors * room,
+        at_work=at_work,
+        memory_seconds=moved.memory / figures.bandwidth,
+        l2_seconds=moved.l2 / figures.l2_bandwidth / at_work,
+        product_seconds=work.flops / rate / at_work,
+        latency_seconds=ceil_div(programs, multiprocessors * room) * waits,
+    )
+
+
+class Row(NamedTuple):
+    """A call on paper."""
+
+    target: str
+    source: str
+    shape: tuple[int, int, int, int]  # B, D, N, K
+    dtype: str
+    channels_last: bool
+    direction: str
+    memory: float  # bytes in times of x
+    l2: float
+    least_l2: float  # the call's inputs and results, in times of x
+    seconds: float
+    floor_seconds: float
+    kernels: list[Kernel]
+
+    @property
+    def main(self) -> Kernel:
+        """The kernel that reads x and leaves most of the GPU idle."""
+        return min((kernel for kernel in self.kernels if kernel.reads_x), key=lambda kernel: kernel.at_work)
+
+    @property
+    def bound(self) -> str:
+        """What bounds the longest kernel."""
+        return max(self.kernels, key=lambda kernel: kernel.seconds).bound
+
+    def faults(self) -> list[str]:
+        """The aims that do not hold."""
+        found = [
+            f"{kernel.name} gives {kernel.busy:.0%} of the multiprocessors a tile where {kernel.could_be_busy:.0%} could have one"
+            for kernel in self.kernels
+            if kernel.reads_x and kernel.busy < AIM_BUSY <= kernel.could_be_busy
+        ]
+        most = AIM_L2[self.direction] * self.least_l2
+        if self.shape[1] <= NARROW and any(kernel.is_full for kernel in self.kernels) and self.l2 > most:
+            found.append(f"L2 moves {self.l2:.2f} times x, the aim is {most:.2f}")
+        return found
+
+
+def dense(B: int, D: int, N: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """An x (B, D, N) without memory."""
+    if channels_last:
+        return torch.empty((B, N, D), dtype=dtype, device="meta").transpose(1, 2)
+    return torch.empty((B, D, N), dtype=dtype, device="meta")
+
+
+def row(target: str, feed: Feed, B: int, direction: str, dtype: str, channels_last: bool) -> Row:
+    """Put a call on paper."""
+    gpu, D, N, K = GPUS[target], feed.channels, feed.spatial[0] * feed.spatial[1], feed.num_codes
+    x = dense(B, D, N, DTYPES[dtype], channels_last)
+    made = launches(direction, x, K, gpu)
+    moved = traffic(made, gpu.figures.l2_bytes)
+    kernels = [estimate(launch, work_of(launch), each, gpu) for launch, each in zip(made, moved, strict=True)]
+    parameters, encoding = 4 * K * (D + 1), 4 * B * K * (D + 1)  # the weight sums count with the encoding
+    least = x.nbytes + parameters + encoding
+    if direction == "backward":
+        least += x.nbytes + parameters
+    return Row(
+        *(target, feed.source, (B, D, N, K), dtype, channels_last, direction),
+        memory=sum(each.memory for each in moved) / x.nbytes,
+        l2=sum(each.l2 for each in moved) / x.nbytes,
+        least_l2=least / x.nbytes,
+        seconds=sum(kernel.seconds for kernel in kernels),
+        floor_seconds=least / gpu.figures.bandwidth,
+        kernels=kernels,
+    )
+
+
+def rows(target: str, feed: Feed, batches: Sequence[int], dtype: str, channels_last: bool) -> list[Row]:
+    """All rows of a shape on a GPU, which share their kernels."""
+    return [row(target, feed, B, direction, dtype, channels_last) for direction in DIRECTIONS for B in batches]
+
+
+HEADER = (
+    f"{'B, D, N, K':<18} {'':<8} {'kernels':>7} {'programs':>8} {'a mp':>4} {'waves':>6} {'at work':>7} {'memory':>6} {'L2':>6}"
+    f" {'us':>8} {'floor':>6}  bound"
+)
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    main = row.main
+    return (
+        f"{', '.join(map(str, row.shape)):<18} {row.direction:<8} {len(row.kernels):>7} {main.programs:>8}"
+        f" {main.programs_at_a_time:>4} {main.waves:>6.2f} {100 * main.at_work:>5.0f} % {row.memory:>6.2f} {row.l2:>6.2f}"
+        f" {row.seconds * 1e6:>8.1f} {100 * row.floor_seconds / row.seconds:>4.0f} %  {row.bound}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = [name for name, gpu in GPUS.items() if gpu.figures]
+    parser.add_argument("--targets", nargs="+", choices=known, default=known, metavar="sm_XX")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="images (default: 1 16 64 256)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of x (default: bf16)")
+    parser.add_argument("--layout", choices=["channels_first", "channels_last"], default="channels_first")
+    parser.add_argument("--quick", action="store_true", help="an H200, two shapes, 1 and 64 images")
+    parser.add_argument("--check", action="store_true", help="fail where the aims do not hold")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default: 2)")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    args = parser.parse_args(arguments)
+    feeds, targets = (NETWORKS[2:4], ["sm_90"]) if args.quick else (NETWORKS, args.targets)
+    batches = args.batch or ([1, 64] if args.quick else [1, 16, 64, 256])
+    found: list[Row] = []
+    for target in targets:
+        figures = GPUS[target].figures
+        print(f"\n{target}, as an {figures.board}; nothing was run\n{HEADER}", flush=True)
+        task = partial(rows, target, batches=batches, dtype=args.dtype, channels_last=args.layout == "channels_last")
+        for each in _mapped(task, feeds, args.jobs):
+            found += each
+            print("\n".join(map(line, each)), flush=True)
+    if args.out:
+        values = [
+            each._asdict() | {"bound": each.bound, "kernels": [k._asdict() for k in each.kernels]} for each in found
+        ]
+        args.out.write_text(json.dumps({"environment": describe(), "rows": values}, indent=1) + "\n")
+    faults = [f"{each.target}: {line(each)}: {fault}" for each in found for fault in each.faults()]
+    if args.check and faults:
+        sys.exit("\n".join(["", *faults, f"{len(faults)} aims do not hold in {len(found)} rows"]))
+
+
+def _mapped(task: Any, feeds: Sequence[Feed], jobs: int) -> Iterator[list[Row]]:
+    if jobs == 1:  # a test can then replace what it looks at
+        yield from map(task, feeds)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(task, feeds)
+
+
+if __name__ == "__main__":
+    main()

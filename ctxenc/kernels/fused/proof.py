@@ -1,0 +1,198 @@
+"""How the encode kernels prove themselves: what they are compiled for, problems where a lost term shows, how far off they may be.
+
+The tolerance of tests/tolerance.py is a bound for any input. Here the inputs are known, and the bound can be close: each row of a
+result may be off by some units of round-off of the sum of the row's absolute terms, such as sum_i w_ik |r_ik| for the encoding of a
+codeword, in the Euclidean norm over its channels.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxenc.kernels import torch_encode
+from ctxenc.kernels.fused.launch import key_of, make_readable, plan_of, precision
+from ctxenc.kernels.fused.tiles import gpu_of
+from ctxenc.kernels.verdicts import Arguments, Constants, place
+
+PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}  # tf32 has fp16's unit
+LARGEST = 2**23  # elements of x in a problem, beyond three images: an fp64 copy takes 64 MB
+AXES = {"encoding": 2, "dx": 1, "dcodewords": 1}  # of the channels of a result
+# Units of the products' dtype, by whether that is half precision: for dx, where none average out, and for sums over pixels. Right
+# kernels take up to a quarter of them in the interpreter; one without the codewords' low-order operand takes 2.6 times as much.
+UNITS = {True: (4.0, 0.5), False: (64.0, 64.0)}
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Of a tensor's dtype, as getattr(torch, name) takes it."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def describe(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants:
+    """Everything that the kernels of a direction are compiled for which read x (B, channels, N)."""
+    key = key_of(direction, make_readable(x), codewords, smoothing)
+    return {
+        "x": dtype_name(x),
+        "codewords": dtype_name(codewords),
+        "smoothing": dtype_name(smoothing),
+        "D": key.D,
+        "K": key.K,
+        "shared": key.shared,
+        "channels_last": key.channels_last,
+        "vector": key.vector,
+        "products": key.dot,
+        **plan_of(key, x.device).tiles._asdict(),
+    }
+
+
+def key(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Any, ...]:
+    """Everything that `describe` depends on."""
+    setting = precision(x.dtype) if x.dtype == torch.float32 else None
+    return *place(x), codewords.shape, codewords.dtype, smoothing.dtype, smoothing.dim(), setting
+
+
+def forward_constants(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:
+    """Of encode_forward."""
+    return describe("forward", x, codewords, smoothing) if x.numel() else None
+
+
+def backward_constants(
+    _grad: Any, x: Tensor, codewords: Tensor, smoothing: Tensor, _weight_sum: Any, x_wanted: bool
+) -> Constants | None:
+    """Of encode_backward."""
+    if not x.numel():
+        return None
+    direction = "backward" if x_wanted else "backward without dx"
+    return {**describe(direction, x, codewords, smoothing), "x_wanted": x_wanted}
+
+
+def placed(B: int, C: int, N: int, channels_last: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Empty tensors (B, C, N + 1 to 16) of one layout and every alignment; with images of their own, then with one repeated."""
+    room = torch.empty(B * C * (N + 16) + 8, dtype=dtype, device=device)
+    for images in (B, 1):
+        for start in (0, 1, 2, 4):
+            for pixels in range(N + 1, N + 17):
+                x = room[start : start + images * C * pixels]
+                x = x.view(images, pixels, C).transpose(1, 2) if channels_last else x.view(images, C, pixels)
+                yield x.expand(B, C, pixels)
+
+
+def candidates(constants: Constants, channels: int, device: torch.device) -> Iterator[Tensor]:
+    """Empty features for a problem: seven tiles and a part of one an image, an image for each multiprocessor within LARGEST."""
+    N = 7 * int(constants["block_n"])
+    images = max(3, min(gpu_of(device).multiprocessors, LARGEST // (N * channels)))
+    dtype = getattr(torch, str(constants["x"]))
+    return placed(images, channels, N, bool(constants["channels_last"]), dtype, device)
+
+
+def fill(x: Tensor, values: Callable[[torch.Size], Tensor]) -> None:
+    """Write values of a shape to x, which may repeat one image."""
+    own = x[:1] if x.stride(0) == 0 else x
+    own.copy_(values(own.shape))
+
+
+def drawing(device: torch.device, seed: int = 0) -> dict[str, Any]:
+    """What torch.rand needs beside a shape to draw the same at every call."""
+    return {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+
+
+def _problem(
+    constants: Constants, device: torch.device, constants_of: Callable[..., Constants | None]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Pixels and codewords on a line in every other channel, strewn in the others; every channel lies off the origin.
+
+    On a line, what the products lose of each channel adds up. Codewords lie in pairs about the first, their centre, at distances of
+    which the dtype of the products cuts nearly half a unit. Offsets are 12 times the largest distance, where half precision is
+    multiplied without a shift, and in every eighth channel far more.
+    """
+    D, K, products = int(constants["D"]), int(constants["K"]), PRODUCTS.get(str(constants["products"]), torch.float32)
+    draw, channel = drawing(device), torch.arange(D, device=device)
+    size, on_line, sign = 2.0 ** -round(math.log2(D) / 2), channel % 2 == 0, torch.randint(0, 2, (D,), **draw) * 2.0 - 1
+    offset = sign * torch.where(channel % 8 == 7, 1000.0 if products == torch.float32 else 100.0, 12.0)
+    mantissa, exponent = torch.frexp(torch.linspace(1, 0.1, -(-K // 2), device=device))
+    unit = torch.finfo(products).eps / 2
+    distance = torch.ldexp(((mantissa / unit).floor() + 0.45) * unit, exponent)[:, None]
+    away = torch.where(on_line, distance * sign, torch.rand(len(distance), D, **draw))
+    codewords = torch.cat([torch.zeros(1, D, device=device), torch.stack([away, -away], 1).flatten(0, 1)])[:K]
+    codewords = ((codewords + offset) * size).to(getattr(torch, str(constants["codewords"])))
+    smoothing = 6 * (torch.rand(() if constants["shared"] else (K,), **draw) + 0.5)
+    smoothing = smoothing.to(getattr(torch, str(constants["smoothing"])))
+
+    def features(shape: torch.Size) -> Tensor:
+        pixels = 2 * torch.rand(shape[0], 1, shape[2], **draw) - 1
+        strewn = 2 * torch.rand(shape, **draw) - 1
+        return (torch.where(on_line[:, None], pixels * sign[:, None], strewn) + offset[:, None]) * size
+
+    for x in candidates(constants, D, device):
+        if constants_of(x, codewords, smoothing) == constants:
+            fill(x, features)
+            return x, codewords, smoothing
+    return None
+
+
+def forward_problem(constants: Constants, device: torch.device) -> Arguments | None:
+    """Arguments of encode_forward."""
+    return _problem(constants, device, forward_constants)
+
+
+def backward_problem(constants: Constants, device: torch.device) -> Arguments | None:
+    """Arguments of encode_backward; the incoming gradients lie along the line, too."""
+    x_wanted = bool(constants["x_wanted"])
+    problem = _problem(constants, device, lambda x, d, s: backward_constants(None, x, d, s, None, x_wanted))
+    if problem is None:
+        return None
+    x, codewords, smoothing = (tensor.double() for tensor in problem)
+    weight_sum, draw = torch_encode.assign(x, codewords, smoothing).sum(2).float(), drawing(device, seed=1)
+    K, D = codewords.shape
+    line = torch.where(torch.arange(D, device=device) % 2 == 0, (codewords[-1] - codewords[0]).sign().float(), 0)
+    grad = torch.randn(len(x), K, 1, **draw) * line + 0.3 * torch.randn(len(x), K, D, **draw)
+    return grad, *problem, weight_sum, x_wanted
+
+
+def _absolute_terms(grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor) -> dict[str, Tensor]:
+    """The sum of the absolute terms of each row, for fp64 x (B, D, N) and grad (B, K, D)."""
+    weights, center = torch_encode.assign(x, codewords, smoothing), codewords.mean(0)
+    x, d, s = x - center[:, None], codewords - center, smoothing.abs().reshape(-1, 1)
+    squares = x.square().sum(1, keepdim=True) + d.square().sum(1)[:, None]
+    distance = (squares - 2 * torch.matmul(d, x)).clamp(min=0).sqrt()  # |r_ik|
+    p = (torch.bmm(grad, x) - (grad * d).sum(2, keepdim=True)).abs()
+    q = weights * (p + (weights * p).sum(1, keepdim=True))
+    moved = weights * grad.norm(dim=2, keepdim=True) + 2 * s * q * distance
+    dsmoothing = (q * distance.square()).sum((0, 2))
+    return {
+        "encoding": (weights * distance).sum(2),
+        "weight_sum": weights.sum(2),
+        "dx": moved.sum(1),
+        "dcodewords": moved.sum((0, 2)),
+        "dsmoothing": dsmoothing if smoothing.dim() else dsmoothing.sum(),
+    }
+
+
+def excess(
+    names: tuple[str, ...], results: tuple[Tensor, ...], exact: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor
+) -> dict[str, float]:
+    """Error over tolerance of results, by their names, for these x, codewords and smoothing. NaN counts as infinite."""
+    products = PRODUCTS.get(precision(inputs[0].dtype), torch.float32)
+    of_pixels, of_sums = UNITS[products != torch.float32]
+    terms, over = _absolute_terms(*(tensor.double() for tensor in (grad, *inputs))), {}
+    for name, result, wanted in zip(names, results, exact, strict=True):
+        if result.numel():
+            error, size = result.double() - wanted, wanted
+            if name in AXES:
+                error, size = error.norm(dim=AXES[name]), size.norm(dim=AXES[name])
+            tolerance = (of_pixels if name == "dx" else of_sums) * torch.finfo(products).eps / 2 * terms[name]
+            tolerance += torch.finfo(result.dtype).eps * size.abs() + torch.finfo(torch.float32).tiny
+            over[name] = float((error.abs() / tolerance).nan_to_num(float("inf")).max())
+    return over
+
+
+def forward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    """Of encode_forward's results."""
+    return excess(("encoding", "weight_sum"), results, exact, exact[0], *arguments)
+
+
+def backward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    """Of encode_backward's results."""
+    return excess(("dx", "dcodewords", "dsmoothing"), results, exact, *arguments[:4])

@@ -1,0 +1,195 @@
+"""Steps that the encode kernels take with a tile of pixels: load, multiply, assign.
+
+With c a codeword, the center, and d' = d - c, x' = x - c, the squared residual is |x'|^2 - 2 x'.d' + |d'|^2, as in torch_encode.py.
+The tensor cores get x minus a base near c. In fp32 the base is c, and a product has three terms of tf32. Half precision goes in as
+it is, with base 0, and d' in two terms, so that a product is nearly exact; the base is c, rounded, only in channels where c is many
+times the spread of the codewords. fp16 holds what is multiplied after scaling by a power of two: gradients under loss scaling, and
+the low-order term of d', would leave its range.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
+OFFSET = tl.constexpr(16)  # a channel's base is 0 up to this many times the spread of its codewords
+
+
+@triton.jit
+def drop_bits(value, BITS: tl.constexpr):
+    """Round fp32 to the nearest value with BITS fewer bits of fraction."""
+    bits = (value.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # the sum carries some NaN over to -0
+
+
+@triton.jit
+def rounded(value, DOT: tl.constexpr):
+    """Round fp32 values to an operand of a product."""
+    if DOT == "bf16":
+        if _INTERPRETED:  # it multiplies bf16 wrongly, and truncates
+            return drop_bits(value, 16)
+        else:
+            return value.to(tl.bfloat16)
+    elif DOT == "fp16":
+        return value.to(tl.float16)
+    else:
+        return value
+
+
+@triton.jit
+def store_rounded(pointers, value, mask):
+    """Store fp32 values in the dtype of the pointers."""
+    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+        value = drop_bits(value, 16)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, DOT: tl.constexpr):
+    """Multiply two rounded operands: fp32.
+
+    Callers subtract the result from their sum. Triton would fold an addition into the product and let it run on into the next
+    tile, where Triton 3.6 overwrites its left operand while wgmma may still read it.
+    """
+    acc = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    if DOT == "bf16" or DOT == "fp16":
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=DOT)
+
+
+@triton.jit
+def scale_of(value, DOT: tl.constexpr):
+    """Find the power of two that brings a matrix into [-2, 2], where fp16 is multiplied; elsewhere 1."""
+    scale = 1.0
+    if DOT == "fp16":
+        largest = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), 1e-30)
+        scale = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def multiple(size, VECTOR: tl.constexpr):
+    """Show the compiler that a size is a multiple of VECTOR; tl.multiple_of does nothing to arguments."""
+    return size // VECTOR * VECTOR
+
+
+@triton.jit
+def image(p_x, b, stride_b, VECTOR: tl.constexpr):
+    """Address of image b (int64), a multiple of VECTOR elements."""
+    return tl.multiple_of(p_x + b * stride_b, VECTOR * p_x.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
+def offsets(o_n, o_d, stride_n, stride_d, CHANNELS_LAST: tl.constexpr):
+    """Offsets (BLOCK_N, BLOCK_D) inside an image: one stride is 1, the other may need 64 bits."""
+    if CHANNELS_LAST:
+        return (o_n.to(tl.int64) * stride_n)[:, None] + o_d[None, :]
+    else:
+        return o_n[:, None] + (o_d.to(tl.int64) * stride_d)[None, :]
+
+
+@triton.jit
+def load_x(p_image, o_n, o_d, N, stride_n, stride_d, D: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Load features (BLOCK_N, BLOCK_D), zero beyond N and D."""
+    o_x = offsets(o_n, o_d, stride_n, stride_d, CHANNELS_LAST)
+    return tl.load(p_image + o_x, mask=(o_n < N)[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(
+    p_x, tile, last, tiles, o_d, N, stride_b, stride_n, stride_d,
+    D: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of all images, by its number; zeros from `last` on, so that a program can ask for one tile ahead."""
+    p_image = image(p_x, (tile // tiles).to(tl.int64), stride_b, VECTOR)
+    o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    return load_x(p_image, o_n, o_d, tl.where(tile < last, N, 0), stride_n, stride_d, D, CHANNELS_LAST)
+
+
+@triton.jit
+def load_rows(p_rows, o_d, o_k, D: tl.constexpr, K: tl.constexpr):
+    """Load codewords or their gradients (K, D), transposed (BLOCK_D, BLOCK_K), in fp32, zero beyond D and K."""
+    mask = (o_d < D)[:, None] & (o_k < K)[None, :]
+    return tl.load(p_rows + o_k[None, :] * D + o_d[:, None], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def find_center(p_codewords, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Index of the center: the codeword nearest to the mean of all.
+
+    The mean itself would follow one codeword that ran off. Of two codewords, equally far, it is the one nearer to the origin.
+    """
+    o_k = tl.arange(0, BLOCK_K)
+    distance = tl.zeros((BLOCK_K,), tl.float32)
+    for start in tl.range(0, D, BLOCK_D, num_stages=1):
+        o_d = start + tl.arange(0, BLOCK_D)
+        d = load_rows(p_codewords, o_d, o_k, D, K)
+        if K > 2:
+            d -= (tl.sum(d, 1) / K)[:, None]
+        distance += tl.sum(d * d, 0)
+    return tl.minimum(tl.argmin(tl.where(o_k < K, distance, float("inf")), 0), K - 1)  # NaN would lead beyond K
+
+
+@triton.jit
+def prepare_codewords(p_codewords, center, o_d, o_k, D: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr):
+    """Prepare some channels of the codebook for products with x.
+
+    Returns:
+        d less the base (BLOCK_D, BLOCK_K); d' scaled and rounded, and the rest that rounding left, (BLOCK_D, BLOCK_K) each;
+        their scale; the bias |d'|^2 + 2 (c - base).d' of the squared residuals (BLOCK_K,); c and the base (BLOCK_D,); and the
+        scale of x, (), exact: 1, or 1/2 where fp16 less a base could overflow.
+    """
+    mask = (o_d < D)[:, None] & (o_k < K)[None, :]
+    d = load_rows(p_codewords, o_d, o_k, D, K)
+    c = tl.load(p_codewords + center * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    d = tl.where(mask, d - c[:, None], 0.0)
+    base, x_scale = c, 1.0
+    if DOT == "bf16" or DOT == "fp16":
+        base = tl.where(tl.abs(c) > tl.max(tl.abs(d), 1) * OFFSET, rounded(c, DOT).to(tl.float32), 0.0)
+    if DOT == "fp16":
+        x_scale = tl.where(tl.max(tl.abs(base), 0) > 0, 0.5, 1.0)
+    scale = scale_of(d, DOT)
+    high = rounded(d / scale, DOT)
+    low = rounded(d / scale - high.to(tl.float32), DOT)
+    multiplied = (high.to(tl.float32) + low.to(tl.float32)) * scale
+    bias = tl.sum(d * d + 2 * (c - base)[:, None] * multiplied, 0)
+    return d + tl.where(mask, (c - base)[:, None], 0.0), high, low, scale, bias, c, base, x_scale
+
+
+@triton.jit
+def find_nearness(x, operand, high, low, scale, bias, c, SHARED: tl.constexpr, DOT: tl.constexpr):
+    """Add up -|x - d|^2 over some channels of x (BLOCK_N, BLOCK_D): (BLOCK_N, BLOCK_K).
+
+    SHARED: without |x'|^2, which cancels in the softmax where all codewords have one smoothing factor.
+    """
+    cross = -dot(operand, high, DOT)
+    if DOT == "bf16" or DOT == "fp16":
+        cross -= dot(operand, low, DOT)
+    nearness = cross * (-2 * scale) - bias[None, :]
+    if not SHARED:
+        shifted = x - c[None, :]
+        nearness -= tl.sum(shifted * shifted, 1)[:, None]
+    return nearness
+
+
+@triton.jit
+def load_smoothing(p_smoothing, o_k, K: tl.constexpr, SHARED: tl.constexpr):
+    """Smoothing (BLOCK_K,) in fp32; SHARED: one factor for all codewords."""
+    return tl.load(p_smoothing + (o_k * 0 if SHARED else o_k), mask=o_k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def softmax(nearness, s, m_n, m_k):
+    """Weights (BLOCK_N, BLOCK_K): softmax over the codewords of s * nearness; zero beyond N and K."""
+    logits = tl.where(m_k[None, :], s[None, :] * nearness, float("-inf"))
+    exp = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return tl.where(m_n[:, None], exp / tl.sum(exp, 1)[:, None], 0.0)
+
+
+@triton.jit
+def weight_gradient(weights, p):
+    """Gradient q (BLOCK_N, BLOCK_K) in the logits, from p = residuals . grad."""
+    return weights * (p - tl.sum(weights * p, 1)[:, None])

@@ -1,0 +1,125 @@
+"""Where verdicts are kept: one JSON file a kind of kernel and version, under `$CTXENC_CACHE_DIR`, else `~/.cache/ctxenc`.
+
+While a kernel is tried, a marker lies beside its record. A marker whose process has ended means that the kernel took it along.
+Files appear whole or not at all; what cannot be read counts as absent, and what cannot be written is left out.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import time
+import uuid
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PATIENCE = (
+    600  # seconds after which the marker of another machine, whose processes cannot be seen, counts as left behind
+)
+Key = dict[str, Any]  # operator, constants, gpu and versions
+
+
+def directory() -> Path:
+    """The folder of all records.
+
+    Raises:
+        OSError: there is no home directory.
+    """
+    root = os.path.expanduser(os.environ.get("CTXENC_CACHE_DIR") or "~/.cache/ctxenc")
+    if root.startswith("~"):
+        raise OSError("there is no home directory")
+    return Path(root) / "verdicts"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions that a verdict counts for, and a hash of the kernels' sources."""
+    import triton
+
+    files = sorted((Path(__file__).parent / "fused").glob("*.py"))
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return {"torch": torch.__version__, "triton": triton.__version__, "sources": sources}
+
+
+def _stem(key: Key) -> str:
+    return f"{key['operator']}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
+
+
+def read(key: Key) -> dict[str, Any] | None:
+    """The record of exactly this key; None where there is none, or something else."""
+    try:
+        record = json.loads((directory() / f"{_stem(key)}.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or any(record.get(name) != value for name, value in key.items()):
+        return None
+    ours = isinstance(record.get("serves"), bool) and isinstance(record.get("reason"), str)
+    return record if ours else None
+
+
+def recorded(key: Key) -> Path | None:
+    """The file of a record, None where there is none."""
+    return directory() / f"{_stem(key)}.json" if read(key) else None
+
+
+def settle(key: Key, verdict: dict[str, Any]) -> None:
+    """Record a verdict; markers that were left behind have then told what they had to tell."""
+    if _write(f"{_stem(key)}.json", key | verdict):
+        for marker in left_behind(key):
+            marker.unlink(missing_ok=True)
+
+
+def _write(name: str, content: dict[str, Any]) -> Path | None:
+    """The file written, None where it cannot be."""
+    try:
+        directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=directory(), suffix=".tmp", delete=False) as file:
+            json.dump(content, file)
+        os.replace(file.name, directory() / name)
+    except OSError:
+        return None
+    return directory() / name
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine started, in ticks since boot; empty where it has ended or cannot be seen."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _here() -> list[str]:
+    """This machine, and when it was booted."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
+
+
+def mark(key: Key) -> Path | None:
+    """Leave a marker: this process is about to try a kernel. None where it cannot be written."""
+    owner = {"machine": _here(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return _write(f"{_stem(key)}.{uuid.uuid4().hex}.pending", owner)
+
+
+def left_behind(key: Key) -> list[Path]:
+    """Markers of processes that have ended."""
+    try:
+        return [path for path in directory().glob(f"{_stem(key)}.*.pending") if _has_ended(path)]
+    except OSError:
+        return []
+
+
+def _has_ended(marker: Path) -> bool:
+    try:
+        owner, age = json.loads(marker.read_bytes()), time.time() - marker.stat().st_mtime
+        (host, boot), pid, started = owner["machine"], int(owner["pid"]), str(owner["started"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # no marker of ours
+    here = _here()
+    if [host, boot] == here and started:
+        return _started(pid) != started
+    return (host == here[0] and boot != here[1]) or age > PATIENCE

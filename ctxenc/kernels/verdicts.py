@@ -1,0 +1,282 @@
+"""Whether a fused kernel has proved itself on this GPU.
+
+A kernel serves only after it has solved a small problem there: five runs of equal bits, each value within its tolerance of the same
+formula in fp64. The verdict counts for a `Kind`: the operator, everything that the kernel is compiled for, and the GPU. records.py
+keeps it on disk. `CTXENC_VERIFY=0` trusts every kernel without a proof.
+
+For `doctor` and other tools:
+
+    with verdicts.watching() as kinds:  # a dict of them; nothing is proved meanwhile, the PyTorch path serves
+        model(x).sum().backward()
+    for kind in kinds:  # kind.to_json() and Kind.from_json() carry one to another process
+        verdicts.known(kind)  # its Verdict(serves, reason, lasts, excess), or None; launches nothing
+        verdicts.prove(kind, device)  # tries the kernel now, whatever is recorded, and records the verdict
+    records.recorded(verdicts.key_of(kind))  # the file of a record, to send with a report, or None
+"""
+
+import contextlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ctxenc.kernels import records
+
+RUNS = 5
+REMEMBERED = 4096  # calls whose verdict is found without naming their kind
+RETRY = 64  # calls between two tries of a kernel for which there was no memory
+
+Constants = dict[str, str | int | bool]
+Arguments = tuple[Any, ...]
+
+
+class Kind(NamedTuple):
+    """One kernel as it is compiled, on one GPU."""
+
+    operator: str
+    constants: tuple[tuple[str, str | int | bool], ...]
+    gpu: str  # name and capability, or "interpreter"
+
+    def to_json(self) -> str:
+        return json.dumps([self.operator, dict(self.constants), self.gpu])
+
+    @classmethod
+    def from_json(cls, text: str) -> "Kind":
+        operator, constants, gpu = json.loads(text)
+        return cls(operator, tuple(constants.items()), gpu)
+
+    def __str__(self) -> str:
+        constants = ", ".join(f"{name} {value}" for name, value in self.constants)
+        return f"{self.operator} ({constants}) on {self.gpu}"
+
+
+class Verdict(NamedTuple):
+    """Whether a kernel serves, and why."""
+
+    serves: bool
+    reason: str
+    lasts: str = "always"  # "process": not written to disk; "call": the next call asks again
+    excess: dict[str, float] | None = None  # error over tolerance of each result
+
+
+@dataclass(eq=False)
+class Operator:
+    """An operator with a kernel and a PyTorch path: a call takes the kernel if it has proved itself, else the PyTorch path.
+
+    Args:
+        name: as in `Kind.operator`.
+        kernel: launches the kernel; returns a tensor or a tuple of them. It serves empty inputs by itself.
+        plain: the same on the PyTorch path, with results of the same shapes, dtypes and strides.
+        constants: of the same arguments, everything that the kernel is compiled for; None where nothing is launched.
+        problem: of constants and a device, arguments for which `constants` gives the same: ragged N, several tiles, splits and
+            images, and values at which a lost term shows. None where there are none.
+        excess: of arguments, results and what `plain` gives in fp64, error over tolerance by name; above 1 is wrong.
+        key: of the arguments, a tuple that their constants follow from; quicker to take, and as fine as it likes.
+    """
+
+    name: str
+    kernel: Callable[..., Any]
+    plain: Callable[..., Any]
+    constants: Callable[..., Constants | None]
+    problem: Callable[[Constants, torch.device], Arguments | None]
+    excess: Callable[[Arguments, tuple[Tensor, ...], tuple[Tensor, ...]], dict[str, float]]
+    key: Callable[..., tuple[Any, ...]]
+    served: dict[tuple[Any, ...], Verdict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        OPERATORS[self.name] = self
+
+    def __call__(self, strict: bool, *arguments: Any) -> Any:
+        """The result for these arguments. strict: raise RuntimeError instead of taking the PyTorch path."""
+        key = self.key(*arguments)
+        verdict = self.served.get(key) or self._look_up(key, arguments)
+        if verdict.serves:
+            return self.kernel(*arguments)
+        if strict:
+            raise RuntimeError(f'{self.name}: backend="triton" cannot run: {verdict.reason}')
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return self.plain(*arguments)
+
+    def _look_up(self, key: tuple[Any, ...], arguments: Arguments) -> Verdict:
+        kind = self.kind(*arguments)
+        verdict = _judge(kind, arguments[0].device) if kind else Verdict(True, "nothing is launched")
+        if verdict.lasts != "call":
+            if len(self.served) >= REMEMBERED:
+                self.served.clear()
+            self.served[key] = verdict
+        return verdict
+
+    def kind(self, *arguments: Any) -> Kind | None:
+        """The kind of kernel that these arguments take; None where nothing is launched."""
+        constants = self.constants(*arguments)
+        return Kind(self.name, tuple(constants.items()), _gpu_of(arguments[0].device)) if constants else None
+
+
+OPERATORS: dict[str, Operator] = {}
+_known: dict[Kind, Verdict] = {}
+_calls_without_memory: dict[Kind, int] = {}
+_watched: dict[Kind, None] | None = None
+_lock = threading.RLock()
+
+
+def place(x: Tensor) -> tuple[Any, ...]:
+    """Everything about a tensor but its values that a launch can depend on."""
+    return x.dtype, x.shape, x.stride(), x.data_ptr() & 15, x.get_device()
+
+
+def _gpu_of(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {getattr(properties, 'gcnArchName', '')} {properties.major}.{properties.minor}"
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[dict[Kind, None]]:
+    """Collect the kinds of kernels that calls ask for in the with block, in every thread.
+
+    No kernel is tried or launched meanwhile; the PyTorch path serves, and `backend="triton"` raises.
+    """
+    global _watched
+    before, _watched = _watched, {}
+    for operator in OPERATORS.values():
+        operator.served.clear()
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
+def key_of(kind: Kind) -> dict[str, Any]:
+    """What a record is found by: the kind, and the versions that it counts for."""
+    return {"operator": kind.operator, "constants": dict(kind.constants), "gpu": kind.gpu, **records.versions()}
+
+
+def known(kind: Kind) -> Verdict | None:
+    """The verdict of this process or the one on disk; None where there is none yet."""
+    if kind not in _known and (record := records.read(key_of(kind))):
+        return Verdict(record["serves"], record["reason"], excess=record.get("excess"))
+    return _known.get(kind)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _judge(kind: Kind, device: torch.device) -> Verdict:
+    """The verdict of a kind, which is made now if there is none."""
+    if _watched is not None:
+        _watched[kind] = None
+        return Verdict(False, "no kernel runs inside verdicts.watching()", "call")
+    if os.environ.get("CTXENC_VERIFY") == "0":
+        return Verdict(True, "not checked: CTXENC_VERIFY=0", "process")
+    with _lock:  # one proof at a time: other threads want the same kernel
+        if kind in _known:
+            return _known[kind]
+        if _is_capturing(device):  # nor may a kernel be loaded then
+            return Verdict(
+                False, "while a CUDA graph is captured no kernel runs for the first time: call it before", "call"
+            )
+        calls = _calls_without_memory.get(kind, 0)
+        if calls % RETRY:
+            verdict = Verdict(False, "there was no memory to prove it", "call")
+        else:
+            verdict = known(kind) or _crashed(kind) or prove(kind, device)
+        if verdict.lasts == "call":
+            _calls_without_memory[kind] = calls + 1
+            return verdict
+        _known[kind] = verdict
+    if not verdict.serves:
+        _warn(kind, verdict)
+    return verdict
+
+
+def _crashed(kind: Kind) -> Verdict | None:
+    """The verdict of a kernel that ended the process which tried it; None where none did."""
+    if not records.left_behind(key_of(kind)):
+        return None
+    verdict = Verdict(False, "a process ended while it tried this kernel; `python -m ctxenc doctor` tries it again")
+    records.settle(key_of(kind), verdict._asdict())
+    return verdict
+
+
+def prove(kind: Kind, device: torch.device | str) -> Verdict:
+    """Try a kernel now, whatever is recorded, and record the verdict.
+
+    Args:
+        kind: as `watching()` or `Operator.kind` gives it.
+        device: the GPU to run on, of the kind's name; "cpu" in the interpreter.
+
+    Returns:
+        The verdict. Where it does not last (no memory, no compiler), nothing is recorded.
+    """
+    if kind.operator not in OPERATORS:  # in a process that has called none yet
+        from ctxenc.kernels.fused import encode, gate, project  # noqa: F401
+    device, key = torch.device(device), key_of(kind)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # an error that is there already is not this kernel's
+    marker = records.mark(key)
+    try:
+        verdict = _try(OPERATORS[kind.operator], kind, device)
+        if verdict.lasts == "always":
+            records.settle(key, verdict._asdict())
+    finally:
+        if marker:
+            marker.unlink(missing_ok=True)
+    return verdict
+
+
+def _try(operator: Operator, kind: Kind, device: torch.device) -> Verdict:
+    anywhere = torch.empty(0, device=device)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(anywhere):
+            arguments = operator.problem(dict(kind.constants), device)
+            if arguments is None:
+                return Verdict(False, "no small problem of this kind could be made", "process")
+            first = _tuple(operator.kernel(*arguments))
+            wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+            excess = operator.excess(arguments, first, _tuple(operator.plain(*wide)))
+            worst = max(excess, key=lambda name: excess[name])
+            if excess[worst] > 1:
+                return Verdict(False, f"{worst} is off by {excess[worst]:.3g} times its tolerance", excess=excess)
+            for _ in range(RUNS - 1):
+                for tensor in first:
+                    torch.full_like(tensor, float("nan"))  # freed at once: what a run leaves out is not right by luck
+                if not all(map(torch.equal, first, _tuple(operator.kernel(*arguments)))):
+                    return Verdict(False, f"{RUNS} runs on the same inputs gave different bits", excess=excess)
+    except Exception as error:
+        return _failed(error, device)
+    return Verdict(True, f"{RUNS} runs of equal bits, errors within tolerance", excess=excess)
+
+
+def _failed(error: Exception, device: torch.device) -> Verdict:
+    """The verdict where a kernel raised. It lasts if this GPU will do the same again, not if the installation may be mended."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in line:
+        return Verdict(False, f"there was no memory to prove it ({line})", "call")
+    lasts = "always" if type(error).__name__ == "OutOfResources" else "process"
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:  # the kernel broke the GPU's context, and this process with it
+        lasts = "always"
+    return Verdict(False, line, lasts)
+
+
+def _tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _warn(kind: Kind, verdict: Verdict) -> None:
+    send = records.recorded(key_of(kind)) or "what `python -m ctxenc doctor --out FILE` writes"
+    warnings.warn(
+        f"ctxenc: the PyTorch path serves in place of the fused kernel {kind}: {verdict.reason}. To report it, send {send}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
