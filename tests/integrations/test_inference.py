@@ -248,6 +248,17 @@ def test_the_image_keeps_its_dtype_and_the_result_is_fp32(dtype):
     assert got.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_softmax_is_taken_in_fp32(dtype):
+    class Half(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, -x], 1).to(dtype)
+
+    image = 3 * noise(1, 8, 8)
+    logits = torch.cat([image, -image]).to(dtype)
+    assert torch.equal(predict(Half(), image)[0], logits.float().softmax(0))
+
+
 def test_autocast_is_the_callers():
     class Watch(nn.Conv2d):
         def forward(self, x):

@@ -241,6 +241,16 @@ class TestPredict:
         ]
         assert [line.split()[0] for line in table[::3]] == [row["image"] for row in rows[::3]]
 
+    def test_probabilities_are_taken_in_fp32(self, run_folder, image_folder):
+        loaded = predict.load_run(run_folder)
+        paths = [image_folder / "val" / "cat" / f"{number}.png" for number in range(4)]
+        kept = []
+        loaded.model.register_forward_hook(lambda _, __, logits: kept.append(logits))
+        found = predict.predict(loaded, paths, top_k=3, batch_size=4, amp="bf16")
+        assert kept[0].dtype == torch.bfloat16
+        expected = kept[0].float().softmax(1).sort(dim=1, descending=True).values
+        assert torch.equal(torch.tensor([each.probabilities for each in found]), expected)
+
     def test_files_folders_and_globs(self, image_folder):
         cats = image_folder / "val" / "cat"
         assert len(predict.find_images([str(image_folder)])) == 16
