@@ -174,6 +174,23 @@ def test_help_is_quick_and_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
+def test_the_kernels_of_a_block_are_checked_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "found.json"
+    arguments = ["--shapes", "2,16,5,5,4", "--dtypes", "bf16", "--layouts", "channels_last", "--interpret"]
+    assert doctor("doctor", *arguments, "--jobs", "2", "--out", str(out)) == 0
+    found = json.loads(out.read_text())
+    verdicts = {verdict["kind"][0]: verdict for verdict in found["verdicts"]}
+    assert {"encode", "encode_backward", "gate", "gate_backward", "project_encode"} <= set(verdicts)
+    for verdict in verdicts.values():
+        assert verdict["serves"]
+        assert verdict["kept"]
+        assert 0 < max(verdict["excess"].values()) < 1
+        assert verdict["kind"][1]["x"] == "bfloat16"
+    assert found["times"] == []
+
+
 def test_gpus_are_described(monkeypatch):
     known = SimpleNamespace(name="Test GPU", major=9, minor=0, multi_processor_count=132, total_memory=144 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

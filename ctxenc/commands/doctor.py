@@ -135,7 +135,7 @@ def verdicts_text(verdicts: list[dict[str, Any]]) -> str:
         groups.setdefault((operator, str(constants.get("x", ""))), []).append(verdict)
     rows = []
     for (operator, dtype), group in groups.items():
-        worst = max((value for verdict in group for value in verdict["excess"].values()), default=float("nan"))
+        worst = max((value for verdict in group for value in (verdict["excess"] or {}).values()), default=float("nan"))
         serve, seconds = sum(verdict["serves"] for verdict in group), max(verdict["seconds"] for verdict in group)
         rows.append((operator, dtype, f"{serve} of {len(group)}", f"{worst:.2f}", f"{seconds:.1f}"))
     header = ("kernel", "dtype", "serve", "worst error / tolerance", "longest, s")
