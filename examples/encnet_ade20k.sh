@@ -23,4 +23,4 @@ torchrun --nproc-per-node "$gpus" -m ctxenc segment train --data ade20k --data-d
 python -m ctxenc segment evaluate "$run" --checkpoint last --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --crop 480
 
 python -m ctxenc segment predict "$run" "$data/ADEChallengeData2016/images/validation/ADE_val_0000000[1-8].jpg" \
-    --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --crop 480 --out masks
+    --base-size 520 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --crop 480 --out masks

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from sklearn.datasets import load_digits
-from timm.layers import EffectiveSEModule, SEModule
+from timm.layers import EffectiveSEModule, SEModule, Sigmoid
 from timm.layers.squeeze_excite import SqueezeExciteCl
 from torch import Tensor, nn
 
@@ -439,6 +439,45 @@ def test_the_extra_is_named(reader: nn.Module, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"calibrate needs the extra: pip install 'ctxenc\[train\]'"):
         calibrated(swapped(reader))
+
+
+def test_images_are_held_out_at_random() -> None:
+    images = torch.arange(40.0).view(-1, 1, 1, 1)
+
+    def held(seed: int) -> list[int]:
+        fit, kept = (
+            torch.cat(part).flatten().int().tolist() for part in calibration._images(images.split(7), 0.25, seed)
+        )
+        assert len(kept) == 10
+        assert sorted(fit + kept) == list(range(40))
+        return kept
+
+    drawn = [held(seed) for seed in range(20)]
+    assert held(3) == drawn[3]
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=40)
+    assert 1 <= counts.min() <= counts.max() <= 12  # 5 are expected
+    assert len({tuple(each) for each in drawn}) == 20
+
+
+def test_the_original_blocks_are_asked_in_eval_mode(trained: nn.Module) -> None:
+    """Norms inside an SE block, as in rexnet, then say what they say in inference, whatever mode the network is in."""
+    network = copy.deepcopy(trained)
+    torch.manual_seed(0)
+    network[3] = SEModule(16, 1 / 2, norm_layer=nn.BatchNorm2d)
+    with torch.no_grad():
+        network.train()(IMAGES[:200])  # running statistics that are not those of the batches below
+    reports = [calibrated(swapped(network), like=like) for like in (network, None)]
+    assert repr(reports[0]) == repr(reports[1])
+
+
+def test_a_gate_that_works_in_place_changes_nothing(trained: nn.Module) -> None:
+    reports = []
+    for in_place in (False, True):
+        network = copy.deepcopy(trained)
+        for name in (3, 7):
+            network[name].gate = Sigmoid(inplace=in_place)
+        reports.append(repr(calibrated(swapped(network))))
+    assert reports[0] == reports[1]
 
 
 # Its parts

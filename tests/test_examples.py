@@ -166,6 +166,7 @@ def test_ade20k_is_the_papers_whatever_the_number_of_gpus(gpus, recorded):
     assert (found.epochs, found.lr, found.se_weight) == (120, 0.01, 0.2)
     _, args = parsed(predict[1])
     assert (args.scales, args.flip, args.crop) == ([0.5, 0.75, 1, 1.25, 1.5, 1.75], True, 480)
+    assert args.base_size == 520
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,12 @@ def test_the_number_of_gpus_does_not_change_the_batch(script, images, recorded):
         _, arguments, processes = program(command)
         assert processes == gpus
         assert int(arguments[arguments.index("--batch-size") + 1]) * gpus == images
+
+
+def test_mixed_targets_become_0_or_1_in_recipe_a2(recorded):
+    arguments = recorded("imagenet_timm_train.sh", "TIMM", "DATA")[-1]
+    assert "--bce-loss" in arguments
+    assert arguments[arguments.index("--bce-target-thresh") + 1] == "0.2"
 
 
 def test_the_two_fine_tunings_have_one_recipe(recorded):

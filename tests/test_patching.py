@@ -11,6 +11,7 @@ import torchvision
 from timm.layers import EffectiveSEModule, SEModule
 from timm.layers.squeeze_excite import SqueezeExciteCl
 from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models.hgnet import EseModule
 from torch import nn
 
 import ctxenc
@@ -56,8 +57,11 @@ def test_reduction(rd_ratio: float | None, rd_channels: int) -> None:
     assert model.se.rd_channels == model.se.conv.out_channels == rd_channels
 
 
-def test_reduction_of_blocks_without_one() -> None:
-    assert patch_se_blocks(Toy(EffectiveSEModule(512))).se.rd_channels == 32
+@pytest.mark.parametrize("kind", [EffectiveSEModule, EseModule])
+def test_reduction_of_blocks_without_one(kind: type[nn.Module]) -> None:
+    model = Toy(kind(512))
+    assert find_se_blocks(model)[0].rd_channels is None
+    assert patch_se_blocks(model).se.rd_channels == 32
 
 
 # What a swap keeps
@@ -76,6 +80,13 @@ def test_device_dtype_and_modes_are_kept() -> None:
     assert {parameter.dtype for parameter in model.se.parameters()} == {torch.float32}
     assert {parameter.device.type for parameter in model.nowhere.parameters()} == {"meta"}
     assert {parameter.device.type for parameter in model.se.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("frozen", ["fc1", "fc2"])
+def test_a_block_that_trains_in_part_trains(frozen: str) -> None:
+    model = Toy()
+    getattr(model.se, frozen).requires_grad_(False)
+    assert all(parameter.requires_grad for parameter in patch_se_blocks(model).se.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

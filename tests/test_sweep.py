@@ -19,6 +19,7 @@ pytestmark = pytest.mark.sweep
 
 TIMM, OTHER = rows("timm_se_blocks.csv"), rows("timm_other_channel_attention.csv")
 TORCHVISION = rows("torchvision_se_blocks.csv")
+UNREDUCED = ("layers.EffectiveSEModule", "hgnet.EseModule")  # one layer, from C to C
 
 
 def _cases(listed: list[dict[str, str]], known: Callable[[str], bool]) -> list[Any]:
@@ -72,7 +73,9 @@ def test_timm(row: dict[str, str]) -> None:
     with torch.device("meta"):
         model = timm.create_model(row["model"]).eval()
         x = torch.empty(1, *model.pretrained_cfg["input_size"])
-    assert {short(block.class_name) for block in ctxenc.find_se_blocks(model)} == {row["class"]}
+    blocks = ctxenc.find_se_blocks(model)
+    assert {short(block.class_name) for block in blocks} == {row["class"]}
+    assert {block.rd_channels is None for block in blocks} == {row["class"] in UNREDUCED}
     _check_swap(model, row, lambda: _shapes(model(x)))
 
 

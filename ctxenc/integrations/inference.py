@@ -2,12 +2,13 @@
 
 The evaluation of EncNet (arXiv 1803.08904): crops that overlap by a third, images at scales from 0.5 to 1.75, each also mirrored.
 Everything is averaged as probabilities, never as logits, so that no crop, scale or view weighs more than its share, however large
-its logits are.
+its logits are. The authors' code differs: it pads with black, lets the last crop of a row run over the border, multiplies the
+exponentials of the logits of a crop and of its mirrored view, and averages these products over crops and scales.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from math import prod
+from math import ceil, prod
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,6 +27,7 @@ def predict(
     image: Tensor,
     *,
     scales: Sequence[float] = (1.0,),
+    base_size: int | None = None,
     flip: bool = False,
     crop: int | Size | None = None,
     stride: float = 2 / 3,
@@ -46,7 +48,9 @@ def predict(
         model: maps (n, C, h, w) to logits (n, classes, h, w), or to a dict that holds them as "out". It runs in eval mode and
             without gradients; afterwards each of its modules is in the mode it was in. Autocast is the caller's affair.
         image: normalised, (C, H, W) or (B, C, H, W), on any device.
-        scales: factors of the image's own size. EncNet's are 0.5, 0.75, 1, 1.25, 1.5 and 1.75.
+        scales: factors of the image's own size, or of `base_size`.
+        base_size: longer side at scale 1, in pixels; the shorter one follows. EncNet's authors take 520, crops of 480, and scales
+            0.5, 0.75, 1, 1.25, 1.5 and 1.75.
         flip: also predict each crop mirrored left to right.
         crop: side or (height, width) of the crops; None: the whole image at once.
         stride: from one crop to the next, as a share of the crop, in (0, 1].
@@ -57,17 +61,19 @@ def predict(
         (B, classes, H, W) fp32, on the model's device; B = 1 for (C, H, W).
 
     Raises:
-        ValueError: image has another shape or no pixel, or scales, crop, stride or batch_size is out of its range; or the model's
-            logits are not of the size of its input.
+        ValueError: image has another shape or no pixel, or scales, base_size, crop, stride or batch_size is out of its range; or
+            the model's logits are not of the size of its input.
         TypeError: an argument, or what the model returns, is of no such type.
         ImportError: progress=True without tqdm.
     """
     _check(model, image, scales, stride, batch_size)
+    if base_size is not None:
+        check_sizes("predict", base_size=base_size)
     size = _crop_size(crop)
     images = image if image.dim() == 4 else image.unsqueeze(0)
     images = images.to(_device_of(model, image))
     height, width = images.shape[2:]
-    sides = [(max(1, round(height * scale)), max(1, round(width * scale))) for scale in scales]
+    sides = [_scaled(height, width, scale, base_size) for scale in scales]
     counts = [len(images) * prod(map(len, _grid(side, size or side, stride))) for side in sides]
     total: Tensor | None = None
     with torch.no_grad(), _evaluation(model), _progress_bar(sum(counts), progress) as bar:
@@ -77,6 +83,15 @@ def predict(
             total = probabilities if total is None else total.add_(probabilities)
     assert total is not None  # there is a scale
     return total.div_(len(sides))
+
+
+def _scaled(height: int, width: int, scale: float, base_size: int | None) -> Size:
+    """The size of an image at a scale; with `base_size` as the authors round it."""
+    if base_size is None:
+        return max(1, round(height * scale)), max(1, round(width * scale))
+    longer = ceil(base_size * scale)
+    shorter = max(1, int(min(height, width) * longer / max(height, width) + 0.5))
+    return (longer, shorter) if height > width else (shorter, longer)
 
 
 def _slide(

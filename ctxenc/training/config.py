@@ -8,7 +8,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +24,8 @@ USES = {  # of the runs of each kind
 }
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # timm's
 CROP_MODES = ("center", "squash", "border")
+LONGEST_SIDE = 8192  # of an image: 800 MB in fp32
+LARGEST = 1e6  # number of a swap, and that images are normalised by, or its inverse: fp32 has no 1e-320
 DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -72,7 +74,7 @@ def shortened(value: object, limit: int = 120) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _is_mapping(value: object) -> bool:
@@ -84,8 +86,17 @@ def _is_model_kwargs(value: Any) -> bool:
     return _is_mapping(value) and not any(key in refused or key.startswith("pretrained") for key in value)
 
 
+def are_colours(mean: Sequence[Any], std: Sequence[Any]) -> bool:
+    """Tell whether images can be normalised by this mean and deviation of their channels."""
+    numbers = all(_is_number(each) and abs(each) <= LARGEST for each in (*mean, *std))
+    return numbers and all(each >= 1 / LARGEST for each in std)
+
+
 def _is_swap(value: Any) -> bool:
-    return value is None or (_is_mapping(value) and set(value) <= set(SWAP_KEYS))
+    if not _is_mapping(value):
+        return value is None
+    numbers = [each for each in value.values() if isinstance(each, int | float)]
+    return set(value) <= set(SWAP_KEYS) and all(abs(each) <= LARGEST for each in numbers)
 
 
 def _is_data_config(value: Any) -> bool:
@@ -96,12 +107,11 @@ def _is_data_config(value: Any) -> bool:
         return False
     return (
         len(size) == 3
-        and all(type(each) is int and each > 0 for each in size)
+        and all(type(each) is int and 0 < each <= LONGEST_SIDE for each in size)
         and len(mean) == len(std) == size[0]
-        and all(_is_number(each) for each in (*mean, *std))
-        and all(each > 0 for each in std)
+        and are_colours(mean, std)
         and _is_number(value["crop_pct"])
-        and value["crop_pct"] > 0
+        and 0.5 <= value["crop_pct"] <= min(2, *size[1:])  # the image is resized to its side / crop_pct
         and value["interpolation"] in INTERPOLATIONS
         and value["crop_mode"] in CROP_MODES
     )
@@ -121,7 +131,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "swap": (f"null or keyword arguments among {', '.join(SWAP_KEYS)}", _is_swap),
     "data_config": (
-        f"input_size (C, H, W), mean and std of C numbers, crop_pct, interpolation ({', '.join(INTERPOLATIONS)}) and crop_mode"
+        f"input_size (C, H, W) up to {LONGEST_SIDE}, mean and std of C numbers up to {LARGEST:g} and std from {1 / LARGEST:g},"
+        f" crop_pct from 0.5 to 2, interpolation ({', '.join(INTERPOLATIONS)}) and crop_mode"
         f" ({', '.join(CROP_MODES)})",
         _is_data_config,
     ),

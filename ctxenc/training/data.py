@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import BrokenImageError, check_share
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import UserError, one_line, printable
 from ctxenc.training.files import both, nfc, subfolder, unused, walk
 from ctxenc.training.images import open_image
 from ctxenc.training.settings import PHOTOGRAPHS, Settings
@@ -87,8 +87,8 @@ class FolderSource:
         return open_image(self.paths[index])
 
     def name(self, index: int) -> str:
-        """The path of sample ``index``."""
-        return self.paths[index]
+        """The path of sample ``index``, to be printed."""
+        return printable(self.paths[index])
 
 
 def class_images(folder: Path) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         UserError: The file is not there, or the system refuses it.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a named pipe would be waited for
+            raise BrokenImageError(f"broken image {path}: it is no file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata and large images: the pixels are whole
             with Image.open(path, formats=FORMATS) as image:

@@ -13,7 +13,7 @@ from torch import nn
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training import photographs
 from ctxenc.training.config import atomic
-from ctxenc.training.console import UserError, near_names, one_line, positive_int, say, text_table
+from ctxenc.training.console import UserError, near_names, one_line, positive_int, printable, say, text_table
 from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
 from ctxenc.training.pictures import spread
@@ -184,10 +184,11 @@ def pictures(paths: Sequence[Path], classes: list[str] | None, count: int) -> tu
     """
     if paths:
         chosen = spread(paths, count)
-        return [path.stem for path in chosen], [open_image(path) for path in chosen]
+        return [printable(path.stem) for path in chosen], [open_image(path) for path in chosen]
     if classes == scenes.CLASSES:
         test = scenes.Scenes(train=False, length=scenes.TEST_SCENES)
-        return [scenes.scene_type(index) for index in range(count)], [test[index][0] for index in range(count)]
+        first = range(min(count, len(test)))
+        return [scenes.scene_type(index) for index in first], [test[index][0] for index in first]
     shown = SHOWN[:count]
     return [Path(name).stem for name in shown], [photographs.read_photograph(name) for name in shown]
 

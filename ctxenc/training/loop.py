@@ -73,6 +73,8 @@ def in_format(images: Tensor, channels_last: bool) -> Tensor:
 def worker_errors() -> Iterator[None]:
     """Strips the traceback that the loader puts into the text of an error from one of its workers, and ends them.
 
+    A worker that was killed becomes a UserError too.
+
     The error and its frames hold each other and the loader. Were these left to the garbage collector, the loader's queues would go
     before it tells its workers to end, and the process would wait for them at its exit.
     """
@@ -80,6 +82,9 @@ def worker_errors() -> Iterator[None]:
         yield
     except BaseException as error:
         clear_frames(error.__traceback__)
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            hint = "where memory runs out, take fewer --workers, or a smaller --batch-size"
+            raise UserError(f"a process that loads images was ended: {one_line(error)}; {hint}") from error
         if not isinstance(error, UserError):
             raise
         _, _, text = str(error).strip().rpartition(f"{type(error).__name__}: ")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ctxenc.training import pictures
 from ctxenc.training.config import atomic
+from ctxenc.training.console import printable
 
 FILE = "report.html"
 STYLE = """
@@ -54,7 +55,7 @@ def write_page(
         sections[name] = _arm(run / folder / pictures.FOLDER)
     sections["Settings"] = _table(("setting", "value"), [(key, str(value)) for key, value in settings.items()])
     with atomic(run / FILE) as path:
-        path.write_text(_page(title, sections), encoding="utf-8", errors="replace")  # names of files need not be text
+        path.write_text(_page(printable(title), sections), encoding="utf-8")
 
 
 def _results(run: Path, header: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
@@ -77,7 +78,7 @@ def _arm(folder: Path) -> str:
 
 def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(each)}</th>" for each in header)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(printable(cell))}</td>' for cell in row)}</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 

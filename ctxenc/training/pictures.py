@@ -47,9 +47,14 @@ def save(arm: Path, name: str, figure: Figure) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    with atomic(folder / name) as path, warnings.catch_warnings():
+    write(folder / name, figure, dpi=90, format="png")
+
+
+def write(path: Path, figure: Figure, **options: Any) -> None:
+    """Write a figure to `path`, whole or not at all; the `options` are those of `savefig`."""
+    with atomic(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the names may be of any script; the font draws boxes
-        figure.savefig(path, dpi=90, format="png")
+        figure.savefig(temporary, **options)
 
 
 def photograph(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

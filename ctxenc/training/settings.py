@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
@@ -12,7 +13,7 @@ from timm.optim import list_optimizers
 
 from ctxenc.calibration import STARTS
 from ctxenc.training import bad_images
-from ctxenc.training.config import MODEL_KWARGS_RULE, parse_json, shortened
+from ctxenc.training.config import LONGEST_SIDE, MODEL_KWARGS_RULE, parse_json, shortened
 from ctxenc.training.console import UserError, add_swap_arguments, near_names, one_line, positive_int
 
 ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
@@ -26,6 +27,8 @@ MOVABLE = (
 )
 MAX_INTEGER = 2**63 - 1  # torch's
 MAX_WORKERS = 256  # each is a process of some 300 MB
+MAX_THREADS = 1024  # which the system still makes; where it does not, OpenMP ends the process
+LARGEST = 1e9  # number: products of two are still fp32
 Rules = dict[str, tuple[str, Callable[[Any], bool]]]
 Kind = TypeVar("Kind")
 
@@ -62,6 +65,10 @@ def check_values(settings: Any, rules: Rules) -> None:
         problem = None
         if not _is_of(value, kind):
             problem = f"of type {getattr(kind, '__name__', kind)}"
+        elif isinstance(value, float) and LARGEST < abs(value) < math.inf:
+            problem = f"in [-{LARGEST:g}, {LARGEST:g}]"
+        elif isinstance(value, str) and not _is_text(value):
+            problem = "text without NUL and lone surrogates"
         elif value is None or each.name in rules:
             continue
         elif choices and value not in choices:
@@ -81,6 +88,14 @@ def _is_of(value: Any, kind: Any) -> bool:
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         return False
     return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
+
+
+def _is_text(value: str) -> bool:
+    """Whether the system takes a text for a name: JSON may hold others."""
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def check_rules(settings: object, rules: Rules) -> None:
@@ -124,6 +139,7 @@ _SHARED_RULES: Rules = {
     "keep": AT_LEAST_1,
     "checkpoint_every": AT_LEAST_1,
     "skip_nonfinite": AT_LEAST_0,
+    "threads": (f"in [1, {MAX_THREADS}]", _number(1, MAX_THREADS)),
 }
 
 
@@ -207,6 +223,7 @@ class Settings(TrainingSettings):
 
     rules: ClassVar[Rules] = {
         "model_kwargs": MODEL_KWARGS_RULE,
+        "image_size": (f"in [1, {LONGEST_SIDE}]", _number(1, LONGEST_SIDE)),
         "label_smoothing": UP_TO_1,
         "ema_decay": UP_TO_1,
         "crop_scale": ("above 0 and at most 1", lambda value: 0 < value <= 1),

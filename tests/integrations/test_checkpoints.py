@@ -77,6 +77,20 @@ def test_align_corners_of_the_other_code_base_does_not_pass():
     assert furthest(network, case) > 1e-2
 
 
+def test_learned_scales_of_either_sign(small_state):
+    name = "decode_head.enc_module.encoding.0.scale"
+    scale = torch.linspace(-1, 1, len(small_state[name]))
+    layer = load_encnet_checkpoint(small_state | {name: scale}).encoding.context.encoding
+    assert torch.equal(layer.smoothing, -scale)
+
+
+def test_a_beginning_that_only_some_names_have_stays(small_state):
+    names = list(small_state)
+    mixed = {f"module.{name}" if name in names[::2] else name: small_state[name] for name in names}
+    with pytest.raises(ValueError, match="load_encnet_checkpoint: "):
+        load_encnet_checkpoint(mixed)
+
+
 @pytest.mark.parametrize("form", ["state dict", "wrapped", "pth", "safetensors", "numpy", "without counts"])
 def test_every_form_of_a_checkpoint(tmp_path, small_state, form):
     wanted = load_encnet_checkpoint(small_state).state_dict()

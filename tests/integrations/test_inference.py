@@ -184,6 +184,26 @@ def test_what_the_model_says_of_padding_is_cut_off(flip):
     torch.testing.assert_close(got, torch.tensor([1.0, 0.0])[None, :, None, None].expand(1, 2, 5, 6))
 
 
+@pytest.mark.parametrize(
+    ("size", "scale", "shown"),
+    [  # as MultiEvalModule of PyTorch-Encoding computes them, but for the last, where it gets 0
+        ((375, 500), 1.0, (390, 520)),
+        ((500, 375), 1.0, (520, 390)),
+        ((200, 300), 1.0, (347, 520)),
+        ((64, 64), 0.5, (260, 260)),
+        ((256, 683), 1.75, (341, 910)),
+        ((683, 256), 0.75, (390, 146)),
+        ((97, 96), 1.25, (650, 643)),
+        ((3, 2000), 0.5, (1, 260)),
+    ],
+)
+def test_scales_of_the_longer_side(size, scale, shown):
+    model = PerPixel()
+    result = predict(model, noise(3, *size), scales=[scale], base_size=520)
+    assert model.seen[0].shape == (1, 3, *shown)
+    assert result.shape == (1, 3, *size)
+
+
 def test_scales_against_torch():
     images = noise(2, 3, 10, 15)
 
@@ -226,6 +246,17 @@ def test_the_image_keeps_its_dtype_and_the_result_is_fp32(dtype):
     got = predict(model, images, scales=(0.75, 1.0))
     assert [each.dtype for each in model.seen] == [dtype, dtype]
     assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_softmax_is_taken_in_fp32(dtype):
+    class Half(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, -x], 1).to(dtype)
+
+    image = 3 * noise(1, 8, 8)
+    logits = torch.cat([image, -image]).to(dtype)
+    assert torch.equal(predict(Half(), image)[0], logits.float().softmax(0))
 
 
 def test_autocast_is_the_callers():
@@ -332,6 +363,8 @@ MODEL, IMAGE = PerPixel(), noise(3, 6, 6)
         ({"stride": 0}, ValueError, r"stride must be a share of the crop in \(0, 1\], got 0"),
         ({"stride": 1.5}, ValueError, r"stride must be a share of the crop in \(0, 1\], got 1.5"),
         ({"stride": "2/3"}, TypeError, r"stride must be a share of the crop in \(0, 1\], got '2/3'"),
+        ({"base_size": 0}, ValueError, "base_size must be a positive integer, got 0"),
+        ({"base_size": 520.0}, TypeError, "base_size must be a positive integer, got 520.0"),
         ({"batch_size": 0}, ValueError, "batch_size must be a positive integer, got 0"),
         ({"batch_size": 1.0}, TypeError, "batch_size must be a positive integer, got 1.0"),
         ({"crop": 0}, ValueError, "crop must be a positive integer, a pair of them or None, got 0"),

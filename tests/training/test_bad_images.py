@@ -1,25 +1,31 @@
 """Images of every kind: what is read of them, and what is refused."""
 
 import errno
+import os
+import re
+import signal
 import subprocess
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from ctxenc.__main__ import main
 from ctxenc.training import data
 from ctxenc.training.bad_images import BrokenImageError
 from ctxenc.training.checkpoint import read_predictions
 from ctxenc.training.console import UserError
+from ctxenc.training.predict import find_images
+from ctxenc.training.segmentation import data as segmentation
 from ctxenc.training.segmentation import transforms
 from ctxenc.training.segmentation.pairs import Pairs
 from ctxenc.training.segmentation.settings import SegmentSettings
 from ctxenc.training.settings import Settings
 from tests.training.odd_images import READ, REFUSED
-from tests.training.small_runs import DATA_CONFIG, SMALL
+from tests.training.small_runs import DATA_CONFIG, SMALL, make_pairs
 
 
 def put(folder, name, kinds):
@@ -146,21 +152,93 @@ class TestSizes:
         assert torch.equal(mask, torch.ones(size[::-1], dtype=torch.int64))
 
 
+@pytest.fixture
+def no_wait():
+    """An open that waits for ever ends in an error of another text."""
+
+    def fail(*_):
+        raise RuntimeError("it waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, no_wait, kind):
+    """A named pipe has no end before somebody writes to it, and a device none at all."""
+
+    def make(path):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        return path
+
+    root = make_pairs(tmp_path / "pairs")
+    for path in (root / "images" / "train" / "1.png", root / "masks" / "val" / "0.png"):
+        kept = path.read_bytes()
+        make(path)
+        with pytest.raises(BrokenImageError, match=f"^broken image {re.escape(str(path))}: it is no file$"):
+            segmentation.verify(segmentation.build_datasets(SegmentSettings(data=str(root))), False)
+        path.unlink()
+        path.write_bytes(kept)
+    path = make(tmp_path / "x.png")
+    for found in (find_images([str(path)]), find_images([str(tmp_path)])[-1:]):
+        with pytest.raises(BrokenImageError, match="it is no file"):
+            data.open_image(found[0])
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+def test_a_process_that_loads_images_is_killed(tmp_path, capsys, monkeypatch, image_folder, run_folder, command):
+    """As the system does where memory runs out."""
+
+    def die(self, index):
+        assert get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(data.FolderSource, "image", die)
+    monkeypatch.setattr(data, "VERIFIED_UP_TO", 0)
+    arguments = {"evaluate": [run_folder], "finetune": ["--data", image_folder, *SMALL, "--out", tmp_path / "run"]}[
+        command
+    ]
+    assert main([command, *map(str, arguments), "--workers", "1"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("ctxenc: error: a process that loads images was ended: DataLoader worker (pid")
+    assert line.endswith("; where memory runs out, take fewer --workers, or a smaller --batch-size")
+
+
 def test_odd_names_go_through_every_command(tmp_path, capsys):
-    """Training, its table of predictions, and what predict prints."""
-    names = ["\u96ea '%s' {0}.png", "line\nbreak.png", "no text \udcff.png"]
+    """Training, its files, and what the commands print: nothing steers the terminal, and all of it is text."""
+    names = ["\u96ea '%s' {0}.png", "line\nbreak.png", "no text \udcff.png", "\x1b]0;title\x07 \u202egpj.png"]
+    shown = {"\u96ea '%s' {0}.png", r"line\nbreak.png", r"no text \udcff.png", r"\x1b]0;title\x07 \u202egpj.png"}
+    root = tmp_path / "data \x1b[31m"
     for split in ("train", "val"):
-        for label in ("cat", "d \udcfe"):
-            (tmp_path / "data" / split / label).mkdir(parents=True)
+        for label in ("cat", "d \udcfe\x9b5n"):
+            (root / split / label).mkdir(parents=True)
             for name in names:
-                Image.new("RGB", (40, 40)).save(tmp_path / "data" / split / label / name)
-    run, stdout = tmp_path / "run", tmp_path / "stdout"
-    with open(stdout, "w", encoding="utf-8") as file, redirect_stdout(file):
-        assert main(["finetune", "--data", str(tmp_path / "data"), *SMALL, "--epochs", "1", "--out", str(run)]) == 0
+                Image.new("RGB", (40, 40)).save(root / split / label / name)
+    (root / "val" / "cat" / "broken \x1b[2J.png").write_bytes(b"no image")
+    run, stdout, stderr = tmp_path / "run \x1b[32m", tmp_path / "stdout", tmp_path / "stderr"
+    options = (*SMALL, "--epochs", "1", "--on-bad-image", "skip", "--out", str(run))
+    with open(stdout, "w") as out, open(stderr, "w") as err, redirect_stdout(out), redirect_stderr(err):
+        assert main(["finetune", "--data", str(root), *options]) == 0
         assert main(["finetune", "--resume", str(run)]) == 0
         for layout in ([], ["--csv"], ["--json"]):
-            assert main(["predict", str(run), str(tmp_path / "data"), *layout]) == 0
-        assert main(["evaluate", str(run)]) == 0
-    assert b"no text \\udcff.png" in stdout.read_bytes()
+            assert main(["predict", str(run), str(root), "--skip-broken", *layout]) == 0
+        assert main(["evaluate", str(run), "--skip-broken"]) == 0
+        assert main(["evaluate", str(run), "--data", str(root / "no\nwhere")]) == 2
+        images = [str(root / "val" / "cat" / name) for name in names]
+        assert main(["look", str(run), *images, "--blocks", "1", "--out", str(run / "look")]) == 0
+    written = [path for path in run.rglob("*") if path.suffix in (".txt", ".csv", ".md", ".html")]
+    assert {"bad_images.txt", "report.md", "report.html", "predictions.csv", "metrics.csv"} <= {
+        path.name for path in written
+    }
+    steering = {chr(code) for code in (*range(32), *range(127, 160), 0x202E)} - {"\n", "\r"}  # progress bars return
+    for path in (stdout, stderr, *written):
+        assert not set(path.read_text(encoding="utf-8")) & steering, path
+    for path in (stderr, run / "bad_images.txt"):
+        assert r"broken \x1b[2J.png" in path.read_text(encoding="utf-8"), path
+    assert r"d \udcfe\x9b5n" in stdout.read_text(encoding="utf-8")
     found = {row[0].rpartition("/")[2] for row in read_predictions(run / "context-0" / "predictions.csv")}
-    assert found == {names[0], "line\\nbreak.png", "no text \\udcff.png"}
+    assert found == shown

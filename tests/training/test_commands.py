@@ -26,10 +26,10 @@ from ctxenc.training.data import eval_transform
 from tests.training.small_runs import SMALL
 
 
-def start(*arguments, **keywords):
+def start(*arguments, program=("-m", "ctxenc"), **keywords):
     """A process that runs the command line, with the output as text."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ctxenc", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it runs with &
         **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | keywords),
     )
@@ -125,7 +125,12 @@ class TestCommandLine:
     def test_ctrl_c_in_a_process(self, run_folder, tmp_path):
         fifo = tmp_path / "image.png"
         os.mkfifo(fifo)
-        with start("predict", run_folder, fifo) as process:
+        code = (
+            "import sys; from ctxenc.__main__ import main; from ctxenc.training import predict\n"
+            "predict.open_image = lambda path: open(path).read()\n"  # which itself refuses what is no file
+            "sys.exit(main())"
+        )
+        with start("predict", run_folder, fifo, program=("-c", code)) as process:
             try:
                 while process.poll() is None:
                     with suppress(OSError):  # no reader yet
@@ -235,6 +240,16 @@ class TestPredict:
             [row["rank"], row["class"], row["probability"]] for row in rows
         ]
         assert [line.split()[0] for line in table[::3]] == [row["image"] for row in rows[::3]]
+
+    def test_probabilities_are_taken_in_fp32(self, run_folder, image_folder):
+        loaded = predict.load_run(run_folder)
+        paths = [image_folder / "val" / "cat" / f"{number}.png" for number in range(4)]
+        kept = []
+        loaded.model.register_forward_hook(lambda _, __, logits: kept.append(logits))
+        found = predict.predict(loaded, paths, top_k=3, batch_size=4, amp="bf16")
+        assert kept[0].dtype == torch.bfloat16
+        expected = kept[0].float().softmax(1).sort(dim=1, descending=True).values
+        assert torch.equal(torch.tensor([each.probabilities for each in found]), expected)
 
     def test_files_folders_and_globs(self, image_folder):
         cats = image_folder / "val" / "cat"

@@ -96,7 +96,10 @@ def test_embedded_photographs_exist():
     assert all(isinstance(image, Image.Image) for image in images)
 
 
-def test_a_network_of_the_embedded_scenes_gets_scenes():
+def test_a_network_of_the_embedded_scenes_gets_scenes(monkeypatch):
+    monkeypatch.setattr(scenes, "TEST_SCENES", 2)
+    assert len(command.pictures([], list(scenes.CLASSES), 2**70)[1]) == 2
+    monkeypatch.undo()
     names, images = command.pictures([], list(scenes.CLASSES), 5)
     assert names == ["street", "space", "slide", "hoard", "street"]
     test = scenes.Scenes(train=False, length=5)

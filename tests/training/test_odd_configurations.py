@@ -162,7 +162,7 @@ class TestConfigurations:
         assert durable.damage(tmp_path) == "manifest.json is no JSON"
 
 
-ODD = (None, True, 0, -1, 10**400, 0.5, "x", CODE, "", [], [1], {}, {"a": 1})
+ODD = (None, True, 0, -1, 10**400, 0.5, 1e308, 1e-320, "x", CODE, "", "\ud800", "\0", [], [1], {}, {"a": 1})
 
 
 @pytest.mark.parametrize("options", [settings, segment_settings], ids=["finetune", "segment train"])
@@ -181,6 +181,32 @@ def test_settings_of_any_type(options):
             if usual is not None and name != "smoothing":  # a text or a number
                 assert isinstance(made, type(usual)) or (type(usual) is float and type(made) is int), (name, value)
                 assert isinstance(made, bool) == isinstance(usual, bool), (name, value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("threads", "1000000", "in [1, 1024]"),
+        ("image-size", "100000", "in [1, 8192]"),
+        ("image-size", str(2**70), "of type int | None"),
+        *(
+            (name, "1e308", "in [-1e+09, 1e+09]")
+            for name in ("lr", "weight-decay", "color-jitter", "rd-ratio", "smoothing", "mixup")
+        ),
+        *((name, "-1e308", "in [-1e+09, 1e+09]") for name in ("lr", "rd-ratio")),
+        ("lr", "inf", "a positive number"),
+    ],
+)
+def test_numbers_beyond_fp32_or_the_machine(refused, option, value, rule):
+    assert refused(f"--{option}={value}").startswith(f"ctxenc: error: --{option} must be {rule}, got ")
+
+
+@pytest.mark.parametrize("option", ["lr", "weight-decay", "head-lr-mult", "poly-power", "aux-weight", "se-weight"])
+def test_numbers_of_segmentation(option, capsys):
+    assert main(["segment", "train", f"--{option}", "1e308"]) == 2
+    assert capsys.readouterr().err == f"ctxenc: error: --{option} must be in [-1e+09, 1e+09], got 1e+308\n"
+    assert main(["segment", "train", "--data", "folder", "--base-size", "1000000"]) == 2
+    assert capsys.readouterr().err == "ctxenc: error: --base-size must be in [1, 8192], got 1000000\n"
 
 
 class TestVersions:

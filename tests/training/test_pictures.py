@@ -88,6 +88,12 @@ def test_legend_lists_what_occurs_largest_first(rows):
     ]
 
 
+def test_legend_of_names_that_are_no_text(rows):
+    picture = legend(MASK, ["\ud800", "\x1b\n", "bicycle"], PALETTE)
+    assert [row[1] for row in rows[:2]] == [r"\x1b\n", r"\ud800"]
+    assert picture.height == legend(MASK, CLASSES, PALETTE).height
+
+
 def test_legend_of_rare_and_of_ignored_pixels(rows):
     rare = torch.zeros(100, 100, dtype=torch.int64)
     rare[0, :4] = 1

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from ctxenc.__main__ import main
-from ctxenc.integrations import EncNet, save_encnet_checkpoint
+from ctxenc.integrations import EncNet, inference, save_encnet_checkpoint
 from ctxenc.training.checkpoint import read_rows
 from ctxenc.training.config import read_config
-from ctxenc.training.segmentation import networks, settings, trainer
+from ctxenc.training.segmentation import networks, predict, settings, trainer
 from ctxenc.training.segmentation.networks import ARMS, SegmentConfig, arm_configs, build_network
 from ctxenc.training.segmentation.settings import ALL_ARMS
 from tests.training.small_runs import SEGMENT, make_pairs
@@ -98,6 +98,7 @@ def test_configuration_goes_through_a_file_and_refuses_others(tmp_path, folder, 
     for change in (
         {"context": "other"},
         {"mean": [1]},
+        {"std": [0.1, 1e-320, 0.1]},
         {"network": {"pretrained_backbone": True}},
         {"kind": "finetune"},
     ):
@@ -105,22 +106,30 @@ def test_configuration_goes_through_a_file_and_refuses_others(tmp_path, folder, 
         arguments = ["segment", "predict", str(path.parent), str(folder / "images" / "val")]
         assert main(arguments) == 2
         assert (
-            f"{path}: config: {'mean and std' if 'mean' in change else next(iter(change))} must be"
+            f"{path}: config: {'mean and std' if {'mean', 'std'} & set(change) else next(iter(change))} must be"
             in capsys.readouterr().err
         )
 
 
 @pytest.mark.parametrize("form", ["save_pretrained", "safetensors"])
-def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys):
+def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys, monkeypatch):
     network = EncNet("test_resnet", 3, channels=16, num_codes=4).eval()
     checkpoint = tmp_path / ("saved" if form == "save_pretrained" else "network.safetensors")
     network.save_pretrained(checkpoint) if form == "save_pretrained" else save_encnet_checkpoint(network, checkpoint)
     names = tmp_path / "names.txt"
     names.write_text("sky\nsea\nsand\n")
+    long = "x" * 240  # of 255 letters that a file system takes
+    Image.new("RGB", (44, 30)).save(folder / "images" / "val" / f"{long}.png")
     arguments = ["segment", "predict", str(checkpoint), str(folder / "images" / "val")]
     arguments += ["--out", str(tmp_path / "masks"), "--classes", str(names), "--crop", "24", "--scales", "0.5", "1"]
-    assert main(arguments) == 0
-    assert len(list((tmp_path / "masks").iterdir())) == 6
+    shown = []
+    monkeypatch.setattr(
+        predict, "predict", lambda *args, **options: shown.append(options) or inference.predict(*args, **options)
+    )
+    assert main([*arguments, "--base-size", "50"]) == 0
+    assert {(tuple(each["scales"]), each["base_size"], each["crop"]) for each in shown} == {((0.5, 1.0), 50, 24)}
+    assert len(list((tmp_path / "masks").iterdir())) == 9
+    assert (tmp_path / "masks" / f"{long}.overlay.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -283,9 +283,9 @@ class TestFolder:
 
     def test_names_of_classes(self, tmp_path):
         plain(tmp_path)
-        (tmp_path / "classes.txt").write_text("\ufeffroad \n old wall\nsky\n\n", encoding="utf-8")
+        (tmp_path / "classes.txt").write_text("\ufeffroad \n old wall\nsky\x1b[2J\n\n", encoding="utf-8")
         datasets = build(tmp_path)
-        assert datasets.classes == datasets.val.classes == ["road", "old wall", "sky"]
+        assert datasets.classes == datasets.val.classes == ["road", "old wall", r"sky\x1b[2J"]
 
     def test_numbers_of_classes_come_from_all_masks(self, tmp_path):
         plain(tmp_path, split="train")

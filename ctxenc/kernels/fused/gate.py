@@ -244,7 +244,7 @@ def _backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: b
         forms = {"RESIDUAL": residual, "DX": x_wanted}
         gate_bwd_kernel[(B * tiles_c * splits,)](x, logits.contiguous(), dy, dx, sums, *sizes, **forms, **constants)
         if splits > 1:
-            add_splits_kernel[(ceil_div(B * C, 256),)](sums, dlogits, B, C, splits, BLOCK=256)
+            add_splits_kernel[(ceil_div(B * C, 256),)](sums, dlogits, B, C, splits, BLOCK=256, enable_fp_fusion=True)
     return dx, dlogits
 
 

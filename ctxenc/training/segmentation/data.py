@@ -347,7 +347,7 @@ def _highest(paths: Paths, root: Path, skip: bool) -> int:
 
 
 def _names(path: Path) -> list[str]:
-    names = [line.strip() for line in _lines(path)]
+    names = [printable(line.strip()) for line in _lines(path)]
     while names and not names[-1]:
         names.pop()
     if "" in names:

@@ -1,6 +1,5 @@
 """What is trained: EncNet, and the networks that it is compared with, each described by a configuration that rebuilds it."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ctxenc.integrations.encnet import EncNet
-from ctxenc.training.config import FORMAT
+from ctxenc.training.config import FORMAT, are_colours
 from ctxenc.training.console import UserError, one_line
 from ctxenc.training.runs import check_model_name, installed_versions
 from ctxenc.training.segmentation.settings import SCENES, SegmentSettings
@@ -58,15 +57,12 @@ class SegmentConfig:
         network = self.network if isinstance(self.network, dict) else {}
         classes = self.classes if isinstance(self.classes, list) else []
         colours = [each for each in (self.mean, self.std) if isinstance(each, list) and len(each) == 3]
-        numbers = [each for part in colours for each in part]
         rules = {
             "network": {"channels", "num_classes"} <= network.keys() and "pretrained_backbone" not in network,
             "context": self.context in CONTEXTS,
             "classes": all(isinstance(each, str) for each in classes)
             and 0 < len(classes) == network.get("num_classes"),
-            "mean and std": len(colours) == 2
-            and all(isinstance(each, float) and math.isfinite(each) for each in numbers)
-            and all(each > 0 for each in colours[1]),
+            "mean and std": len(colours) == 2 and are_colours(*colours),
             "settings": isinstance(self.settings, dict),
             "versions": isinstance(self.versions, dict),
             "kind": self.kind == "segment",

@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
 from ctxenc.training.bad_images import BrokenImageError
-from ctxenc.training.console import UserError
+from ctxenc.training.console import UserError, printable
 from ctxenc.training.files import both, images_below, nfc
 from ctxenc.training.images import open_image, opened, orientation
 
@@ -105,8 +105,8 @@ class Pairs:
         return self.presence
 
     def name(self, index: int) -> str:
-        """The path of image ``index``."""
-        return str(self.paths[index][0])
+        """The path of image ``index``, to be printed."""
+        return printable(self.paths[index][0])
 
 
 def read_mask(path: Path) -> np.ndarray:

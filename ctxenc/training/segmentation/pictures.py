@@ -9,6 +9,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ctxenc.training.console import printable
+
 Colour = tuple[int, int, int]
 Labels = npt.NDArray[np.integer]
 
@@ -121,7 +123,7 @@ def legend(
         raise ValueError(f"legend: mask must have pixels, got shape {labels.shape}")
     counts = np.bincount(labels.ravel(), minlength=len(classes) + 1)
     order = [*sorted(range(len(classes)), key=lambda number: -counts[number]), len(classes)]
-    names, colours = [*classes, "ignored"], [*palette[: len(classes)], IGNORED]
+    names, colours = [*map(printable, classes), "ignored"], [*palette[: len(classes)], IGNORED]
     rows = [
         (colours[number], names[number], _percent(counts[number] / labels.size)) for number in order if counts[number]
     ]

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("masks"), metavar="DIR", help="where to write (default: masks)"
     )
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    parser.add_argument(
+        "--base-size", type=positive_int, metavar="N", help="longer side at scale 1 (default: the image's own size)"
+    )
     add_view_arguments(parser)
 
 
@@ -100,10 +103,10 @@ def probabilities(network: nn.Module, image: Tensor, args: argparse.Namespace) -
     Raises:
         UserError: An option does not fit, or the image is too small for the network.
     """
-    options = {"scales": args.scales, "flip": args.flip, "crop": args.crop, "stride": args.stride}
+    options = {name: getattr(args, name) for name in ("scales", "base_size", "flip", "crop", "stride", "batch_size")}
     try:
         with autocast(next(network.parameters()).device, args.amp):
-            return predict(network, image, batch_size=args.batch_size, **options)[0]
+            return predict(network, image, **options)[0]
     except (ValueError, RuntimeError) as error:
         raise UserError(one_line(error)) from error
 

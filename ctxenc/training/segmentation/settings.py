@@ -5,6 +5,7 @@ from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ctxenc.training.config import LONGEST_SIDE
 from ctxenc.training.console import UserError, positive_int, smoothing
 from ctxenc.training.settings import (
     AT_LEAST_0,
@@ -38,6 +39,7 @@ class SegmentSettings(TrainingSettings):
     rules: ClassVar[Rules] = {
         "aux_weight": AT_LEAST_0,
         "se_weight": AT_LEAST_0,
+        "base_size": (f"in [1, {LONGEST_SIDE}]", lambda value: 1 <= value <= LONGEST_SIDE),
         "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
         "head_lr_mult": POSITIVE,
         "poly_power": POSITIVE,
