@@ -43,7 +43,7 @@ def test_without_a_gpu_it_says_what_serves(tmp_path, capsys):
     assert "no GPU that PyTorch can use" in printed
     assert 'backend="auto" takes torch: ' in printed[2]
     assert (
-        "the PyTorch path serves all 1 kinds of encode calls; --interpret checks the kernels without a GPU" in printed
+        "encode calls of 1 kinds: the PyTorch path serves all; --interpret checks the kernels without a GPU" in printed
     )
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["environment"]["versions"].keys() == {"ctxenc", "torch", "triton", "timm"}
