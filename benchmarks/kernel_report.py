@@ -27,10 +27,8 @@ from benchmarks.environment import describe
 from benchmarks.gpus import GPUS, Gpu
 from ctxenc.kernels.fused.project import may_project
 
-IMAGES, PIXELS = (
-    3,
-    4096,
-)  # large enough that several programs share an image, and their sums are added by a kernel of its own
+FEW = 64  # bytes of stack a thread, 16 registers of 255: what one version of Triton spills, another does not
+IMAGES, PIXELS = 3, 4096  # several programs share an image, so that a kernel adds up their sums
 
 
 class Case(NamedTuple):
