@@ -31,6 +31,8 @@ ORDER = (
     "integrations",
     "viz",
     "training",
+    "diagnosis",
+    "commands",
 )
 ENTRANCES = ("__init__", "__main__", "loading")  # made to reach everywhere
 

@@ -27,7 +27,8 @@ def shape(text: str) -> tuple[int, ...]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.epilog = (
-        "Exit code: 0 if every kernel serves, or there is no GPU; 1 if a kernel failed its check, or none runs on the GPU;"
+        "example: ctxenc doctor --model seresnet50 --out report.json. Exit code:"
+        " 0 if every kernel serves, or there is no GPU; 1 if a kernel failed its check, or none runs on the GPU;"
         " 2 for a wrong argument. It looks at the first GPU: choose another by CUDA_VISIBLE_DEVICES."
     )
     what = parser.add_mutually_exclusive_group()

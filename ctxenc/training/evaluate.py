@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         for index in sorted(set(range(len(source.targets))) - set(result.indices.tolist())):
             say(f"ctxenc: skipped broken image {source.name(index)}", sys.stderr)
-        say(f"{loaded}, on {getattr(source, 'folder', args.data or settings.data)}")
+        say(f"{loaded}, on {args.data or settings.data}")
         print(report(result))
 
 

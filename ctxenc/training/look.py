@@ -12,11 +12,10 @@ from torch import nn
 
 from ctxenc.patching import patch_se_blocks
 from ctxenc.training import photographs
-from ctxenc.training.config import atomic
 from ctxenc.training.console import UserError, near_names, one_line, positive_int, printable, say, text_table
 from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
-from ctxenc.training.pictures import spread
+from ctxenc.training.pictures import spread, write
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import pick_device
 from ctxenc.training.segmentation import scenes
@@ -124,8 +123,7 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
     for name, figure in figures.items():
-        with atomic(args.out / f"{name}.png") as temporary:
-            figure.savefig(temporary, pil_kwargs={"optimize": True})
+        write(args.out / f"{name}.png", figure, pil_kwargs={"optimize": True})
     say(subject.remark)
     print(report(seen))
     say(f"{len(names)} image{'s' if len(names) > 1 else ''}: {args.out}/{{{','.join(figures)}}}.png")
