@@ -30,8 +30,8 @@ def kernel_of(name):
     return kernel
 
 
-def excess(arguments, results):
-    return {"doubled": float((results[0] - 2 * arguments[0]).abs().max()) / 1e-5}
+def excess(arguments, results, exact):
+    return {"doubled": float((results[0] - exact[0]).abs().max()) / 1e-5}
 
 
 def problem(constants, device):
@@ -39,7 +39,7 @@ def problem(constants, device):
 
 
 for name in NAMES:
-    Operator(name, kernel_of(name), kernel_of("healthy"), lambda x: {"x": "float32"}, problem, excess)
+    Operator(name, kernel_of(name), kernel_of("healthy"), lambda x: {"x": "float32"}, problem, excess, key=lambda x: ())
 
 
 def look(request):

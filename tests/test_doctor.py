@@ -43,7 +43,7 @@ def test_without_a_gpu_it_says_what_serves(tmp_path, capsys):
     assert "no GPU that PyTorch can use" in printed
     assert 'backend="auto" takes torch: ' in printed[2]
     assert (
-        "the PyTorch path serves all 1 kinds of encode calls; --interpret checks the kernels without a GPU" in printed
+        "encode calls of 1 kinds: the PyTorch path serves all; --interpret checks the kernels without a GPU" in printed
     )
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["environment"]["versions"].keys() == {"ctxenc", "torch", "triton", "timm"}
@@ -172,6 +172,23 @@ def test_help_is_quick_and_imports_no_torch():
         "doctor.add_arguments(argparse.ArgumentParser()); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_block_are_checked_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "found.json"
+    arguments = ["--shapes", "2,16,5,5,4", "--dtypes", "bf16", "--layouts", "channels_last", "--interpret"]
+    assert doctor("doctor", *arguments, "--jobs", "2", "--out", str(out)) == 0
+    found = json.loads(out.read_text())
+    verdicts = {verdict["kind"][0]: verdict for verdict in found["verdicts"]}
+    assert {"encode", "encode_backward", "gate", "gate_backward", "project_encode"} <= set(verdicts)
+    for verdict in verdicts.values():
+        assert verdict["serves"]
+        assert verdict["kept"]
+        assert 0 < max(verdict["excess"].values()) < 1
+        assert verdict["kind"][1]["x"] == "bfloat16"
+    assert found["times"] == []
 
 
 def test_gpus_are_described(monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interpret", action="store_true", help="check the kernels in Triton's interpreter, on the CPU"
     )
-    parser.add_argument("--jobs", type=positive_int, default=4, metavar="N", help="kernels at a time (default: 4)")
+    jobs = min(8, os.cpu_count() or 1)
+    parser.add_argument(
+        "--jobs", type=positive_int, default=jobs, metavar="N", help=f"kernels at a time (default: {jobs})"
+    )
     parser.add_argument("--seconds", type=positive_int, default=300, metavar="N", help="for a kernel (default: 300)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all of it as JSON, to attach to a report")
 
@@ -118,14 +122,14 @@ def environment_text(found: dict[str, Any]) -> str:
 def needs_text(needs: dict[str, Any], interpret: bool) -> str:
     """What is going to be tried."""
     kinds, calls = len(needs["kinds"]), len(needs["calls"])
-    if needs["why_no_kernels"] and needs["device"] != "meta":
-        return f"the PyTorch path serves every call: {needs['why_no_kernels']}"
     if needs["device"] == "meta":
         return (
-            f"the PyTorch path serves all {calls} kinds of encode calls; --interpret checks the kernels without a GPU"
+            f"encode calls of {calls} kinds: the PyTorch path serves all; --interpret checks the kernels without a GPU"
         )
+    if needs["why_no_kernels"]:
+        return f"the PyTorch path serves every call: {needs['why_no_kernels']}"
     where = "in Triton's interpreter" if interpret else "on this GPU"
-    return f"{kinds} kernels for {calls} kinds of encode calls are tried {where}:"
+    return f"encode calls of {calls} kinds: {kinds} kernels are tried {where}"
 
 
 def verdicts_text(verdicts: list[dict[str, Any]]) -> str:
@@ -136,7 +140,7 @@ def verdicts_text(verdicts: list[dict[str, Any]]) -> str:
         groups.setdefault((operator, str(constants.get("x", ""))), []).append(verdict)
     rows = []
     for (operator, dtype), group in groups.items():
-        worst = max((value for verdict in group for value in verdict["excess"].values()), default=float("nan"))
+        worst = max((value for verdict in group for value in (verdict["excess"] or {}).values()), default=float("nan"))
         serve, seconds = sum(verdict["serves"] for verdict in group), max(verdict["seconds"] for verdict in group)
         rows.append((operator, dtype, f"{serve} of {len(group)}", f"{worst:.2f}", f"{seconds:.1f}"))
     header = ("kernel", "dtype", "serve", "worst error / tolerance", "longest, s")

@@ -53,8 +53,8 @@ def look(request: Request) -> Iterator[Result]:
     for module, shape in subjects:
         for dtype in request["dtypes"]:
             for layout in request["layouts"]:
-                with ctxenc.use_backend("auto"), verdicts.watching() as watched, _recorded(module, calls):
-                    _train_and_evaluate(module, shape, dtype, layout)
+                with ctxenc.use_backend("auto"), verdicts.watching() as watched:
+                    _train_and_evaluate(module, shape, dtype, layout, calls)
                 kinds |= dict.fromkeys(kind.to_json() for kind in watched)
     needs = {"device": device.type, "why_no_kernels": reason, "kinds": list(kinds), "calls": list(calls.values())}
     yield {"needs": needs}
@@ -177,16 +177,21 @@ def _name(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
-def _train_and_evaluate(module: nn.Module, shape: tuple[int, ...], dtype: str, layout: str) -> None:
+def _train_and_evaluate(
+    module: nn.Module, shape: tuple[int, ...], dtype: str, layout: str, calls: dict[str, Result]
+) -> None:
     """One step of training, and an evaluation with the norms folded into the projections, as for deployment."""
     device = next(module.parameters()).device
-    x = torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[layout])
-    module.to(memory_format=LAYOUTS[layout])
     half = dtype != "fp32" and device.type != "meta"
+    x = torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[layout])
+    if half and isinstance(module, ctxenc.ContextEncoding):  # inside a network it is given what a convolution gives
+        x = x.to(DTYPES[dtype])
+    module.to(memory_format=LAYOUTS[layout])
     with torch.autocast(device.type, DTYPES[dtype]) if half else contextlib.nullcontext():
-        output = module.train()(x.requires_grad_())
+        with _recorded(module, calls):
+            output = module.train()(x.requires_grad_())
         output.backward(torch.randn_like(output))
-        fused = copy.deepcopy(module).eval()
+        fused = copy.deepcopy(module).eval()  # without hooks, beneath which the projection has no kernel
         for block in fused.modules():
             if isinstance(block, ctxenc.ContextEncoding):
                 block.fuse()
