@@ -7,7 +7,7 @@ come out of every run. The cut depends on sizes alone, so that another GPU adds 
 The first form is that of Squeeze-and-Excitation (arXiv 1709.01507), the second that of EncNet (arXiv 1803.08904), section 3.1.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -285,47 +285,49 @@ def plain_backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_want
 # How the kernels prove themselves
 
 
-def _constants(x: Tensor, logits: Tensor, *flags: bool, dy: Tensor | None = None) -> Constants | None:
-    """Everything that a kernel is compiled for; the flags are residual and, for backward, x_wanted."""
+def _constants(x: Tensor, logits: Tensor, residual: bool, backward: bool = False) -> Constants | None:
+    """Everything that forward is compiled for, and all of backward but for dy."""
     if not x.numel():
         return None
-    named = {"x": proof.dtype_name(x), "logits": proof.dtype_name(logits), "residual": flags[0]}
-    if dy is not None:
-        named |= {"x_wanted": flags[1], "dy_unit": _unit(dy), "dy_vector": _vector(dy, _unit(dy))}
-    return named | _launch(x, dy is not None)[2]
+    named = {"x": proof.dtype_name(x), "logits": proof.dtype_name(logits), "residual": residual}
+    return named | _launch(x, backward)[2]
 
 
-def _backward_constants(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> Constants | None:
-    return _constants(x, logits, *flags, dy=dy)
+def _dy_constants(dy: Tensor) -> Constants:
+    return {"dy_unit": _unit(dy), "dy_vector": _vector(dy, _unit(dy))}
 
 
-def _incoming(x: Tensor, unit: str) -> Iterator[Tensor]:
-    """Room for a gradient of y (B, C, N), of every alignment."""
-    B, C, N = x.shape
+def _backward_constants(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> Constants | None:
+    constants = _constants(x, logits, residual, backward=True)
+    return constants and constants | _dy_constants(dy) | {"x_wanted": x_wanted}
+
+
+def _incoming(x: Tensor, constants: Constants) -> Tensor | None:
+    """Room for a gradient of y."""
+    (B, C, N), unit = x.shape, constants["dy_unit"]
     if not unit:
-        yield x.new_empty(B, C, N, 2)[..., 0]
-        return
-    yield from (dy for dy in proof.placed(B, C, N - 1, unit == "c", x.dtype, x.device) if dy.shape == x.shape)
+        return x.new_empty(B, C, N, 2)[..., 0]
+    room = proof.placed(B, C, range(N, N + 1), unit == "c", x.dtype, x.device)
+    return next((dy for dy in room if _dy_constants(dy).items() <= constants.items()), None)
 
 
 def _problem(constants: Constants, device: torch.device) -> Arguments | None:
     """Three images of some tiles of channels and runs of WALK pixels; logits from -9 to 9; zeros, where relu has its kink."""
-    draw = proof.drawing(device)
-    flags = [constants[name] for name in ("residual", "x_wanted") if name in constants]
-    unit, N = constants.get("dy_unit"), 2 * WALK + int(constants["BLOCK_N"])
-    dtypes = [getattr(torch, str(constants[name])) for name in ("x", "logits")]
+    draw, N, backward = proof.drawing(device), 2 * WALK + int(constants["BLOCK_N"]), "x_wanted" in constants
+    dtypes, residual = [getattr(torch, str(constants[name])) for name in ("x", "logits")], bool(constants["residual"])
     for ragged in (9, 10, 12, 16):
         C = 2 * int(constants["BLOCK_C"]) + ragged
         logits = (3 * torch.randn(3, C, **draw)).to(dtypes[1])
-        for x in proof.placed(3, C, N, constants["UNIT"] == "c", dtypes[0], device):
-            for dy in [None] if unit is None else _incoming(x, str(unit)):
-                if _constants(x, logits, *flags, dy=dy) != constants:
-                    continue
-                proof.fill(x, lambda shape: torch.randn(shape, **draw) * (torch.rand(shape, **draw) < 0.9))
-                if dy is None:
-                    return x, logits, *flags
-                proof.fill(dy, lambda shape: torch.randn(shape, **draw))
-                return dy, x, logits, *flags
+        for x in proof.placed(3, C, range(N + 1, N + 17), constants["UNIT"] == "c", dtypes[0], device):
+            if not (_constants(x, logits, residual, backward) or {}).items() <= constants.items():
+                continue
+            if backward and (dy := _incoming(x, constants)) is None:
+                continue
+            proof.fill(x, lambda shape: torch.randn(shape, **draw) * (torch.rand(shape, **draw) < 0.9))
+            if not backward:
+                return x, logits, residual
+            proof.fill(dy, lambda shape: torch.randn(shape, **draw))
+            return dy, x, logits, residual, bool(constants["x_wanted"])
     return None
 
 
