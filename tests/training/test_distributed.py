@@ -121,9 +121,9 @@ def test_an_uneven_finetune(tmp_path, image_folder):
 
 def assert_first_wrote(folder, run):
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
-    for name in ("config.json", "metrics.csv", "last.safetensors", "manifest.json", "report.md"):
-        assert any(name.split(".")[0] in each for each in first), (name, first)
-        assert any(run.rglob(name))
+    names = ("config.json", "metrics.csv", "last.safetensors", "manifest.json", "report.md")
+    assert all(any(run.rglob(name)) for name in names)
+    assert len(first) >= len(names)  # under random names, until a file is whole
     assert second == []
 
 

@@ -260,7 +260,7 @@ class TestErrors:
             ),
             (("--model-kwargs", '{"features_only": true}'), "must give 3 logits an image, got list for images of"),
             (("--batch-size", 1), "cannot run on images of 3 x 32 x 32: ValueError: Expected more than 1 value"),
-            (("--num-codes", 10**15), "test_efficientnet: "),
+            (("--num-codes", 10**15), "--num-codes must be in [1, 1000000], got 1000000000000000"),
             (("--opt", "adahessian"), "--opt must do with first derivatives, got adahessian"),
             (("--seed", 5000000000), "--seed must be at most 4294967295 with --seeds 1, got 5000000000"),
         ],

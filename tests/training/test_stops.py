@@ -330,7 +330,7 @@ class TestNonfinite:
         assert "the loss of step 2 of epoch 2 is nan" in line
 
     def test_a_rate_far_too_high(self, refused, tmp_path):
-        line = refused("--out", tmp_path / "run", "--opt", "sgd", "--lr", "1e30", "--epochs", 3, "--warmup-epochs", 0)
+        line = refused("--out", tmp_path / "run", "--opt", "sgd", "--lr", "1e9", "--epochs", 3, "--warmup-epochs", 0)
         assert "the loss of step " in line
         assert "it first arises in " in line
 

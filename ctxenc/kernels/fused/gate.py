@@ -299,7 +299,7 @@ def _problem(constants: Constants, device: torch.device) -> Arguments | None:
     for ragged in (9, 10, 12, 16):
         C = 2 * int(constants["BLOCK_C"]) + ragged
         logits = (3 * torch.randn(3, C, **draw)).to(dtypes[1])
-        for x in proof.placed(3, C, N, bool(constants["LAST"]), dtypes[0], device):
+        for x in proof.placed(3, C, range(N + 1, N + 17), bool(constants["LAST"]), dtypes[0], device):
             dy = torch.empty_like(x) if backward else None
             if _constants(x, logits, *flags, dy=dy) != constants:
                 continue

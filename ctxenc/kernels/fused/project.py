@@ -154,7 +154,7 @@ def project_forward(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor,
 def plain(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """The same by the PyTorch path."""
     z = F.conv2d(x.unsqueeze(3), weight[:, :, None, None], shift.to(x.dtype)).relu()
-    return torch_encode.encode(z.flatten(2), codewords, smoothing)
+    return torch_encode.encode(z.flatten(2), codewords, smoothing).contiguous()
 
 
 def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:

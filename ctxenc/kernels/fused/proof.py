@@ -18,7 +18,7 @@ from ctxenc.kernels.fused.tiles import gpu_of
 from ctxenc.kernels.verdicts import Arguments, Constants, place
 
 PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}  # tf32 has fp16's unit
-LARGEST = 2**23  # elements of x in a problem, beyond three images: an fp64 copy takes 64 MB
+LARGEST = 2**23  # elements of x or the weights in a problem, beyond three images: an fp64 copy takes 64 MB
 AXES = {"encoding": 2, "dx": 1, "dcodewords": 1}  # of the channels of a result
 # Units of the products' dtype, by whether that is half precision: for dx, where none average out, and for sums over pixels. Right
 # kernels take up to a quarter of them in the interpreter; one without the codewords' low-order operand takes 2.6 times as much.
@@ -68,23 +68,25 @@ def backward_constants(
     return {**describe(direction, x, codewords, smoothing), "x_wanted": x_wanted}
 
 
-def placed(B: int, C: int, N: int, channels_last: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Empty tensors (B, C, N + 1 to 16) of one layout and every alignment; with images of their own, then with one repeated."""
-    room = torch.empty(B * C * (N + 16) + 8, dtype=dtype, device=device)
+def placed(
+    B: int, C: int, sizes: range, channels_last: bool, dtype: torch.dtype, device: torch.device
+) -> Iterator[Tensor]:
+    """Empty tensors (B, C, N) of one layout, some sizes N and every alignment; with images of their own, then one repeated."""
+    room = torch.empty(B * C * max(sizes) + 8, dtype=dtype, device=device)
     for images in (B, 1):
         for start in (0, 1, 2, 4):
-            for pixels in range(N + 1, N + 17):
-                x = room[start : start + images * C * pixels]
-                x = x.view(images, pixels, C).transpose(1, 2) if channels_last else x.view(images, C, pixels)
-                yield x.expand(B, C, pixels)
+            for N in sizes:
+                x = room[start : start + images * C * N]
+                x = x.view(images, N, C).transpose(1, 2) if channels_last else x.view(images, C, N)
+                yield x.expand(B, C, N)
 
 
 def candidates(constants: Constants, channels: int, device: torch.device) -> Iterator[Tensor]:
     """Empty features for a problem: seven tiles and a part of one an image, an image for each multiprocessor within LARGEST."""
     N = 7 * int(constants["block_n"])
-    images = max(3, min(gpu_of(device).multiprocessors, LARGEST // (N * channels)))
+    images = max(3, min(gpu_of(device).multiprocessors, LARGEST // (N * max(channels, int(constants["K"])))))
     dtype = getattr(torch, str(constants["x"]))
-    return placed(images, channels, N, bool(constants["channels_last"]), dtype, device)
+    return placed(images, channels, range(N + 1, N + 17), bool(constants["channels_last"]), dtype, device)
 
 
 def fill(x: Tensor, values: Callable[[torch.Size], Tensor]) -> None:
