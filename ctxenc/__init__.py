@@ -10,6 +10,7 @@ from ctxenc.encoding import Encoding
 from ctxenc.functional import assign, backend_info, encode, use_backend
 from ctxenc.loading import load
 from ctxenc.patching import find_context_blocks, find_se_blocks, patch_se_blocks, restore_se_blocks
+from ctxenc.se_blocks import register_se_class
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "find_se_blocks",
     "load",
     "patch_se_blocks",
+    "register_se_class",
     "restore_se_blocks",
     "use_backend",
 ]

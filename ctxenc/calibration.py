@@ -22,7 +22,7 @@ from ctxenc.context import ContextEncoding
 from ctxenc.encoding import uncompiled
 from ctxenc.functional import assign
 from ctxenc.patching import _originals, _patched_blocks
-from ctxenc.se_blocks import check_model, empty_slots, kind_of, named_blocks
+from ctxenc.se_blocks import check_model, empty_slots, gate_of, last_layer, named_blocks
 
 STARTS = ("calibrated", "neutral", "random")
 # Pixels of each block's input that are kept: they give the projection and its norm, the codewords and the smoothing.
@@ -40,10 +40,12 @@ class _Place:
     se: nn.Module | None
 
     @property
-    def gate(self) -> nn.Module | None:
-        """The SE block's gate: what it is called on are the logits."""
-        kind = None if self.se is None else kind_of(self.se)
-        return getattr(self.se, kind.gate) if kind else None
+    def logits(self) -> tuple[nn.Module, bool] | None:
+        """Where the SE block's logits show: its gate takes them, or (False) its last layer returns them."""
+        if self.se is None:
+            return None
+        gate = gate_of(self.se)
+        return (last_layer(self.se), False) if gate is None else (gate, True)
 
 
 @torch.no_grad()
@@ -233,17 +235,19 @@ def _in_order(model: nn.Module, places: list[_Place], image: Tensor) -> list[_Pl
 
 
 @contextmanager
-def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """What each module is called on, (B, the rest) and wide enough to compute with."""
+def _recorded(modules: dict[str, tuple[nn.Module, bool]]) -> Iterator[dict[str, list[Tensor]]]:
+    """What each module takes (True) or returns (False), (B, the rest) and wide enough to compute with."""
     kept: dict[str, list[Tensor]] = {name: [] for name in modules}
 
-    def recorder(name: str, module: nn.Module) -> Any:
-        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept[name].append(_wide(args[0].flatten(1)).clone())  # the module may work in place
+    def recorder(name: str, module: nn.Module, takes: bool) -> Any:
+        def keep(tensor: Tensor) -> None:
+            kept[name].append(_wide(tensor.flatten(1)).clone())  # the module, or what follows, may work in place
 
-        return module.register_forward_pre_hook(record)
+        if takes:
+            return module.register_forward_pre_hook(lambda _, args: keep(args[0]))
+        return module.register_forward_hook(lambda _, __, output: keep(output))
 
-    with _hooked(recorder(*item) for item in modules.items()):
+    with _hooked(recorder(name, *module) for name, module in modules.items()):
         yield kept
 
 
@@ -262,8 +266,8 @@ def _original(model: nn.Module, like: nn.Module | None, places: list[_Place]) ->
         se = place.se
         return place.block.register_forward_hook(lambda _, args, __: args[0] if se is None else se(args[0]))
 
-    gates = {place.name: place.gate for place in places if place.gate is not None}
-    with _recorded(gates) as logits, _hooked(map(replacer, places) if like is None else ()):
+    sources = {place.name: place.logits for place in places if place.logits is not None}
+    with _recorded(sources) as logits, _hooked(map(replacer, places) if like is None else ()):
         yield model if like is None else like, logits
 
 
@@ -357,7 +361,7 @@ def _measured(
     for images in batches:
         with _original(model, like, places) as (network, wanted):
             original = network(_on(network, images))
-        with _recorded({place.name: place.block.gate for place in places}) as own, _hooked(map(user, places)):
+        with _recorded({place.name: (place.block.gate, True) for place in places}) as own, _hooked(map(user, places)):
             output = model(_on(model, images))
         for place in places:
             if place.name in wanted:

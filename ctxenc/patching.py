@@ -16,7 +16,16 @@ from torch import nn
 
 from ctxenc.context import ContextEncoding, check_ratio, reduced_channels
 from ctxenc.encoding import check_sizes, check_smoothing
-from ctxenc.se_blocks import SEBlock, check_model, empty_slots, find_se_blocks, kind_of, named_blocks, what_it_has
+from ctxenc.se_blocks import (
+    SEBlock,
+    check_model,
+    empty_slots,
+    find_se_blocks,
+    gate_of,
+    kind_of,
+    named_blocks,
+    what_it_has,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -107,8 +116,7 @@ class _Swap:
 
     def build(self, found: SEBlock, source: nn.Module) -> ContextEncoding:
         """The block for the place of `found`; device, dtype and state of mind as in `source`, the SE block or convolution."""
-        kind = kind_of(source)
-        weight = next(source.parameters())
+        gate, weight = gate_of(source), next(source.parameters())
         rd_channels = found.rd_channels if self.rd_ratio is None else None
         if rd_channels is None:
             rd_channels = reduced_channels(
@@ -120,7 +128,7 @@ class _Swap:
             rd_channels=rd_channels,
             smoothing=self.smoothing,
             pool=self.pool,
-            gate_layer=copy.deepcopy(getattr(source, kind.gate)) if kind else "sigmoid",
+            gate_layer="sigmoid" if gate is None else copy.deepcopy(gate),
             channels_last=found.layout == "NHWC",
             device=weight.device,
             dtype=weight.dtype,
@@ -151,7 +159,7 @@ def patch_se_blocks(
     ask the whole network, so give it, and choose a part by filter_fn.
 
     Args:
-        model: a model with SE blocks of timm or torchvision; see find_se_blocks.
+        model: a model with SE blocks of a class that find_se_blocks knows.
         num_codes: K, codewords a block.
         smoothing: "learned", "sampled" or a positive number; see Encoding.
         rd_ratio: C' / C, rounded to a multiple of 8. By default C' is what the SE block reduces to (C / 16 where it does not).

@@ -1,8 +1,10 @@
 """Finding Squeeze-and-Excitation blocks, and the empty slots where one could be.
 
-Classes are recognised by their qualified names, so that neither timm nor torchvision is imported here.
+Classes are recognised by their qualified names, so that no other library is imported here.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,10 +35,10 @@ class SEBlock:
 
 @dataclass(frozen=True)
 class Kind:
-    """How to read an SE class: its first layer, its gate, whether the first layer reduces, and the layout of the map."""
+    """How to read an SE class; see register_se_class."""
 
-    first: str
-    gate: str
+    first: str = ""
+    gate: str = ""
     reduces: bool = True
     layout: str = "NCHW"
 
@@ -49,7 +51,10 @@ _KINDS = {
     "timm.models.senet.SEModule": Kind("fc1", "sigmoid"),
     "timm.models.hgnet.EseModule": Kind("conv", "sigmoid", reduces=False),
     "torchvision.ops.misc.SqueezeExcitation": Kind("fc1", "scale_activation"),
+    "segmentation_models_pytorch.encoders._senet.SEModule": Kind("fc1", "sigmoid"),
+    "segmentation_models_pytorch.encoders.mobileone.SEBlock": Kind("reduce"),
 }
+LIBRARIES = "timm, torchvision and segmentation_models_pytorch"
 
 # Owners whose slot for a channel attention is None in plain networks, with the convolution whose output it would gate.
 _EMPTY_SLOTS = {
@@ -70,6 +75,39 @@ _OTHER_ATTENTION = (
 )
 
 
+# What the names of SE classes, and of layers in blocks that squeeze by themselves, have in common.
+_CLASS_LIKE_SE = re.compile("(?<![A-Z])SE(?![a-z])|Squeeze|Excit|ChannelAttention")
+_LAYER_LIKE_SE = re.compile("_?se_")
+
+
+def register_se_class(
+    cls: type[nn.Module], *, first: str = "", gate: str = "", reduces: bool = True, layout: str = "NCHW"
+) -> None:
+    """Make a class of SE blocks known, and its subclasses: find_se_blocks, patch_se_blocks and calibrate then take them too.
+
+    Args:
+        cls: modules that take a map and return it times one gate a channel, and nothing else.
+        first: name of the first layer in it, such as "fc.0"; by default its first convolution or linear layer.
+        gate: name of the module of its gate function, such as "fc.3"; by default a sigmoid of what its last layer returns.
+        reduces: whether the first layer reduces the channels.
+        layout: of the map, "NCHW" or "NHWC".
+
+    Raises:
+        TypeError: cls is no class of modules, or a name is no text.
+        ValueError: cls is one of torch's own, or layout is unknown.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_se_class: cls must be a subclass of torch.nn.Module, got {cls!r}")
+    if cls.__module__.partition(".")[0] == "torch":
+        raise ValueError(f"register_se_class: cls must be a class of SE blocks, got {_qualified(cls)}")
+    for name, value in (("first", first), ("gate", gate)):
+        if not isinstance(value, str):
+            raise TypeError(f"register_se_class: {name} must be the name of a module, got {value!r}")
+    if layout not in ("NCHW", "NHWC"):
+        raise ValueError(f"register_se_class: layout must be NCHW or NHWC, got {layout!r}")
+    _KINDS[_qualified(cls)] = Kind(first, gate, reduces, layout)
+
+
 def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -78,20 +116,50 @@ def _kind_by_class(module: nn.Module) -> Kind | None:
     return next((_KINDS[name] for name in map(_qualified, type(module).__mro__) if name in _KINDS), None)
 
 
-def _sizes(module: nn.Module, kind: Kind) -> tuple[int, int] | None:
-    """Channels into and out of the first layer, be it fused or wrapped in an adapter; None where it is quantized."""
-    for layer in getattr(module, kind.first).modules():
-        if isinstance(layer, nn.Conv2d):
-            return layer.in_channels, layer.out_channels
-        if isinstance(layer, nn.Linear):
-            return layer.in_features, layer.out_features
-    return None
+def _part(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"register_se_class: {type(module).__name__} must have a module {name}, got none") from error
+
+
+def _layers(module: nn.Module) -> list[nn.Conv2d | nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+
+
+def _first_layer(module: nn.Module, kind: Kind) -> nn.Conv2d | nn.Linear | None:
+    """The first layer, be it fused or wrapped in an adapter; None where it is quantized."""
+    return next(iter(_layers(_part(module, kind.first))), None)
+
+
+def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
+    """Channels into and out of a layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+def first_layer(module: nn.Module) -> nn.Conv2d | nn.Linear | None:
+    """The first layer of an SE block; None for any other module."""
+    kind = kind_of(module)
+    return _first_layer(module, kind) if kind else None
+
+
+def gate_of(module: nn.Module) -> nn.Module | None:
+    """The gate function of an SE block; None where it calls a sigmoid, and for any other module."""
+    kind = kind_of(module)
+    return _part(module, kind.gate) if kind and kind.gate else None
+
+
+def last_layer(module: nn.Module) -> nn.Module:
+    """The layer whose output an SE block without a module for its gate takes the sigmoid of."""
+    return _layers(module)[-1]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """How to read a module that is an SE block with float weights; None for any other."""
     kind = _kind_by_class(module)
-    return kind if kind and _sizes(module, kind) else None
+    return kind if kind and _first_layer(module, kind) else None
 
 
 def named_blocks(model: nn.Module) -> Iterator[tuple[SEBlock, nn.Module]]:
@@ -99,14 +167,14 @@ def named_blocks(model: nn.Module) -> Iterator[tuple[SEBlock, nn.Module]]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         kind = _kind_by_class(module)
-        if kind and (sizes := _sizes(module, kind)):
-            channels, rd_channels = sizes
+        if kind and (first := _first_layer(module, kind)):
+            channels, rd_channels = _sizes(first)
             block = SEBlock(
                 name=name,
                 class_name=_qualified(type(module)),
                 channels=channels,
                 rd_channels=rd_channels if kind.reduces else None,
-                gate=type(getattr(module, kind.gate)).__name__,
+                gate=type(_part(module, kind.gate)).__name__ if kind.gate else "Sigmoid",
                 layout=kind.layout,
             )
             yield block, module
@@ -127,8 +195,9 @@ def empty_slots(model: nn.Module) -> Iterator[tuple[SEBlock, nn.Module]]:
 def find_se_blocks(model: nn.Module) -> list[SEBlock]:
     """The Squeeze-and-Excitation blocks of a model, in the order of its modules.
 
-    Knows SEModule, EffectiveSEModule, SqueezeExciteCl and the SE classes of EfficientNet, SENet and HGNet in timm, and
-    torchvision's SqueezeExcitation, with their subclasses. ECA, GlobalContext, SplitAttn and SelectiveKernel are not SE.
+    Knows SEModule, EffectiveSEModule, SqueezeExciteCl and the SE classes of EfficientNet, SENet and HGNet in timm, torchvision's
+    SqueezeExcitation, the SE classes of SENet and MobileOne in segmentation_models_pytorch, and what register_se_class names, with
+    their subclasses. ECA, GlobalContext, SplitAttn and SelectiveKernel are not SE.
 
     Args:
         model: any module.
@@ -166,4 +235,27 @@ def what_it_has(model: nn.Module, filtered: bool) -> str:
         has.append(f"{quantized} quantized SE blocks; patch before that")
     if empty := len(list(empty_slots(model))):
         has.append(f"{empty} empty slots, which fill_empty=True fills")
-    return f"{name} with {', '.join(has) or 'no channel attention at all'}"
+    alike, inline = _like_se(modules)
+    if alike:
+        has.append(f"{alike}, which may be SE: ctxenc.register_se_class makes a class known")
+    if inline:
+        has.append(f"{inline}, whose own forward squeezes: only a module of its own can be replaced")
+    return f"{name} with {', '.join(has) or 'no channel attention'}; looked for the SE classes of {LIBRARIES}"
+
+
+def _like_se(modules: list[nn.Module]) -> tuple[str, str]:
+    """The classes that are called like SE, and those with layers that are, each with their number."""
+    classes, owners = Counter[str](), Counter[str]()
+    for module in modules:
+        if _called_like_se(module) and not any(map(_called_like_se, list(module.modules())[1:])):
+            classes[type(module).__name__] += 1
+        elif any(_LAYER_LIKE_SE.match(name) and _layers(child) == [child] for name, child in module.named_children()):
+            owners[type(module).__name__] += 1
+    alike, inline = (", ".join(f"{count} {name}" for name, count in each.items()) for each in (classes, owners))
+    return alike, inline
+
+
+def _called_like_se(module: nn.Module) -> bool:
+    cls = type(module)
+    foreign = cls.__module__.partition(".")[0] != "torch" and not _kind_by_class(module)
+    return foreign and bool(_CLASS_LIKE_SE.search(cls.__name__))

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctxenc import se_blocks
 from ctxenc.context import ContextEncoding
 from ctxenc.functional import assign
-from ctxenc.se_blocks import kind_of
 
 # Measured as the mean R^2 of the gates on 64 held-out photographs, of mobilenetv3_small_050 and test_efficientnet fitted to 192.
 # The bias of both norms: values of mean 0 and deviation 1 pass ReLU five times in six, so that most of the mean that SE looks at
@@ -27,11 +27,8 @@ PENALTIES = [10 ** (exponent / 2) for exponent in range(-8, 9)]
 
 def first_layer(se: nn.Module | None) -> Tensor | None:
     """The weight (C'', C) of the first layer of an SE block; None of an empty slot."""
-    kind = None if se is None else kind_of(se)
-    if kind is None:
-        return None
-    layers = getattr(se, kind.first).modules()
-    return next(layer.weight.flatten(1) for layer in layers if isinstance(layer, nn.Conv2d | nn.Linear))
+    layer = None if se is None else se_blocks.first_layer(se)
+    return None if layer is None else layer.weight.flatten(1)
 
 
 def kmeans_centres(pixels: Tensor, num_codes: int, seed: int) -> Tensor:

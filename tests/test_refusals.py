@@ -41,7 +41,7 @@ def _fx(model: nn.Module) -> nn.Module:
 
 
 NOTHING_TO_PATCH = {
-    "nothing": (lambda: timm.create_model("test_vit"), "VisionTransformer with no channel attention at all"),
+    "nothing": (lambda: timm.create_model("test_vit"), "VisionTransformer with no channel attention; looked for"),
     "eca": (lambda: timm.create_model("ecaresnext26t_32x4d"), "ResNet with 8 EcaModule"),
     "empty": (lambda: timm.create_model("resnet10t"), "ResNet with 4 empty slots, which fill_empty=True fills"),
     "fx": (lambda: _fx(timm.create_model("test_efficientnet")), "a torch.fx graph keeps no SE blocks as modules"),
