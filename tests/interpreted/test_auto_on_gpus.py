@@ -43,12 +43,27 @@ def plainly_gated(x: Tensor, logits: Tensor) -> Tensor:
     return x * logits.sigmoid()[..., None, None]
 
 
-FUNCTIONS = {"encode": (ctxenc.encode, specified), "gate": (gated, plainly_gated)}
+def pooled(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    norm = torch.nn.BatchNorm2d(4)
+    norm.weight, norm.bias = (torch.nn.Parameter(each.detach()) for each in (weight, bias))
+    assert functional.fuses_pool(encoding, norm) or functional._is_watched()
+    for name, each in (("weight", weight), ("bias", bias)):  # which may be no leaf
+        del norm._parameters[name]
+        object.__setattr__(norm, name, each)
+    return functional.fused_pool(encoding, norm, torch.float32)
+
+
+def plainly_pooled(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(encoding, None, None, weight, bias, training=True).relu().mean(1)
+
+
+FUNCTIONS = {"encode": (ctxenc.encode, specified), "gate": (gated, plainly_gated), "pool": (pooled, plainly_pooled)}
 each_function = pytest.mark.parametrize("name", list(FUNCTIONS))
 
 
 def inputs(name: str) -> list[Tensor]:
-    return tensors() if name == "encode" else [draw(2, 6, 3, 5).requires_grad_(), draw(2, 6, seed=1).requires_grad_()]
+    shapes = {"encode": [], "gate": [(2, 6, 3, 5), (2, 6)], "pool": [(3, 4, 6), (4,), (4,)]}[name]
+    return [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)] or tensors()
 
 
 def launches() -> int:
