@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ctxenc
@@ -21,6 +22,7 @@ from ctxenc.kernels import backends, reference, verdicts
 from ctxenc.kernels.fused import encode, gate
 from tests.interpreted.test_verdicts import StandIn, a_gpu_of_its_own, draw, each_way, silence, way
 
+aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # forward-mode AD's own
 __all__ = ["a_gpu_of_its_own"]  # a fixture that all tests here use
 
@@ -353,6 +355,31 @@ def test_inference_mode():
             assert_close(gated(given[0], given[0][:, :, 0, 0]), plainly_gated(given[0], given[0][:, :, 0, 0]))
     assert encode.FORWARD.kernel.calls == verdicts.RUNS + 2
     assert gate.FORWARD.kernel.calls == verdicts.RUNS + 1
+
+
+class NoValues(TorchDispatchMode):
+    """Refuses what waits for a GPU, which a CUDA graph cannot hold."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_that_has_been_called_reads_no_value(training, monkeypatch):
+    """It can be captured in a CUDA graph: by all that a CPU shows, kernels launched eagerly and by the same names."""
+    for module in (encode, gate):
+        monkeypatch.setattr(module, "is_watched", bool)
+    monkeypatch.setattr(functional, "_is_watched", bool)
+    block, x = ctxenc.ContextEncoding(16, 4).train(training), draw(2, 16, 5, 5).requires_grad_()
+    block(x).sum().backward()
+    before = launches()
+    monkeypatch.setattr(verdicts, "_is_capturing", lambda device: True)
+    for operator in verdicts.OPERATORS.values():
+        operator.served.clear()  # as at another address
+    with silence(), NoValues():
+        block(x).sum().backward()
+    assert launches() == before + 6  # encode, the pool and the gate, each way
 
 
 def test_autocast_lowers_nothing_where_no_kernel_serves(monkeypatch):
