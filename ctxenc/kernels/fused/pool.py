@@ -341,7 +341,7 @@ def _backward_problem(constants: Constants, device: torch.device) -> Arguments:
 
 
 def _over(got: Tensor, wanted: Tensor) -> float:
-    """Error over tolerance: 8 eps of fp32 of the largest value, and in half precision an eps of its own, of which rounding takes half."""
+    """Error over tolerance: 8 eps of fp32 of the largest value, and an eps of its own dtype, of which rounding takes half."""
     eps, own = torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps
     tolerance = 8 * eps * wanted.abs().max() + own * wanted.abs()
     return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
