@@ -89,6 +89,29 @@ def _is_product(conv: nn.Conv2d) -> bool:
     return conv.stride == (1, 1) and conv.padding == (0, 0)
 
 
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) in the dtype of its statistics, cast back.
+
+    FSDP's mixed precision lowers the parameters and not the statistics, and BatchNorm takes no two dtypes beside x's.
+    """
+    if is_traced(x):
+        return norm(x)
+    statistics = getattr(norm, "running_var", None)
+    dtype = x.dtype if statistics is None else statistics.dtype
+    affine = {name: getattr(norm, name) for name in ("weight", "bias") if getattr(norm, name, None) is not None}
+    if all(each.dtype == dtype for each in (x, *affine.values())):
+        return norm(x)
+    own = vars(norm)  # where FSDP1 puts its tensors, out of reach of torch.func.functional_call
+    held = {name: own[name] for name in affine if name in own}
+    own.update({name: each.to(dtype) for name, each in affine.items()})  # these hide the parameters, for one call
+    try:
+        return norm(x.to(dtype)).to(x.dtype)
+    finally:
+        for name in affine:
+            del own[name]
+        own.update(held)
+
+
 Projection = nn.Conv2d  # as the projection's class is called in pickles of whole blocks
 
 
@@ -290,7 +313,12 @@ class ContextEncoding(nn.Module):
         if self.pool == "mean":
             if not torch.jit.is_scripting() and self._fuses_pool(encoding):
                 return fused_pool(encoding, self.norm_codes, x.dtype)
-            return self.norm_codes(encoding.unsqueeze(3)).squeeze(3).relu().mean(1)
+            encoding = encoding.unsqueeze(3)
+            if torch.jit.is_scripting():
+                encoding = self.norm_codes(encoding)
+            else:
+                encoding = _normed(self.norm_codes, encoding)
+            return encoding.squeeze(3).relu().mean(1)
         return F.normalize(encoding.flatten(1), dim=1)
 
     @torch.jit.unused
