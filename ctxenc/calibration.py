@@ -167,14 +167,13 @@ def _undo_record(name: str, block: ContextEncoding) -> nn.Module | None:
 
 def _in_original(name: str, block: ContextEncoding, like: nn.Module) -> nn.Module | None:
     """The SE block of that name in like; None for an empty slot."""
-    channels = block.conv.in_channels
     for found, se in named_blocks(like):
-        if found.name == name and found.channels == channels:
+        if found.name == name and found.channels == block.channels:
             return se
     if any(found.name == name for found, _ in empty_slots(like)):
         return None
     raise ValueError(
-        f"calibrate: like must have an SE block of {channels} channels at {name}, got {type(like).__name__} without it"
+        f"calibrate: like must have an SE block of {block.channels} channels at {name}, got {type(like).__name__} without it"
     )
 
 

@@ -89,29 +89,30 @@ def _is_product(conv: nn.Conv2d) -> bool:
     return conv.stride == (1, 1) and conv.padding == (0, 0)
 
 
-class Projection(nn.Conv2d):
-    """A 1x1 convolution, taken as a plain product of matrices where there are few pixels on a CPU, channels last.
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) in the dtype of its statistics, cast back.
 
-    There the convolution's reordering of the weights, at every call, takes as long as the product: 2048 channels to 512 take 3.6 ms
-    against 2.5 on four maps of 7x7, 2.3 against 1.0 on one.
+    FSDP's mixed precision lowers the parameters and not the statistics, and BatchNorm takes no two dtypes beside x's.
     """
+    if is_traced(x):
+        return norm(x)
+    statistics = getattr(norm, "running_var", None)
+    dtype = x.dtype if statistics is None else statistics.dtype
+    affine = {name: getattr(norm, name) for name in ("weight", "bias") if getattr(norm, name, None) is not None}
+    if all(each.dtype == dtype for each in (x, *affine.values())):
+        return norm(x)
+    own = vars(norm)  # where FSDP1 puts its tensors, out of reach of torch.func.functional_call
+    held = {name: own[name] for name in affine if name in own}
+    own.update({name: each.to(dtype) for name, each in affine.items()})  # these hide the parameters, for one call
+    try:
+        return norm(x.to(dtype)).to(x.dtype)
+    finally:
+        for name in affine:
+            del own[name]
+        own.update(held)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and self._multiplies(x):
-            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return self._conv_forward(x, self.weight, self.bias)
 
-    @torch.jit.unused
-    def _multiplies(self, x: Tensor) -> bool:
-        if is_traced(x) or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return False
-        few = x.device.type == "cpu" and x.dim() == 4 and 0 < x.numel() <= x.shape[1] ** 2
-        return (
-            few
-            and _is_product(self)
-            and x.permute(0, 2, 3, 1).is_contiguous()
-            and x.dtype == self.weight.dtype == torch.float32
-        )
+Projection = nn.Conv2d  # as the projection's class is called in pickles of whole blocks
 
 
 class ContextEncoding(nn.Module):
@@ -185,12 +186,13 @@ class ContextEncoding(nn.Module):
                 raise TypeError(f"ContextEncoding: {argument} must be a class or a function, got {layer!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.replaced: Any = None  # set by patch_se_blocks
+        self.channels = channels
         self.num_codes = num_codes
         self.rd_channels = rd_channels
         self.pool = pool
         self.channels_last = channels_last
         self.residual = residual
-        self.conv: nn.Conv2d = Projection(channels, rd_channels, 1, bias=False, **dd)
+        self.conv = nn.Conv2d(channels, rd_channels, 1, bias=False, **dd)
         self.norm: nn.Module = (norm_layer or nn.BatchNorm2d)(rd_channels, **dd)
         # A norm of the caller's own may keep its output for backward; BatchNorm keeps its input.
         self.act = act_layer() if act_layer is not None else nn.ReLU(inplace=norm_layer is None)
@@ -239,14 +241,16 @@ class ContextEncoding(nn.Module):
         """Fold the norm into the convolution before it, as evaluation applies it, for deployment; unfuse() takes it back.
 
         timm's `reparameterize_model` calls it. In place: `conv` gets a bias and `norm` becomes an Identity, in the state dict too.
-        A block whose norm is no BatchNorm with running statistics, or that is fused, stays as it is. Under use_backend("triton") a
-        fused block with the ReLU of its own projects and encodes in one kernel, in half precision where no gradient is wanted.
+        A block stays as it is if its norm is no BatchNorm with running statistics, if its projection is no plain Conv2d (LoRA has
+        wrapped it, say), or if it is fused. Under use_backend("triton") a fused block with the ReLU of its own projects and encodes
+        in one kernel, in half precision where no gradient is wanted.
 
         Returns:
             This block.
         """
         norm: Any = self.norm
-        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_var is None:
+        plain = type(self.conv) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        if not plain or norm.running_var is None:
             return self
         wide = torch.promote_types(self.conv.weight.dtype, torch.float32)
         scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
@@ -255,7 +259,7 @@ class ContextEncoding(nn.Module):
             scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
         if self.conv.bias is not None:  # of a convolution that somebody put in its place
             shift = shift + scale * self.conv.bias
-        conv = Projection(self.conv.in_channels, self.rd_channels, 1, device="meta", dtype=self.conv.weight.dtype)
+        conv = nn.Conv2d(self.conv.in_channels, self.rd_channels, 1, device="meta", dtype=self.conv.weight.dtype)
         conv.weight = nn.Parameter((self.conv.weight * scale[:, None, None, None]).to(self.conv.weight))
         conv.bias = nn.Parameter(shift.to(self.conv.weight.dtype))
         conv.stride, conv.padding = self.conv.stride, self.conv.padding
@@ -287,7 +291,7 @@ class ContextEncoding(nn.Module):
     def _fuses_projection(self, x: Tensor) -> bool:
         """Whether projection and encoding are one kernel: in a fused block where no part is another's or must be called."""
         parts = (self.conv, self.norm, self.act, self.encoding)
-        own = [type(part) for part in parts] == [Projection, nn.Identity, nn.ReLU, Encoding]
+        own = [type(part) for part in parts] == [nn.Conv2d, nn.Identity, nn.ReLU, Encoding]
         if not own or is_traced(x) or any(_must_be_called(part) for part in parts):
             return False
         encoding, shift = self.encoding, self.conv.bias
@@ -309,7 +313,12 @@ class ContextEncoding(nn.Module):
         if self.pool == "mean":
             if not torch.jit.is_scripting() and self._fuses_pool(encoding):
                 return fused_pool(encoding, self.norm_codes, x.dtype)
-            return self.norm_codes(encoding.unsqueeze(3)).squeeze(3).relu().mean(1)
+            encoding = encoding.unsqueeze(3)
+            if torch.jit.is_scripting():
+                encoding = self.norm_codes(encoding)
+            else:
+                encoding = _normed(self.norm_codes, encoding)
+            return encoding.squeeze(3).relu().mean(1)
         return F.normalize(encoding.flatten(1), dim=1)
 
     @torch.jit.unused
@@ -347,4 +356,4 @@ class ContextEncoding(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for print()."""
-        return f"{self.conv.in_channels}, num_codes={self.num_codes}, rd_channels={self.rd_channels}, pool={self.pool}"
+        return f"{self.channels}, num_codes={self.num_codes}, rd_channels={self.rd_channels}, pool={self.pool}"

@@ -40,7 +40,14 @@ def _draw_smoothing(x: Tensor, like: Tensor, num_codes: int) -> Tensor:
     return torch.rand(num_codes, device=like.device, dtype=like.dtype)
 
 
-torch.fx.wrap("encode")  # its checks look at shapes, which a traced graph does not have
+def _encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    """Encode, as a node of a torch.fx graph that TorchScript can compile: it takes no keyword-only arguments."""
+    if torch.jit.is_scripting():
+        return encode_plainly(x.flatten(2), codewords, smoothing)
+    return encode(x, codewords, smoothing)
+
+
+torch.fx.wrap("_encode")  # the checks of encode look at shapes, which a traced graph does not have
 torch.fx.wrap("_draw_smoothing")
 
 
@@ -104,9 +111,7 @@ class Encoding(nn.Module):
         smoothing = self.smoothing
         if self.sampled and self.training:
             smoothing = _draw_smoothing(x, smoothing, self.num_codes)
-        if torch.jit.is_scripting():  # which takes no keyword-only arguments
-            return encode_plainly(x.flatten(2), self.codewords, smoothing)
-        return encode(x, self.codewords, smoothing)
+        return _encode(x, self.codewords, smoothing)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

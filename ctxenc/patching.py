@@ -154,7 +154,7 @@ def patch_se_blocks(
 
     The model is changed in place, wholly or not at all. Device, dtype, train or eval mode, requires_grad, memory format, gate
     function and layout (NCHW or NHWC) are those of the block that goes. Patch first, then wrap (DDP, FSDP, compile), then make
-    the optimizer and the EMA: what was made before does not know the new parameters. Weights of the SE network are loaded before
+    the optimizer and the EMA: anything created earlier does not see the new parameters. Weights of the SE network are loaded before
     patching. `model.no_weight_decay()` then names the codewords and smoothing too, which timm's optimizers leave undecayed; they
     ask the whole network, so give it, and choose a part by filter_fn.
 

@@ -1,4 +1,6 @@
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -19,3 +21,11 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 def net() -> nn.Module:
     """An EfficientNet with two SE blocks, blocks.3.0.se and blocks.4.0.se."""
     return timm.create_model("test_efficientnet").eval()
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Iterator[None]:
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ctxenc import ContextEncoding
 from ctxenc.kernels import reference
-from tests.blocks import KINDS, each_pool, equal, norms_of, stirred
+from tests.blocks import KINDS, each_pool, equal, group_norm, norms_of, stirred
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -133,6 +134,99 @@ def test_frozen_norms_are_seen_as_such_after_half():
     block = model.half()[0]
     assert block.norm_codes.running_var.dtype == torch.float32
     assert block(torch.randn(2, 16, 3, 3).half()).isfinite().all()
+
+
+def lowered(block, parameters, buffers=torch.float32):
+    """A twin whose norm over the codewords has parameters and statistics in these dtypes, rounded to bf16 beforehand."""
+    with torch.no_grad():
+        for tensor in block.norm_codes.state_dict().values():
+            tensor.copy_(tensor.bfloat16())
+    twin = copy.deepcopy(block)
+    norm = twin.norm_codes
+    norm.weight.data, norm.bias.data = norm.weight.to(parameters), norm.bias.to(parameters)
+    norm.running_mean, norm.running_var = norm.running_mean.to(buffers), norm.running_var.to(buffers)
+    return twin
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float16])
+def test_lowered_parameters_leave_the_norm_over_the_codewords_in_fp32(parameters, training):
+    """As FSDP's mixed precision lowers them. It stays a module that is called."""
+    block = stirred(ContextEncoding(16, 4)).train(training)
+    twin, x, called = lowered(block, parameters), torch.randn(3, 16, 5, 5), []
+    twin.norm_codes.register_forward_hook(lambda _, inputs, output: called.append((inputs[0].dtype, output.dtype)))
+    one, other = block(x), twin(x)
+    assert torch.equal(one, other)
+    assert called == [(torch.float32, torch.float32)]
+    one.square().sum().backward()
+    other.square().sum().backward()
+    assert twin.norm_codes.weight.grad.dtype == parameters
+    torch.testing.assert_close(twin.norm_codes.weight.grad, block.norm_codes.weight.grad.to(parameters))
+    assert equal(norms_of(twin), norms_of(block))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_encoding_is_cast_to_a_norm_of_another_dtype(dtype):
+    """And back, so that the features keep theirs."""
+    block = stirred(ContextEncoding(16, 4))
+    twin, x = lowered(block, dtype, dtype), torch.randn(3, 16, 5, 5)
+    features = twin.features(x)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, block.features(x), rtol=0.02, atol=0.02)
+    twin(x).square().sum().backward()
+    assert twin.norm_codes.weight.grad.dtype == dtype
+
+
+def test_a_wide_encoding_is_cast_to_the_norm():
+    block, x = stirred(ContextEncoding(16, 4)), torch.randn(3, 16, 5, 5)
+    wanted = block(x)
+    block.encoding.double()
+    torch.testing.assert_close(block(x), wanted, rtol=1e-4, atol=1e-5)
+    assert list(vars(block.norm_codes)) == list(vars(nn.BatchNorm2d(4)))
+
+
+def test_lowered_parameters_under_compile():
+    block, x = lowered(ContextEncoding(16, 4), torch.bfloat16), torch.randn(3, 16, 5, 5)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+class TestFSDP:
+    """In bf16, with norms that take no statistics before the block: on a CPU no BatchNorm takes statistics of another dtype."""
+
+    pytestmark = pytest.mark.usefixtures("process_group")
+
+    @staticmethod
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 16, 1), ContextEncoding(16, 4, norm_layer=group_norm))
+
+    @staticmethod
+    def assert_trains(model):
+        x = torch.randn(3, 3, 5, 5)
+        for _ in range(2):
+            y = model(x)
+            y.float().square().sum().backward()
+        assert y.dtype == torch.bfloat16
+        for parameter in model.parameters():
+            assert parameter.grad.abs().sum() > 0
+        assert model.eval()(x).isfinite().all()
+
+    @pytest.mark.parametrize("block_too", [True, False])
+    def test_fully_shard(self, block_too):
+        model, policy = self.network(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for module in [model[1], model] if block_too else [model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        self.assert_trains(model)
+        assert model[1].norm_codes.running_var.dtype == torch.float32
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+    @pytest.mark.parametrize("use_orig_params", [True, False])
+    @pytest.mark.parametrize("buffers", [None, torch.bfloat16])
+    def test_fully_sharded_data_parallel(self, use_orig_params, buffers):
+        precision = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=buffers)
+        settings = {"mixed_precision": precision, "use_orig_params": use_orig_params}
+        self.assert_trains(FullyShardedDataParallel(self.network(), device_id=torch.device("cpu"), **settings))
 
 
 class Largest(TorchDispatchMode):

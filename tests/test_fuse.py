@@ -1,4 +1,4 @@
-"""Deployment: the norm folded into the projection and taken out again, and the projection as a product of matrices."""
+"""Deployment: the norm folded into the projection and taken out again."""
 
 import copy
 import pickle
@@ -12,7 +12,6 @@ from torch import nn
 
 import ctxenc
 from ctxenc import ContextEncoding
-from ctxenc.context import Projection
 from tests.blocks import each_pool, equal, group_norm, stirred
 
 
@@ -97,6 +96,34 @@ def test_what_cannot_be_folded_stays(norm):
     assert block.unfused is None
 
 
+class Adapter(nn.Module):
+    """Holds a layer and has none of its attributes, as the layers of LoRA."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+def test_a_wrapped_projection_is_printed_and_stays():
+    block, x = stirred(ContextEncoding(24, 6)).eval(), torch.randn(2, 24, 5, 7)
+    line, wanted = repr(block).splitlines()[1], block(x)
+    block.conv, block.fc = Adapter(block.conv), Adapter(block.fc)
+    assert repr(block).splitlines()[1] == line
+    assert "24, num_codes=6, rd_channels=8, pool=mean" in line
+    assert torch.equal(block.fuse()(x), wanted)
+    assert block.unfused is None
+
+
+def test_the_projection_is_a_convolution_by_its_exact_type():
+    """Tools that count, quantise, prune and convert go by it."""
+    block = ContextEncoding(24, 6)
+    assert type(block.conv) is nn.Conv2d
+    assert type(block.fuse().conv) is nn.Conv2d
+
+
 def test_a_norm_that_keeps_its_output_trains():
     block = ContextEncoding(24, 6, norm_layer=BatchNormAct2d)
     block(torch.randn(2, 24, 5, 5)).sum().backward()
@@ -132,42 +159,6 @@ def test_a_fused_block_in_graphs(how):
         "compile": lambda block: torch.compile(block, fullgraph=True, backend="aot_eager"),
     }[how](block)
     torch.testing.assert_close(graph(x), block(x))
-
-
-# The projection
-
-SIZES = [(1, 64, 7, 7), (2, 64, 4, 8), (2, 64, 5, 7), (1, 8, 1, 1), (4, 16, 1, 1)]
-
-
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_the_projection_is_the_convolution(shape, channels_last):
-    torch.manual_seed(0)
-    projection = Projection(shape[1], 6, 1)
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    x.requires_grad_()
-    few = shape[0] * shape[2] * shape[3] <= shape[1]
-    one_pixel = shape[2] * shape[3] == 1  # in both layouts at once
-    assert projection._multiplies(x) is (few and (channels_last or one_pixel))
-    got, wanted = projection(x), nn.functional.conv2d(x, projection.weight, projection.bias)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    assert got.is_contiguous(memory_format=torch.channels_last) or not channels_last
-    inputs = [x, projection.weight, projection.bias]
-    grad = torch.randn_like(wanted)
-    for one, other in zip(
-        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_the_projection_of_nothing():
-    x = torch.randn(0, 8, 3, 3).contiguous(memory_format=torch.channels_last)
-    assert Projection(8, 4, 1)(x).shape == (0, 4, 3, 3)
-
-
-def test_the_projection_leaves_other_dtypes_to_the_convolution():
-    x = torch.randn(1, 64, 3, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    assert not Projection(64, 6, 1, dtype=torch.float64)._multiplies(x)
 
 
 @pytest.mark.parametrize("side", [3, 20])

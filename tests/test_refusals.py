@@ -1,6 +1,5 @@
 """What cannot be patched: the errors say why, and leave the network alone."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -68,13 +67,6 @@ def test_nothing_to_patch(case: str) -> None:
 def test_only_modules(model: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
         patch_se_blocks(model)
-
-
-@pytest.fixture
-def process_group(tmp_path: Any) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def _compiled_in_place(model: nn.Module) -> nn.Module:

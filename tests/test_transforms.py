@@ -46,6 +46,7 @@ def through_a_file(scripted):
 torchscript = [
     pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning"),  # of each torch.fx graph
 ]
 
 
@@ -68,13 +69,14 @@ class TestTorchScript:
         assert_close(dict(scripted.named_buffers()), dict(module.named_buffers()))  # running statistics
 
     def test_script_draws_at_every_call(self):
-        layer = Encoding(8, 4, smoothing="sampled")
-        scripted, x = torch.jit.script(layer), torch.randn(2, 8, 5)
-        torch.manual_seed(1)
-        wanted = layer(x)
-        torch.manual_seed(1)
-        assert_close(scripted(x), wanted)
-        assert not torch.allclose(scripted(x), wanted)
+        layer, x = Encoding(8, 4, smoothing="sampled"), torch.randn(2, 8, 5)
+        scripted = torch.jit.script(layer)
+        for each in (scripted, torch.jit.script(torch.fx.symbolic_trace(layer))):
+            torch.manual_seed(1)
+            wanted = layer(x)
+            torch.manual_seed(1)
+            assert_close(each(x), wanted)
+            assert not torch.allclose(each(x), wanted)
         assert_close(scripted.eval()(x), layer.eval()(x))
 
     @pytest.mark.parametrize(
@@ -90,6 +92,14 @@ class TestTorchScript:
         other = module_and_input(name, 3)[1]
         assert_close(traced(other), module(other))
         assert_close(gradients(traced, x), gradients(module, x))
+
+    @each_module
+    @pytest.mark.parametrize("training", [True, False])
+    def test_script_of_a_symbolic_trace(self, name, training):
+        module, x = module_and_input(name)
+        module.train(training)
+        scripted = through_a_file(torch.jit.script(torch.fx.symbolic_trace(copy.deepcopy(module))))
+        assert_close(gradients(scripted, x), gradients(module, x))
 
     def test_trace_of_the_function(self):
         codewords, smoothing, x = torch.randn(3, 8), torch.rand(3), torch.randn(2, 8, 5)
