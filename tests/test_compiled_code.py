@@ -117,17 +117,18 @@ def test_new_sizes_take_the_same_binary(direction, loads, stores):
 @each_chip
 @pytest.mark.parametrize("K", [16, 32])
 @pytest.mark.parametrize("D", [64, 256], ids=["narrow", "wide"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "project"])
 def test_the_next_tile_is_asked_for_before_the_products_of_this_one(direction, D, K, arch):
-    """In the loop over the tiles; where D is wide, the assigning kernel keeps copies of later blocks in flight."""
+    """In the loop over the tiles; kernels with a loop over blocks of channels keep copies of later blocks in flight."""
     gpu, seen = GPUS[f"sm_{arch}"], []
-    x = torch.empty(64, D, 1024, dtype=torch.bfloat16, device="meta")
+    channels = 512 if direction == "project" else D
+    x = torch.empty(64, channels, 1024, dtype=torch.bfloat16, device="meta")
     for launch in compiled.launches(direction, x, K, gpu):
         if "p_x" not in launch.arguments:
             continue
         binary = compiled.compiled(launch, gpu)
         seen.append(launch.kernel.fn.__name__)
-        if seen[-1] == "assign_kernel":
+        if seen[-1] in ("assign_kernel", "project_encode_kernel"):
             in_flight = re.findall(r"cp\.async\.wait_group\s+(\d+)|(mma\.sync|wgmma\.mma_async)", binary.asm["ptx"])
             before = [count for count, product in in_flight[: [bool(product) for _, product in in_flight].index(True)]]
             assert int(before[-1]) > 0
@@ -143,6 +144,7 @@ def test_the_next_tile_is_asked_for_before_the_products_of_this_one(direction, D
         # One load before the loop, one in it.
         assert steps[:3] == ["load", "load", "product"], steps
         assert steps.count("load") == 2
-    assert seen == (["assign_kernel"] if D == 256 else []) + [
-        {"forward": "encode_fwd_kernel", "backward": "encode_bwd_kernel"}[direction]
+    main = {"forward": "encode_fwd_kernel", "backward": "encode_bwd_kernel", "project": "project_encode_kernel"}[
+        direction
     ]
+    assert seen == (["assign_kernel"] if D == 256 and direction != "project" else []) + [main]
