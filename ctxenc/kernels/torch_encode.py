@@ -80,15 +80,16 @@ def center(codewords: Tensor) -> Tensor | None:
     Returns:
         None for an origin that is seen: shifting x would take 40 to 100 % of forward on a CPU.
     """
-    few = codewords[:: 1 + codewords.shape[0] // 64]
-    square = few.square().sum(1)
-    # |d_j - d_k|^2 < max(|d_j|^2, |d_k|^2) / 4, and a little more where they differ
-    crowd = (few @ few.t() > 0.875 * torch.maximum(square, square[:, None])).sum(1)
+    few = codewords[:64]  # enough to see where most lie: all pairs of 1024 would take longer than a small map
+    products = few @ few.t()
+    square = products.diagonal()
+    # |d_j - d_k|^2 < max(|d_j|^2, |d_k|^2) / 4, or a little more where these differ
+    crowd = (products > 0.875 * torch.maximum(square, square[:, None])).to(few.dtype).mean(1)
     if not torch.jit.is_scripting():
-        most = _seen_maximum(crowd)
-        if most is not None and 2 * most < few.shape[0]:
+        largest = _seen_maximum(crowd)
+        if largest is not None and largest < 0.5:
             return None
-    norms = square.masked_fill(2 * crowd < few.shape[0], math.inf)
+    norms = square.masked_fill(crowd < 0.5, math.inf)
     nearest = norms.argmin().reshape(1)
     return few.index_select(0, nearest).squeeze(0) * (norms.index_select(0, nearest) < math.inf)
 
@@ -127,9 +128,9 @@ def _square_sum(x: Tensor) -> Tensor:
 
 
 @torch.jit.unused
-def _weights_in_place(logits: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
-    """The same from the products, which are written over: up to 100 % of forward less where D is as small as K."""
-    logits.sub_(book.bias)
+def _weights_in_place(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
+    """The same with everything written over the logits: up to 100 % of forward less where D is as small as K."""
+    logits = torch.bmm(book.sd.expand(x.shape[0], -1, -1), x).sub_(book.bias)
     if square_sum is not None:
         logits.addcmul_(book.s, square_sum, value=-1)
     return F.threshold_(torch.softmax(logits, dim=1), SMALLEST, 0.0)
@@ -137,10 +138,9 @@ def _weights_in_place(logits: Tensor, book: Codebook, square_sum: Tensor | None)
 
 def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
     """Weights (B, K, N) of shifted x: the softmax over k of -s |x' - d'|^2, without |x'|^2 where one factor is shared."""
-    logits = torch.bmm(book.sd.expand(x.shape[0], -1, -1), x)
-    if not torch.jit.is_scripting() and _is_free(logits):
-        return _weights_in_place(logits, book, square_sum)
-    logits = logits - book.bias
+    if not torch.jit.is_scripting() and _is_free(x) and _is_free(book.sd):
+        return _weights_in_place(x, book, square_sum)
+    logits = torch.matmul(book.sd, x) - book.bias
     if square_sum is not None:  # after the product: a saved graph that runs under autocast rounds what goes into it
         logits = logits - book.s * square_sum
     # Of the logits, for the softmax's own derivative would bring small weights back: exp(-69) is 1e-30.
@@ -153,7 +153,10 @@ def _forward(x: Tensor, book: Codebook, learned: bool) -> tuple[Tensor, Tensor, 
     x = _shift(x, book.center, book.d.dtype)
     square_sum = _square_sum(x) if learned else None
     weights = _weights(x, book, square_sum)
-    return torch.bmm(weights, x.transpose(1, 2)) - weights.sum(2, keepdim=True) * book.d, weights, square_sum
+    encoding, sums = torch.bmm(weights, x.transpose(1, 2)), weights.sum(2, keepdim=True)
+    if not torch.jit.is_scripting() and _is_free(encoding):
+        return encoding.addcmul_(sums, book.d, value=-1), weights, square_sum
+    return encoding - sums * book.d, weights, square_sum
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
