@@ -68,7 +68,8 @@ def test_values_and_gradients_fp32(problem):
 @given(problems(dtypes=(torch.float32, torch.bfloat16), min_batch=1))
 def test_values_and_gradients_in_parts(problem):
     """As above where each image is worked on by itself, and each channel squared by itself."""
-    x, codewords, smoothing, grad = problem
+    x, codewords, smoothing, _ = problem
+    assume(x.numel() > 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_encode, "PART", 1)
         assert len(torch_encode._parts(x.flatten(2))) == x.shape[0]
@@ -326,31 +327,6 @@ def test_common_offset_costs_nothing(offset):
     exact = reference.encode(x.double(), codewords.double(), smoothing.double())
     error = (ctxenc.encode(x, codewords, smoothing) - exact).abs().max() / exact.abs().max()
     assert error < 1e-6
-
-
-def test_nothing_is_shifted_where_the_codewords_lie_about_the_origin():
-    generator = torch.Generator().manual_seed(4)
-    x, codewords = torch.randn(2, 24, 10, generator=generator), torch.randn(9, 24, generator=generator)
-    run_off = codewords.clone()
-    run_off[4] = -1e5
-    two_clusters = codewords + torch.tensor([100.0] * 5 + [-100.0] * 4)[:, None]
-
-    def center(x, codewords):
-        return torch_encode._codebook(x, codewords, torch.zeros((), device=x.device), torch.float32).center
-
-    assert center(x, codewords) is None
-    assert center(x + 1000, codewords) is None
-    assert center(x, run_off) is None
-    for far in (codewords + 4, run_off + 1000, two_clusters):
-        assert torch.equal(center(x, far), torch_encode.central(far))
-    assert center(x, codewords * float("nan")) is not None
-    assert center(x, codewords[:1]) is not None  # the one codeword: exact with it
-    assert center(x[:, :, ::2], codewords) is not None  # the shift makes it dense
-    assert center(x.to("meta"), codewords.to("meta")) is not None
-    assert torch.func.vmap(lambda d: d.sum() if center(x, d) is None else center(x, d))(codewords[None]).shape == (
-        1,
-        24,
-    )
 
 
 @pytest.mark.parametrize("offset", [1.0, 30.0, 1000.0])

@@ -1,15 +1,18 @@
 """The PyTorch path of the operator: matrix products, and a backward of its own.
 
-With x' = x - c and d' = d - c the squared residual is |x'|^2 - 2 x'.d' + |d'|^2. For every codeword near a pixel it is off by some
-4 u |x'|^2, u the unit round-off, so c must lie among the pixels (see `center`). The result depends on no choice of c, and no
+With x' = x - c and d' = d - c the squared residual is |x'|^2 - 2 x'.d' + |d'|^2. For codewords near a pixel it is off by about
+4 u |x'|^2, u the unit round-off, so c must lie near the pixels (see `find_center`). The result does not depend on c, so no
 gradient flows through it.
 
 One autograd.Function returns the encoding, the weights and |x'|^2, each of them differentiable, and saves the last two and c.
 Its backward is made of differentiable operations on saved inputs and outputs, so derivatives of every order follow from it.
 Nothing larger than x or B x K x N is made; between forward and backward x, one B x K x N map and one B x N map live.
 
-Weights and gradients of logits below SMALLEST count as 0. Where assignments saturate up to a sixth of the weights are subnormal,
-and an Intel processor takes 20 times as long for each product with such a number.
+Weights, and gradients of logits, count as 0 below SMALLEST. Saturated assignments make up to a sixth of the weights subnormal, and
+each product with such a number takes an Intel processor up to 20 times as long.
+
+A graph that is saved or compiled holds plain products and sums, in one order of operations for all sizes and values. Eager results
+are written over where they may be, and worked on in parts that fit a CPU's cache.
 """
 
 import inspect
@@ -32,7 +35,7 @@ def compute_dtype(x: Tensor, codewords: Tensor, smoothing: Tensor) -> torch.dtyp
 
 
 class Codebook(NamedTuple):
-    """What is made of the codewords and the smoothing before any pixel is looked at, in the compute dtype."""
+    """Codewords and smoothing as all pixels need them, in the compute dtype."""
 
     center: Tensor | None  # c, (D,), None for 0
     d: Tensor  # codewords less c, (K, D)
@@ -42,25 +45,25 @@ class Codebook(NamedTuple):
 
 
 def _in_graph() -> bool:
-    """Whether a graph is made, not a result: it holds plain products and sums, and nothing chosen by size or value."""
+    """Whether a compiler or an exporter records the operations."""
     return torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 @torch.jit.unused
 def _is_free(tensor: Tensor) -> bool:
-    """Whether a tensor just made may be written over: it is a result, recorded for no derivative and no part of a batch of vmap."""
+    """Whether operations on a tensor may work in place and choose by size: nothing records them, and no transform wraps it."""
     if _in_graph() or torch.is_grad_enabled() or type(tensor) is not Tensor:
         return False
     try:
         tensor.data_ptr()
-    except RuntimeError:
+    except RuntimeError:  # wrapped by vmap or another transform
         return False
     return True
 
 
 @torch.jit.unused
 def _seen_maximum(tensor: Tensor) -> float | None:
-    """The largest value; None where it cannot be seen (in a graph, under vmap), or looking would synchronise a GPU."""
+    """The largest value; None where it has none (in a graph, under vmap), or reading it would synchronise a GPU."""
     if _in_graph() or type(tensor) is not Tensor or not tensor.is_cpu:
         return None
     try:
@@ -69,35 +72,40 @@ def _seen_maximum(tensor: Tensor) -> float | None:
         return None
 
 
-def center(codewords: Tensor) -> Tensor | None:
-    """The point (D,) that features and codewords are shifted by: where most codewords crowd together off the origin.
+def find_center(codewords: Tensor) -> Tensor | None:
+    """Find the point c (D,) that features and codewords are shifted by: a codeword in a crowd, or the origin.
 
-    A codeword stands in a crowd if it is near at least half of all, itself among them: nearer than half the distance that the
-    farther of both has from the origin. The center is the one of the smallest norm that does, or the origin: then a shift would
-    gain no digit. One codeword that runs off neither joins a crowd nor breaks it up; of two codewords far from each other the
-    nearer to the origin is taken.
+    A codeword is in a crowd if at least half of all, itself among them, are near it: nearer than half the distance of the farther
+    of the two from the origin. c is the one in a crowd that has the smallest norm. Without a crowd a shift would gain no digit.
+    One codeword that runs off can neither make a crowd nor break it up. Of two that are far apart, c is the one nearer to the
+    origin.
 
     Returns:
-        None for an origin that is seen: shifting x would take 40 to 100 % of forward on a CPU.
+        None for the origin, where the values can be read: a shift of x takes 40 to 100 % of forward on a CPU.
     """
-    few = codewords[:64]  # enough to see where most lie: all pairs of 1024 would take longer than a small map
-    products = few @ few.t()
-    square = products.diagonal()
+    few = codewords[:64]  # all pairs of 1024 would take longer than a small map
+    square = few.square().sum(1)
     # |d_j - d_k|^2 < max(|d_j|^2, |d_k|^2) / 4, or a little more where these differ
-    crowd = (products > 0.875 * torch.maximum(square, square[:, None])).to(few.dtype).mean(1)
+    crowd = (few @ few.t() > 0.875 * torch.maximum(square, square[:, None])).to(few.dtype).mean(1)
     if not torch.jit.is_scripting():
         largest = _seen_maximum(crowd)
         if largest is not None and largest < 0.5:
             return None
     norms = square.masked_fill(crowd < 0.5, math.inf)
-    nearest = norms.argmin().reshape(1)
+    nearest = norms.argmin(0, keepdim=True)
     return few.index_select(0, nearest).squeeze(0) * (norms.index_select(0, nearest) < math.inf)
+
+
+def central(codewords: Tensor) -> Tensor:
+    """The same as a tensor in any case, for the fused path."""
+    c = find_center(codewords)
+    return codewords.new_zeros(codewords.shape[1]) if c is None else c
 
 
 def _codebook(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Codebook:
     dtype = compute_dtype(x, codewords, smoothing)
     d = codewords.to(dtype)
-    c = center(d.detach())
+    c = find_center(d.detach())
     d = d if c is None else d - c
     s = smoothing.to(dtype).reshape(-1, 1)
     sd = 2 * s * d
@@ -111,6 +119,7 @@ def _shift(x: Tensor, center: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 @torch.jit.unused
 def _square_sum_in_cache(x: Tensor) -> Tensor:
+    """The same as `_square_sum` without a temporary of x's size."""
     if x.stride(1) == 1:  # channels last, in one pass: a quarter to a half of forward less
         return torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
     if x.numel() <= PART:
@@ -129,11 +138,11 @@ def _square_sum(x: Tensor) -> Tensor:
 
 @torch.jit.unused
 def _weights_in_place(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
-    """The same with everything written over the logits: up to 100 % of forward less where D is as small as K."""
+    """The same as `_weights`, written over the logits: up to half the time of forward where D is as small as K."""
     logits = torch.bmm(book.sd.expand(x.shape[0], -1, -1), x).sub_(book.bias)
     if square_sum is not None:
         logits.addcmul_(book.s, square_sum, value=-1)
-    return F.threshold_(torch.softmax(logits, dim=1), SMALLEST, 0.0)
+    return F.threshold(torch.softmax(logits, dim=1), SMALLEST, 0.0, inplace=True)
 
 
 def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
@@ -143,8 +152,8 @@ def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
     logits = torch.matmul(book.sd, x) - book.bias
     if square_sum is not None:  # after the product: a saved graph that runs under autocast rounds what goes into it
         logits = logits - book.s * square_sum
-    # Of the logits, for the softmax's own derivative would bring small weights back: exp(-69) is 1e-30.
-    small = logits < logits.amax(1, keepdim=True) - 69
+    # Logits and not weights, because the softmax's own derivative uses its result. TorchScript takes no constant: log(1e-30).
+    small = logits < logits.amax(1, keepdim=True) - 69.0776
     return torch.softmax(logits.masked_fill(small, -math.inf), dim=1)
 
 
