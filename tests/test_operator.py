@@ -67,7 +67,7 @@ def test_values_and_gradients_fp32(problem):
 @settings(quick, max_examples=40)
 @given(problems(dtypes=(torch.float32, torch.bfloat16), min_batch=1))
 def test_values_and_gradients_in_parts(problem):
-    """As above where each image is worked on by itself, and each channel squared by itself."""
+    """As above where inference takes each image by itself, and each channel is squared by itself."""
     x, codewords, smoothing, _ = problem
     assume(x.numel() > 4)
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,7 @@ import ctxenc
 from ctxenc import ContextEncoding, Encoding
 from ctxenc.kernels import reference, torch_encode
 from tests.test_operator import LAYOUTS, lay_out
+from tests.tolerance import largest_excess, results
 
 TINY = torch.finfo(torch.float32).tiny
 WAYS = ("eager", "inference", "strided", "compile", "export", "trace")
@@ -117,16 +118,13 @@ def saturated(shared=False):
 @pytest.mark.parametrize("scale", [1.0, 1e-9])
 def test_no_product_takes_a_subnormal_number(shared, scale):
     """With gradients as small as those of a mean too."""
-    leaves = [tensor.requires_grad_() for tensor in saturated(shared)]
-    grad = torch.randn(3, 16, 128) * scale
+    given = saturated(shared)
+    grad = torch.randn(3, 16, 128, generator=torch.Generator().manual_seed(7)) * scale
     with Products() as seen:
-        gradients = torch.autograd.grad(ctxenc.encode(*leaves), leaves, grad)
+        results(ctxenc.encode, *given, grad)
     assert seen.count > 8
     assert not seen.slow
-    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
-    wanted = torch.autograd.grad(reference.encode(*exact), exact, grad.double())
-    for one, other in zip(gradients, wanted, strict=True):
-        assert (one - other).abs().max() < 1e-4 * other.abs().max()
+    assert max(largest_excess(ctxenc.encode, *given, grad).values()) <= 1
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
