@@ -315,11 +315,12 @@ def test_same_inputs_same_bits():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
-def test_common_offset_costs_nothing(offset):
+def test_common_offset_costs_nothing(offset, layout):
     """The plain matmul form is off by 6e-3 at offset 1000 (D = 256, fp32); ours stays within the tolerance, and far below that."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 256, 400, generator=generator) + offset
+    x = lay_out(torch.randn(2, 256, 400, generator=generator) + offset, layout)
     codewords = torch.randn(16, 256, generator=generator) / 4 + offset
     smoothing = torch.rand(16, generator=generator) / 256
     problem = x, codewords, smoothing, torch.randn(2, 16, 256, generator=generator)
