@@ -5,7 +5,8 @@
 Rows: ctxenc's paths that can run; the matmul form shifted by the mean codeword, which is as safe under offsets as ours, with
 autograd; torch.compile of it, for half precision under autocast too; the expanded form (B x N x K x D, as mmsegmentation and
 PyTorch-Encoding's CPU path compute it), and torch.compile of it for a few shapes; mmsegmentation's own Encoding where its wheel is
-installed. Shapes: benchmarks/shapes.py. Nothing is measured where the operator is wrong in this process; then each row is checked
+installed. Shapes: benchmarks/shapes.py; on a CPU three of them with saturated assignments too, whose weights an Intel processor may
+multiply 20 times as slowly. Nothing is measured where the operator is wrong in this process; then each row is checked
 against fp64 at its own shape, and no time is reported of one of ours that is wrong, nor of a peer in fp32 that is far off.
 
 Every call takes another copy of x, and the copies together exceed the last-level cache four times. The rows of a table are timed
@@ -36,7 +37,7 @@ from benchmarks.shapes import Problem, problems
 from benchmarks.timing import cache_bytes, copy_bandwidth, matmul_rate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # in order of importance
-GROUPS = ["facts", "networks", "sweep"]  # of benchmarks.shapes
+GROUPS = ["facts", "saturated", "networks", "sweep"]  # of benchmarks.shapes
 ROUNDS = {"cpu": 100, "cuda": 25}
 PEERS = {  # in the README
     COMPILED: "torch.compile of the shifted matmul form",
@@ -50,7 +51,8 @@ def tables(todo: Sequence[Problem], dtypes: Sequence[torch.dtype], device: str) 
     order = list(DTYPES.values())
 
     def importance(table: Table) -> float:
-        first = 0.0 if table.source.startswith("EncNet") else {"facts": 0.1, "sweep": 1.2, "networks": 1.5}[table.group]
+        of_group = {"facts": 0.1, "saturated": 0.2, "sweep": 1.2, "networks": 1.5}[table.group]
+        first = 0.0 if table.source.startswith("EncNet") and table.group != "saturated" else of_group
         return first + order.index(table.dtype)  # a sweep takes little time on a GPU
 
     every = [
@@ -89,7 +91,7 @@ def _short(number: float) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result on a CPU, as the README shows it: ratios, since times on a shared machine mean little."""
     rows = [row for row in result["rows"] if row["group"] != "sweep" and "forward_backward_ratio" in row]
-    at = {(*row["shape"], row["layout"], row["form"]): row for row in rows}
+    at = {(row["source"], row["layout"], row["form"]): row for row in rows}
     peers = {form: title for form, title in PEERS.items() if any(row["form"] == form for row in rows)}
     header = ["map of", "B, D, H x W, K", "ctxenc, ms", "of the roofline, %", *peers.values(), "memory, MB"]
     lines = [header, ["---"] * len(header)]
@@ -97,7 +99,7 @@ def markdown(result: dict[str, Any]) -> str:
         if row["form"] != "ctxenc, torch" or row["layout"] != LAYOUTS[0]:
             continue
         B, _, D, K = row["shape"]
-        others = {form: at.get((*row["shape"], row["layout"], form)) for form in PEERS}
+        others = {form: at.get((row["source"], row["layout"], form)) for form in PEERS}
         peaks = [each["forward_backward_peak_bytes"] / 1e6 for each in (row, others["expanded"]) if each]
         lines.append(
             [

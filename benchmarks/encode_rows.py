@@ -195,7 +195,7 @@ def measure(table: Table, run: Run) -> list[Row]:
     torch._dynamo.reset()
     torch.manual_seed(run.seed)
     B, _, D, K = table.shape
-    tensors = inputs(table.shape, table.layout, table.dtype, run.device)
+    tensors = inputs(table.shape, table.layout, table.dtype, run.device, saturated=table.group == "saturated")
     grad = torch.randn(B, K, D, device=run.device)
     forms = forms_of(table, run.device)
     rows = check(table, forms, tensors, grad, free_bytes(run.device))

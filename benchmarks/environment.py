@@ -11,12 +11,13 @@ import torch
 
 
 def _processor() -> str:
+    """The model of the processor; "unknown" where the system does not tell."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return platform.processor() or "unknown"
 
 
 def _output(command: list[str]) -> str:

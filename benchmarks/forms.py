@@ -109,15 +109,21 @@ class Products:
 
 
 def inputs(
-    shape: Shape, layout: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    shape: Shape, layout: str, dtype: torch.dtype = torch.float32, device: str = "cpu", saturated: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random x (B, D, N) in a dtype, codewords (K, D) and learned smoothing (K,) in fp32, all with gradients."""
+    """Random x (B, D, N) in a dtype, codewords (K, D) and learned smoothing (K,) in fp32, all with gradients.
+
+    saturated: each pixel belongs to one codeword or two, and 7 to 10 % of the weights lie below the smallest normal number.
+    """
     B, N, D, K = shape
     if layout == "channels_last":
         x = torch.randn(B, N, D, dtype=dtype, device=device).transpose(1, 2)
     else:
         x = torch.randn(B, D, N, dtype=dtype, device=device)
-    tensors = x, torch.randn(K, D, device=device) / 4, torch.rand(K, device=device) / D
+    codewords, smoothing = torch.randn(K, D, device=device) / 4, torch.rand(K, device=device) / D
+    if saturated:  # logits of a pixel that differ by 28 in the root mean square
+        smoothing = 56 * (1 + smoothing) / D**0.5
+    tensors = x, codewords, smoothing
     return tuple(tensor.requires_grad_() for tensor in tensors)  # type: ignore[return-value]
 
 

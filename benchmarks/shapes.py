@@ -55,13 +55,15 @@ class Problem(NamedTuple):
 
 
 def problems(device: str, quick: bool = False) -> list[Problem]:
-    """All shapes for a device, each once."""
+    """All shapes for a device, each once; on a CPU the first three with saturated assignments too."""
     found = []
     for group, feeds in (QUICK if quick else FEEDS).items():
         for feed in feeds:
             batch = CPU_BATCH.get(feed.source, 16) if device == "cpu" else feed.batch
             shape = batch, feed.spatial[0] * feed.spatial[1], feed.channels, feed.num_codes
             found.append(Problem(group, feed.source, shape, feed.spatial))
+    if device == "cpu" and not quick:  # where a product with a subnormal number can take 20 times as long
+        found += [each._replace(group="saturated", source=f"{each.source}, saturated") for each in found[:3]]
     batch, (side, D, K), sides, channels, num_codes = QUICK_SWEEP if quick else SWEEPS[device]
     sizes = [(other, D, K) for other in sides] + [(side, other, K) for other in channels]
     sizes += [(side, D, other) for other in num_codes]

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
-from benchmarks import encode, encode_rows, timing
+from benchmarks import encode, encode_rows, environment, timing
 from benchmarks.encode import default_path, main, markdown, parse, tables
 from benchmarks.encode_rows import PRODUCTS, Run, check, measure
 from benchmarks.forms import LAYOUTS, Products, expanded, forward, gradients, inputs, shifted_matmul
 from benchmarks.memory import peak_bytes
 from benchmarks.shapes import FEEDS, problems
+from ctxenc.kernels import reference
 
 QUICK = ["--quick", "--device", "cpu", "--dtype", "bf16", "fp32"]
 DIRECTIONS = ("forward", "forward_backward")
@@ -301,8 +303,10 @@ def test_a_table_is_timed_on_copies_that_exceed_the_cache(monkeypatch):
 def test_twelve_shapes_of_networks_two_more_and_a_sweep():
     for device in ("cpu", "cuda"):
         found = problems(device)
-        assert sum("C / 4" not in each.source for each in found if each.group != "sweep") == 12
-        assert len({each.shape for each in found}) == len(found)
+        fed = [each for each in found if each.group != "saturated"]
+        assert sum("C / 4" not in each.source for each in fed if each.group != "sweep") == 12
+        assert len({each.shape for each in fed}) == len(fed)
+        assert len({(each.group, each.source, each.shape) for each in found}) == len(found)
         for group, source, (B, N, D, K), (height, width) in found:
             assert height * width == N
             assert B > 0 < D * K
@@ -317,6 +321,40 @@ def test_twelve_shapes_of_networks_two_more_and_a_sweep():
         (16, 196, 256, 16),
         (32, 784, 128, 16),
     ]
+
+
+def test_saturated_rows_on_a_cpu():
+    """The three first shapes, with inputs that have weights below the smallest normal number, and no others do."""
+    found = [each for each in problems("cpu") if each.group == "saturated"]
+    assert [each.shape for each in found] == [each.shape for each in problems("cpu")[:3]]
+    assert all(each.source.endswith(", saturated") for each in found)
+    assert not [each for each in problems("cuda") if each.group == "saturated"]
+    for saturated in (False, True):
+        torch.manual_seed(0)
+        weights = reference.assign(*inputs((1, 50, 128, 16), LAYOUTS[0], saturated=saturated))
+        assert (((weights > 0) & (weights < torch.finfo(torch.float32).tiny)).float().mean() > 0.01) == saturated
+
+
+def test_a_table_of_saturated_rows_takes_such_inputs(monkeypatch):
+    asked = []
+
+    def noted(*args, saturated):
+        asked.append(saturated)
+        return inputs(*args, saturated=saturated)
+
+    monkeypatch.setattr(encode_rows, "inputs", noted)
+    for group in ("facts", "saturated"):
+        measure(one_table()._replace(group=group), RUN)
+    assert asked == [False, True]
+
+
+def test_the_processor_is_named(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: "processor : 0\nmodel name\t: Some CPU @ 2 GHz\n")
+    assert environment._processor() == "Some CPU @ 2 GHz"
+    monkeypatch.setattr(Path, "read_text", lambda self: "processor : 0\n")  # as on Arm
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert environment._processor() == "unknown"
 
 
 def fed(network, size):

@@ -67,16 +67,16 @@ def test_values_and_gradients_fp32(problem):
 @settings(quick, max_examples=40)
 @given(problems(dtypes=(torch.float32, torch.bfloat16), min_batch=1))
 def test_values_and_gradients_in_parts(problem):
-    """As above where x is worked on in runs of 128 pixels or a little more: 300 of them make two."""
-    x, codewords, smoothing, grad = problem
-    wide = torch.cat([x.flatten(2)] * 300, dim=2)[:, :, :300] if x.flatten(2).shape[2] < 300 else x
+    """As above where inference takes each image by itself, and each channel is squared by itself."""
+    x, codewords, smoothing, _ = problem
+    assume(x.numel() > 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_encode, "PART", 1)
-        assert len(torch_encode._parts(wide.flatten(2), copied=True)) > 1
-        assert_right(ctxenc.encode, (wide, codewords, smoothing, grad))
+        assert len(torch_encode._parts(x.flatten(2))) == x.shape[0]
+        assert_right(ctxenc.encode, problem)
         with torch.no_grad():
-            inference = ctxenc.encode(wide, codewords, smoothing)
-    recorded = ctxenc.encode(wide, codewords.clone().requires_grad_(), smoothing).detach()
+            inference = ctxenc.encode(x, codewords, smoothing)
+    recorded = ctxenc.encode(x, codewords.clone().requires_grad_(), smoothing).detach()
     torch.testing.assert_close(inference, recorded, rtol=1e-4, atol=1e-5 * float(recorded.abs().sum() + 1))
 
 
@@ -315,11 +315,12 @@ def test_same_inputs_same_bits():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
-def test_common_offset_costs_nothing(offset):
+def test_common_offset_costs_nothing(offset, layout):
     """The plain matmul form is off by 6e-3 at offset 1000 (D = 256, fp32); ours stays within the tolerance, and far below that."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 256, 400, generator=generator) + offset
+    x = lay_out(torch.randn(2, 256, 400, generator=generator) + offset, layout)
     codewords = torch.randn(16, 256, generator=generator) / 4 + offset
     smoothing = torch.rand(16, generator=generator) / 256
     problem = x, codewords, smoothing, torch.randn(2, 16, 256, generator=generator)
@@ -327,48 +328,6 @@ def test_common_offset_costs_nothing(offset):
     exact = reference.encode(x.double(), codewords.double(), smoothing.double())
     error = (ctxenc.encode(x, codewords, smoothing) - exact).abs().max() / exact.abs().max()
     assert error < 1e-6
-
-
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-@pytest.mark.parametrize("shared", [False, True])
-def test_large_maps_take_a_convolution(offset, shared):
-    """The product of another library, from 4 MB on; the draws above are smaller."""
-    generator = torch.Generator().manual_seed(2)
-    x = lay_out(torch.randn(2, 512, 33, 32, generator=generator) + offset, "channels_last")
-    assert torch_encode._convolves(x.flatten(2))
-    codewords = torch.randn(8, 512, generator=generator) / 4 + offset
-    smoothing = torch.rand(() if shared else (8,), generator=generator) / 16
-    problem = x, codewords, smoothing, torch.randn(2, 8, 512, generator=generator)
-    assert_right(ctxenc.encode, problem)
-    got = results(ctxenc.encode, *problem)
-    exact = results(flat_reference, *(tensor.double() for tensor in problem))
-    for name, wanted in exact.items():  # the tolerance is wide at this N: 1 % off in the product would pass
-        assert (got[name] - wanted).abs().max() < 2e-5 * wanted.abs().max()
-
-
-def test_nothing_is_shifted_where_the_codewords_lie_about_the_origin():
-    generator = torch.Generator().manual_seed(4)
-    x, codewords = torch.randn(2, 24, 10, generator=generator), torch.randn(9, 24, generator=generator)
-    run_off = codewords.clone()
-    run_off[4] = -1e5
-    two_clusters = codewords + torch.tensor([100.0] * 5 + [-100.0] * 4)[:, None]
-
-    def center(x, codewords):
-        return torch_encode._codebook(x, codewords, torch.zeros((), device=x.device), torch.float32).center
-
-    assert center(x, codewords) is None
-    assert center(x + 1000, codewords) is None
-    assert center(x, run_off) is None
-    for far in (codewords + 4, run_off + 1000, two_clusters):
-        assert torch.equal(center(x, far), torch_encode.central(far))
-    assert center(x, codewords * float("nan")) is not None
-    assert center(x, codewords[:1]) is not None  # the one codeword: exact with it
-    assert center(x[:, :, ::2], codewords) is not None  # the shift makes it dense
-    assert center(x.to("meta"), codewords.to("meta")) is not None
-    assert torch.func.vmap(lambda d: d.sum() if center(x, d) is None else center(x, d))(codewords[None]).shape == (
-        1,
-        24,
-    )
 
 
 @pytest.mark.parametrize("offset", [1.0, 30.0, 1000.0])

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -292,10 +293,24 @@ def test_batched_gradients():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # PyTorch's forward mode scripts
-def test_forward_mode_says_that_it_is_not_there():
-    tensors = tuple(tensor[0] for tensor in arguments())
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(ctxenc.encode, tensors, tensors)
+@pytest.mark.parametrize("shared", [True, False])
+def test_forward_mode(shared):
+    """Tangents, alone, of all directions at once, and of gradients."""
+    x, codewords, smoothing = (tensor[0] for tensor in arguments())
+    given = x, codewords, smoothing[0] if shared else smoothing
+    tangents = tuple(torch.randn_like(tensor) for tensor in given)
+    for function, wanted in ((ctxenc.encode, reference.encode), (ctxenc.assign, reference.assign)):
+        expected = jvp(wanted, given, tangents)
+        assert_close(jvp(function, given, tangents), expected)
+        assert_close(jacfwd(function, (0, 1, 2))(*given), jacrev(wanted, (0, 1, 2))(*given))
+        with forward_ad.dual_level():
+            dual = function(*map(forward_ad.make_dual, given, tangents))
+            assert_close(forward_ad.unpack_dual(dual).tangent, expected[1])
+
+    def total(function):
+        return lambda *given: function(*given).square().sum()
+
+    assert_close(hessian(total(ctxenc.encode), (0, 1, 2))(*given), hessian(total(reference.encode), (0, 1, 2))(*given))
 
 
 @pytest.mark.parametrize("name", ["encoding", "mean"])

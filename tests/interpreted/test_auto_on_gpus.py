@@ -122,7 +122,8 @@ def test_an_input_made_of_another_is_differentiated_once():
         first = torch.autograd.grad(e.square().sum(), (x, codewords), create_graph=True)
         return *first, *torch.autograd.grad(first[0].square().sum(), x)
 
-    assert_close(gradients(ctxenc.encode), gradients(specified))
+    for got, wanted in zip(gradients(ctxenc.encode), gradients(specified), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6 * float(wanted.detach().abs().max()))
 
 
 @each_function
