@@ -96,12 +96,6 @@ def find_center(codewords: Tensor) -> Tensor | None:
     return few.index_select(0, nearest).squeeze(0) * (norms.index_select(0, nearest) < math.inf)
 
 
-def central(codewords: Tensor) -> Tensor:
-    """The same as a tensor in any case, for the fused path."""
-    c = find_center(codewords)
-    return codewords.new_zeros(codewords.shape[1]) if c is None else c
-
-
 def _codebook(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Codebook:
     dtype = compute_dtype(x, codewords, smoothing)
     d = codewords.to(dtype)

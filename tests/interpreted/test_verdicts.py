@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
@@ -153,7 +154,8 @@ class StandIn:
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
-        results = self.operator.plain(*arguments)
+        with _disable_current_modes():  # none sees what a kernel does
+            results = self.operator.plain(*arguments)
         if isinstance(results, tuple):
             return self.change(results[0]), *results[1:]
         return self.change(results)

@@ -25,27 +25,13 @@ from ctxenc.kernels.verdicts import Operator
 DEVICES = ("cuda", "cpu") if INTERPRETED else "cuda"
 
 
-def plain_forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
-    """Encoding (B, K, D) and the sums of the weights (B, K) by the PyTorch path, at least fp32."""
-    weights = torch_encode.assign(x, codewords, smoothing)
-    center = torch_encode.central(codewords.to(weights.dtype))
-    weight_sum = weights.sum(2)
-    sums = torch.bmm(weights, (x - center[:, None]).transpose(1, 2))
-    return sums - weight_sum.unsqueeze(2) * (codewords - center), weight_sum
-
-
 def plain_backward(
     grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x (empty if not wanted), codewords and smoothing by the PyTorch path, which takes the weights once more."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, codewords, smoothing)]
-        encoding = torch_encode.encode(leaves[0] if x_wanted else x.detach(), *leaves[1:])
-        *dx, dcodewords, dsmoothing = torch.autograd.grad(encoding, leaves if x_wanted else leaves[1:], grad)
+    """Gradients in x (empty if not wanted), codewords and smoothing by the PyTorch path, laid out as the kernel's."""
+    dx, dcodewords, dsmoothing = torch_encode.gradients(grad, x, codewords, smoothing, x_wanted)
     empty = empty_dx(x, x_wanted)
-    if not x_wanted:
-        return empty, dcodewords, dsmoothing
-    return dx[0] if dx[0].stride() == empty.stride() else empty.copy_(dx[0]), dcodewords, dsmoothing
+    return dx if dx.stride() == empty.stride() else empty.copy_(dx), dcodewords, dsmoothing
 
 
 def _plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
@@ -79,7 +65,7 @@ def differentiable(function: Callable[..., Tensor], inputs: Sequence[Tensor], gr
 FORWARD = Operator(
     "encode",
     encode_forward,
-    plain_forward,
+    torch_encode.forward_with_weight_sum,
     proof.forward_constants,
     proof.forward_problem,
     proof.forward_excess,
