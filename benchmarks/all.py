@@ -2,10 +2,10 @@
 
     python -m benchmarks.all [--device cuda] [--out FOLDER] [--seconds 520] [--keep-going]
 
-Runs the tests of the kernels (on a GPU tests/gpu, else tests/test_operator.py), then benchmarks.encode, benchmarks.swap and
-benchmarks.plot, each in a process of its own, and leaves their JSON and PNGs in one folder. What is wrong is not timed: where a
-test fails nothing else runs, unless --keep-going leaves it to the benchmarks, which check every row of theirs; tests that did not
-end in their time hold nothing up. On a GPU the whole ends in under nine minutes, on a CPU in about an hour on two cores.
+Runs `ctxenc doctor` on a GPU, the tests of the kernels (there tests/gpu, else tests/test_operator.py), then benchmarks.encode,
+benchmarks.swap and benchmarks.plot, each in a process of its own, and leaves their JSON and PNGs in one folder. What is wrong is
+not timed: where a test fails nothing else runs, unless --keep-going leaves it to the benchmarks, which check every row of theirs.
+Tests that did not end in their time hold nothing up. The whole takes under nine minutes on a GPU, an hour on two cores of a CPU.
 """
 
 import argparse
@@ -22,7 +22,12 @@ from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parent.parent
 TIME_IS_OVER = 124
-SHARES = {"tests": 0.35, "encode": 0.3, "swap": 0.3}  # of the seconds; the rest is for starting and the pictures
+SHARES = {
+    "doctor": 0.1,
+    "tests": 0.3,
+    "encode": 0.3,
+    "swap": 0.25,
+}  # of the seconds; the rest is for starting and the pictures
 TESTS = {
     # Warnings of a driver or a compiler that was not seen before are none of the kernels' faults.
     "cuda": ["tests/gpu", "--ignore", "tests/gpu/training", "-m", "gpu", "-n", "8", "-W", "default"],
@@ -59,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = {name: seconds * share if seconds else None for name, share in SHARES.items()}
     out = args.out.resolve()
     failed, results = [], []
+    if args.device == "cuda" and run(
+        "doctor", ["ctxenc", "doctor", "--out", str(out / "doctor.json")], parts["doctor"]
+    ):
+        failed.append("doctor")
     if status := run("tests", ["pytest", "-q", *TESTS[args.device]], parts["tests"]):
         if status != TIME_IS_OVER and not args.keep_going:
             raise SystemExit("no speed is reported for a wrong result: the tests failed")

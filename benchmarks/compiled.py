@@ -91,9 +91,10 @@ def _call(direction: str, x: Tensor, K: int) -> None:
         gate._forward(x, logits, False)
         gate._backward(torch.empty_like(x), x, logits, False, True)
     else:
-        norm = torch.nn.BatchNorm2d(K, device="meta")
-        features, statistics = pool._forward(encoding, norm, x.dtype)
-        pool._backward(features, encoding, norm.weight, norm.bias, statistics, True)
+        running, tracked = (empty(K), empty(K)), empty((), dtype=torch.int64)
+        given = encoding, empty(K), empty(K)
+        features, statistics = pool._forward(*given, *running, tracked, True, 0.1, 1e-5, x.dtype)
+        pool._backward(features, *given, statistics, True)
 
 
 def main_launch(direction: str, x: Tensor, K: int, gpu: Gpu) -> Launch:

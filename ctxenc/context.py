@@ -242,8 +242,8 @@ class ContextEncoding(nn.Module):
 
         timm's `reparameterize_model` calls it. In place: `conv` gets a bias and `norm` becomes an Identity, in the state dict too.
         A block stays as it is if its norm is no BatchNorm with running statistics, if its projection is no plain Conv2d (LoRA has
-        wrapped it, say), or if it is fused. Under use_backend("triton") a fused block with the ReLU of its own projects and encodes
-        in one kernel, in half precision where no gradient is wanted.
+        wrapped it, say), or if it is fused. On a GPU a fused block with the ReLU of its own projects and encodes in one kernel, in
+        half precision where no gradient is wanted.
 
         Returns:
             This block.

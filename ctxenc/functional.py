@@ -156,23 +156,23 @@ def _is_watched() -> bool:
 
 
 def fuses_pool(encoding: Tensor, norm: nn.Module) -> bool:
-    """Whether fused_pool takes the place of norm, ReLU and mean: where Triton was asked for by name, since this operator does not
-    prove itself yet, and the norm is BatchNorm in plain fp32.
+    """Whether fused_pool takes the place of norm, ReLU and mean: where the norm is BatchNorm in plain fp32.
 
     The plain expression serves everything else. torch.compile fuses it.
     """
-    if backends.preferred() != "triton" or torch.compiler.is_compiling() or backends.why_not(encoding):
+    if torch.compiler.is_compiling() or not backends.may_serve(encoding):
         return False
     if _is_watched() or type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
         return False
     if encoding.dim() != 3 or encoding.shape[1] > backends.MAX_CODES or not encoding.numel():
         return False
     tensors: tuple[Any, ...] = (encoding, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 for tensor in tensors)
+    plain = all(type(tensor) in backends.PLAIN and tensor.dtype == torch.float32 for tensor in tensors)
     if not plain or type(norm.num_batches_tracked) is not Tensor:
         return False
     together = all(tensor.device == encoding.device for tensor in (*tensors, norm.num_batches_tracked))
-    return together and all(tensor.is_contiguous() for tensor in tensors)
+    # A kernel proves itself on aligned ones, as operators return them.
+    return together and all(tensor.is_contiguous() for tensor in tensors) and encoding.data_ptr() % 16 == 0
 
 
 @torch.jit.unused
@@ -180,7 +180,7 @@ def fused_pool(encoding: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
     """Mean over the codewords of relu(norm(encoding)), of an encoding (B, K, C): (B, C) in the given dtype."""
     from ctxenc.kernels.fused.pool import pool
 
-    return pool(encoding, norm, dtype)
+    return pool(encoding, norm, dtype, backends.preferred() == "triton")
 
 
 def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> bool:
@@ -190,15 +190,14 @@ def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor
     everything else; they raise what there is to raise.
     """
     parameters, device = (weight, shift, codewords, smoothing), x.device.type
-    backend = backends.preferred()
-    if backend == "torch" or (backend == "auto" and device not in backends.GPUS) or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not backends.may_serve(x, *parameters):
         return False
     if x.dim() != 4 or 0 in x.shape or any(tensor.device != x.device for tensor in parameters):
         return False
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if x.dtype != dtype or shift.dtype != weight.dtype:
         return False
-    if (x.shape[1], codewords.shape[1]) != (weight.shape[1], weight.shape[0]) or backends.why_not(x, *parameters):
+    if (x.shape[1], codewords.shape[1]) != (weight.shape[1], weight.shape[0]):
         return False
     from ctxenc.kernels.fused.project import may_project
 

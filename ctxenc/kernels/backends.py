@@ -150,6 +150,14 @@ def why_not_encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | Non
     return None
 
 
+def may_serve(x: Tensor, *others: Tensor) -> bool:
+    """Whether the fused kernels are wanted for these tensors and can serve them. Raises nothing, even if asked for by name."""
+    wanted = preferred()
+    if wanted == "torch" or (wanted == "auto" and x.device.type not in GPUS):
+        return False
+    return why_not(x, *others) is None
+
+
 def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *others: Tensor) -> tuple[bool, bool]:
     """Whether the fused kernels serve a call, and whether they were asked for by name.
 

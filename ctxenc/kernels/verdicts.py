@@ -32,7 +32,7 @@ RUNS = 5
 REMEMBERED = 4096  # calls whose verdict is found without naming their kind
 RETRY = 64  # calls between two tries of a kernel for which there was no memory
 
-Constants = dict[str, str | int | bool]
+Constants = dict[str, Any]  # of values that JSON holds
 Arguments = tuple[Any, ...]
 
 
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
     """One kernel as it is compiled, on one GPU."""
 
     operator: str
-    constants: tuple[tuple[str, str | int | bool], ...]
+    constants: tuple[tuple[str, Any], ...]
     gpu: str  # name and capability, or "interpreter"
 
     def to_json(self) -> str:
@@ -217,7 +217,7 @@ def prove(kind: Kind, device: torch.device | str) -> Verdict:
         The verdict. Where it does not last (no memory, no compiler), nothing is recorded.
     """
     if kind.operator not in OPERATORS:  # in a process that has called none yet
-        from ctxenc.kernels.fused import encode, gate, project  # noqa: F401
+        from ctxenc.kernels.fused import encode, gate, pool, project  # noqa: F401
     device, key = torch.device(device), key_of(kind)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # an error that is there already is not this kernel's

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ctxenc
@@ -21,6 +22,7 @@ from ctxenc.kernels import backends, reference, verdicts
 from ctxenc.kernels.fused import encode, gate
 from tests.interpreted.test_verdicts import StandIn, a_gpu_of_its_own, draw, each_way, silence, way
 
+aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # forward-mode AD's own
 __all__ = ["a_gpu_of_its_own"]  # a fixture that all tests here use
 
@@ -43,12 +45,27 @@ def plainly_gated(x: Tensor, logits: Tensor) -> Tensor:
     return x * logits.sigmoid()[..., None, None]
 
 
-FUNCTIONS = {"encode": (ctxenc.encode, specified), "gate": (gated, plainly_gated)}
+def pooled(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    norm = torch.nn.BatchNorm2d(4)
+    norm.weight, norm.bias = (torch.nn.Parameter(each.detach()) for each in (weight, bias))
+    assert functional.fuses_pool(encoding, norm) or functional._is_watched()
+    for name, each in (("weight", weight), ("bias", bias)):  # which may be no leaf
+        del norm._parameters[name]
+        object.__setattr__(norm, name, each)
+    return functional.fused_pool(encoding, norm, torch.float32)
+
+
+def plainly_pooled(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(encoding, None, None, weight, bias, training=True).relu().mean(1)
+
+
+FUNCTIONS = {"encode": (ctxenc.encode, specified), "gate": (gated, plainly_gated), "pool": (pooled, plainly_pooled)}
 each_function = pytest.mark.parametrize("name", list(FUNCTIONS))
 
 
 def inputs(name: str) -> list[Tensor]:
-    return tensors() if name == "encode" else [draw(2, 6, 3, 5).requires_grad_(), draw(2, 6, seed=1).requires_grad_()]
+    shapes = {"encode": [], "gate": [(2, 6, 3, 5), (2, 6)], "pool": [(3, 4, 6), (4,), (4,)]}[name]
+    return [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)] or tensors()
 
 
 def launches() -> int:
@@ -338,6 +355,31 @@ def test_inference_mode():
             assert_close(gated(given[0], given[0][:, :, 0, 0]), plainly_gated(given[0], given[0][:, :, 0, 0]))
     assert encode.FORWARD.kernel.calls == verdicts.RUNS + 2
     assert gate.FORWARD.kernel.calls == verdicts.RUNS + 1
+
+
+class NoValues(TorchDispatchMode):
+    """Refuses what waits for a GPU, which a CUDA graph cannot hold."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_that_has_been_called_reads_no_value(training, monkeypatch):
+    """It can be captured in a CUDA graph: by all that a CPU shows, kernels launched eagerly and by the same names."""
+    for module in (encode, gate):
+        monkeypatch.setattr(module, "is_watched", bool)
+    monkeypatch.setattr(functional, "_is_watched", bool)
+    block, x = ctxenc.ContextEncoding(16, 4).train(training), draw(2, 16, 5, 5).requires_grad_()
+    block(x).sum().backward()
+    before = launches()
+    monkeypatch.setattr(verdicts, "_is_capturing", lambda device: True)
+    for operator in verdicts.OPERATORS.values():
+        operator.served.clear()  # as at another address
+    with silence(), NoValues():
+        block(x).sum().backward()
+    assert launches() == before + 6  # encode, the pool and the gate, each way
 
 
 def test_autocast_lowers_nothing_where_no_kernel_serves(monkeypatch):

@@ -1,5 +1,6 @@
 """The kernels' own code, with small tiles so that most draws have several in N and in D, against the specification in fp64."""
 
+import mmap
 import os
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
 from ctxenc.kernels import reference
-from ctxenc.kernels.fused import backward, forward, launch
+from ctxenc.kernels.fused import backward, encode, forward, launch
 from ctxenc.kernels.fused.tiles import Tiles
 from tests.tolerance import largest_excess
 
@@ -170,6 +171,57 @@ def problem(B=2, D=24, N=50, K=5, dtype=torch.float32):
     x = torch.randn(B, D, N, generator=generator).to(dtype)
     codewords, smoothing = torch.randn(K, D, generator=generator), torch.rand(K, generator=generator) / D
     return [tensor.requires_grad_() for tensor in (x, codewords, smoothing)]
+
+
+@pytest.mark.parametrize("D", [24, 80], ids=["narrow", "wide"])
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", [encode.FORWARD, encode.BACKWARD], ids=lambda operator: operator.name)
+def test_every_dtype_solves_its_proof(operator, dtype, layout, D):
+    """Whose tolerance is closer than that of any input: each term of the products shows, and channels far off the origin."""
+    x, codewords, smoothing = lay_out(torch.zeros(2, D, 48, dtype=dtype), layout), torch.zeros(5, D), torch.zeros(5)
+    given = (x, codewords, smoothing)
+    if operator is encode.BACKWARD:
+        given = (torch.zeros(2, 5, D), *given, torch.zeros(2, 5), True)
+    constants = operator.constants(*given)
+    assert (constants["block_d"] < D) == (D == 80)
+    problem = operator.problem(constants, torch.device("cpu"))
+    exact = operator.plain(*(each.double() if isinstance(each, Tensor) else each for each in problem))
+    excess = operator.excess(problem, operator.kernel(*problem), exact)
+    assert max(excess.values()) < 0.5, excess
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])  # a gradient beyond the range of fp16
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_far_off_the_origin(dtype, scale):
+    """Codewords of float32 lie closer together than half precision can tell features apart there."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1000 + 1e-3 * torch.randn(2, 20, 130, generator=generator)).to(dtype)
+    codewords = 1000 + 1e-3 * torch.randn(5, 20, generator=generator)
+    grad, smoothing = scale * torch.randn(2, 5, 20, generator=generator), 1e4 * torch.rand(5, generator=generator)
+    excess = largest_excess(triton, x, codewords, smoothing, grad, products=dtype)
+    assert max(excess.values()) <= 1, excess
+
+
+@pytest.mark.parametrize("D", [8, 80], ids=["narrow", "wide"])
+def test_images_that_lie_gigabytes_apart(D):
+    """Two of three begin beyond the reach of 32 bits. The system gives memory to the pages that are written alone."""
+    apart = 2**31 - 8  # elements
+    lazy = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    room = mmap.mmap(-1, 2 * (2 * apart + D * 16), flags=lazy)
+    x = torch.frombuffer(room, dtype=torch.float16).as_strided((3, D, 16), (apart, 16, 1))
+    generator = torch.Generator().manual_seed(0)
+    x.copy_(torch.randn(x.shape, generator=generator))
+    codewords, smoothing = torch.randn(3, D, generator=generator), torch.rand(3, generator=generator) / D
+    together = x.contiguous().requires_grad_()
+    apart_encoding, encoding = (
+        triton(given.detach().requires_grad_(), codewords, smoothing) for given in (x, together)
+    )
+    assert torch.equal(apart_encoding, encoding)
+    leaf = x.detach().requires_grad_()
+    (got,) = torch.autograd.grad(triton(leaf, codewords, smoothing).sum(), leaf)
+    (wanted,) = torch.autograd.grad(triton(together, codewords, smoothing).sum(), together)
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("sizes", [{"B": 0}, {"D": 0}, {"N": 0}])

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ctxenc
 from ctxenc import functional
 from ctxenc.kernels import backends, records, verdicts
-from ctxenc.kernels.fused import encode, gate, project
+from ctxenc.kernels.fused import encode, gate, pool, project
 from tests.interpreted import test_gate as gate_tests
 from tests.interpreted.test_encode import LAYOUTS, lay_out
 
@@ -77,6 +77,30 @@ def projection(backend: str = "auto") -> list[Tensor]:
     return [ctxenc.encode(torch.nn.functional.conv2d(x, weight, shift).relu(), *codebook, backend="torch")]
 
 
+def pooled(leaves: list[Tensor], backend: str) -> list[Tensor]:
+    norm = torch.nn.BatchNorm2d(4)
+    norm.weight, norm.bias = leaves[1:]
+    with ctxenc.use_backend(backend):
+        if functional.fuses_pool(leaves[0], norm):
+            return [functional.fused_pool(leaves[0], norm, torch.float32), *norm.buffers()]
+    assert backend == "torch"
+    return [norm(leaves[0].unsqueeze(3)).squeeze(3).relu().mean(1), *norm.buffers()]
+
+
+def pooled_leaves() -> list[Tensor]:
+    return [draw(3, 4, 6), *(torch.nn.Parameter(draw(4, seed=seed)) for seed in (1, 2))]
+
+
+def pool_features(backend: str = "auto") -> list[Tensor]:
+    with torch.no_grad():
+        return pooled(pooled_leaves(), backend)
+
+
+def pool_gradients(backend: str = "auto") -> list[Tensor]:
+    leaves = [leaf.requires_grad_() for leaf in pooled_leaves()]
+    return list(torch.autograd.grad(pooled(leaves, backend)[0], leaves, draw(3, 6, seed=3)))
+
+
 class Case(NamedTuple):
     operator: verdicts.Operator
     call: Callable[..., list[Tensor]]  # the public call that takes this operator
@@ -87,10 +111,23 @@ CASES = [
     Case(encode.BACKWARD, encoding_gradients),
     Case(gate.FORWARD, gate_output),
     Case(gate.BACKWARD, gate_gradients),
+    Case(pool.FORWARD, pool_features),
+    Case(pool.BACKWARD, pool_gradients),
     Case(project.PROJECT, projection),
 ]
 each_operator = pytest.mark.parametrize("case", CASES, ids=lambda case: case.operator.name)
 each_way = pytest.mark.parametrize("registered", [False, True], ids=["eager", "registered"])
+each_operator_and_way = pytest.mark.parametrize(
+    ("case", "registered"),
+    # The pool has no registered operator: where something watches, the plain expression serves.
+    [
+        (case, registered)
+        for case in CASES
+        for registered in (False, True)
+        if not (registered and "pool" in case.operator.name)
+    ],
+    ids=lambda value: value.operator.name if isinstance(value, Case) else "registered" if value else "eager",
+)
 
 
 def way(registered: bool) -> Any:
@@ -166,8 +203,7 @@ def silence():
 # Kernels
 
 
-@each_way
-@each_operator
+@each_operator_and_way
 def test_a_right_kernel_serves_once_it_has_proved_itself(case, registered, monkeypatch):
     kernel = StandIn(case.operator)
     put(monkeypatch, case, kernel)
@@ -184,8 +220,7 @@ def test_a_right_kernel_serves_once_it_has_proved_itself(case, registered, monke
     assert kernel.calls == verdicts.RUNS + 3  # the record is enough
 
 
-@each_way
-@each_operator
+@each_operator_and_way
 def test_a_wrong_kernel_serves_nothing(case, registered, monkeypatch):
     kernel = StandIn(case.operator, lambda result: result * 1.1)
     put(monkeypatch, case, kernel)
@@ -643,3 +678,47 @@ def test_a_lost_low_order_operand_shows(operator, dtype, monkeypatch):
     verdict = verdicts.prove(kind, "cpu")
     assert not verdict.serves
     assert max(verdict.excess.values()) > 1.5
+
+
+def without_an_image(encoding, *rest):
+    """The statistics, the running ones too, of all images but the last."""
+    _, statistics = pool.plain_forward(encoding[:-1], *rest)
+    return pool._pooled(encoding, *rest[:2], *statistics), statistics
+
+
+def biased(encoding, weight, bias, mean, var, *rest):
+    """A running variance that divides by all values."""
+    before = var.clone()
+    results = pool.plain_forward(encoding, weight, bias, mean, var, *rest)
+    var.sub_((var - 0.9 * before) / encoding[:, 0].numel())
+    return results
+
+
+def without_the_last_image_in_sums(dfeatures, encoding, weight, bias, statistics, training):
+    _, dweight, dbias = pool.plain_backward(dfeatures[:-1], encoding[:-1], weight, bias, statistics, training)
+    return pool.plain_backward(dfeatures, encoding, weight, bias, statistics, training)[0], dweight, dbias
+
+
+def without_the_statistics_in_dencoding(*arguments):
+    return pool.plain_backward(*arguments[:-1], False)
+
+
+@pytest.mark.parametrize(
+    ("operator", "wrong", "result"),
+    [
+        (pool.FORWARD, without_an_image, "running_mean"),
+        (pool.FORWARD, biased, "running_var"),
+        (pool.BACKWARD, without_the_last_image_in_sums, "dbias"),
+        (pool.BACKWARD, without_the_statistics_in_dencoding, "dencoding"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_wrong_pool_shows(operator, wrong, result, momentum, monkeypatch):
+    constants = {"K": 4, "C": 6, "features": "float32", "training": True, "momentum": momentum, "eps": 1e-5}
+    kind = verdicts.Kind(operator.name, tuple((constants | pool._tile(4)).items()), "interpreter")
+    assert verdicts.prove(kind, "cpu").serves
+    monkeypatch.setattr(operator, "kernel", wrong)
+    verdict = verdicts.prove(kind, "cpu")
+    assert not verdict.serves
+    assert verdict.excess[result] > 1.5, verdict

@@ -279,7 +279,7 @@ def _constants(x: Tensor, logits: Tensor, *flags: bool, dy: Tensor | None = None
     if not x.numel():
         return None
     last = is_channels_last(x)
-    named = {"x": proof.dtype_name(x), "logits": proof.dtype_name(logits), "residual": flags[0]}
+    named = {"x": proof.name_of(x.dtype), "logits": proof.name_of(logits.dtype), "residual": flags[0]}
     if dy is not None:
         named["x_wanted"] = flags[1]
     runs = [_as_runs(tensor, last) for tensor in ((x,) if dy is None else (x, dy))]

@@ -101,12 +101,13 @@ _slots: dict[Any, int] = {}
 def slots_of(kernel: Any, key: Key, arguments: tuple[Any, ...], options: dict[str, Any]) -> int:
     """Count the programs of a kernel that the GPU runs at a time, from the registers and shared memory that it compiles to."""
     device = arguments[0].device
-    found = _slots.get((kernel, key, device))
+    name = kernel, key, options.get("C"), device  # C is the projection's own
+    found = _slots.get(name)
     if found is None:
         gpu, programs = gpu_of(device), 2
         if not INTERPRETED and not torch.version.hip:  # AMD's registers are counted otherwise
             compiled = kernel.warmup(*arguments, grid=(1,), **options)
             compiled.run  # noqa: B018 - loads the binary, which tells its registers
             programs = programs_per_multiprocessor(gpu, compiled.n_regs, compiled.metadata.shared, options["num_warps"])
-        found = _slots[kernel, key, device] = gpu.multiprocessors * programs
+        found = _slots[name] = gpu.multiprocessors * programs
     return found

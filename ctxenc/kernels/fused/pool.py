@@ -3,21 +3,23 @@
 An encoding (B, K, C) becomes features (B, C). A codeword has B * C values. In training a first launch takes the moments of parts of
 them, a second combines these in a fixed order and does the rest, running statistics included; evaluation takes one launch. Backward
 takes two: sums of parts, and the gradients. No atomics: the same bits come out of every run, and the cut depends on sizes alone.
-Arithmetic is fp32. There is no registered operator: functional.fuses_pool leaves all graphs to the plain expression.
+Arithmetic is fp32. There is no registered operator: functional.fuses_pool leaves all graphs to the plain expression. The kernels
+prove themselves as the others do (verdicts.py).
 
 EncNet (arXiv 1803.08904), section 3.1.
 """
 
-import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ctxenc.kernels.fused.gate import store_rounded
+from ctxenc.kernels.fused import proof
+from ctxenc.kernels.fused.encode import differentiable, takes_formula
+from ctxenc.kernels.fused.steps import store_rounded
+from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
 PARTS = 32  # programs at most that share the values of a codeword: all later ones read what each has left
 BLOCK = 1024  # values that one of them takes at a time
@@ -213,25 +215,26 @@ def _cut(values: int) -> tuple[int, int]:
 def _tile(K: int) -> dict[str, int]:
     """Of all codewords and some values: programs enough for small batches, and at most 32 values a thread. Not timed."""
     block_k = 1 << (K - 1).bit_length()
-    return {"BLOCK_K": block_k, "BLOCK": max(16, min(64, 2048 // block_k)), "PARTS": PARTS, **OPTIONS}
+    return {"BLOCK_K": block_k, "BLOCK": max(16, min(64, 2048 // block_k)), "PARTS": PARTS}
 
 
-def _forward(encoding: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Features, and the statistics that they were normalised with; in training the norm's running statistics change."""
+def _forward(
+    encoding: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, tracked: Tensor,
+    training: bool, momentum: float | None, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Features, and the statistics that they were normalised with; in training the running statistics change."""
     B, K, C = encoding.shape
     share, parts = _cut(B * C)
     features, statistics = encoding.new_empty((B, C), dtype=dtype), encoding.new_empty((2, K))
-    moments = encoding.new_empty((K, parts, 2)) if norm.training else statistics
-    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    constants = {"K": K, "C": C, "TRAINING": norm.training, "MOMENTUM": norm.momentum, "EPS": norm.eps, **_tile(K)}
+    moments = encoding.new_empty((K, parts, 2)) if training else statistics
+    running = (running_mean, running_var, tracked)
+    constants = {"K": K, "C": C, "TRAINING": training, "MOMENTUM": momentum, "EPS": eps, **_tile(K), **OPTIONS}
     with torch.cuda.device_of(encoding):
-        if norm.training:
-            pool_moments_kernel[(K * parts,)](
-                encoding, moments, B * C, share, parts, K=K, C=C, BLOCK=BLOCK, num_warps=4
-            )
-            torch.autograd.graph.increment_version([tensor for tensor in running if tensor is not None])
+        if training:
+            pool_moments_kernel[(K * parts,)](encoding, moments, B * C, share, parts, K=K, C=C, BLOCK=BLOCK, **OPTIONS)
+            torch.autograd.graph.increment_version(running)
         pool_fwd_kernel[(-(-B * C // constants["BLOCK"]),)](
-            encoding, moments, norm.weight, norm.bias, *running, statistics, features, B * C, share, parts, **constants
+            encoding, moments, weight, bias, *running, statistics, features, B * C, share, parts, **constants
         )
     return features, statistics
 
@@ -247,7 +250,7 @@ def _backward(
         torch.empty_like(encoding),
         torch.empty_like(statistics),
     )
-    constants = {"K": K, "C": C, "TRAINING": training, **_tile(K)}
+    constants = {"K": K, "C": C, "TRAINING": training, **_tile(K), **OPTIONS}
     with torch.cuda.device_of(encoding):
         pool_sums_kernel[(K * parts,)](*inputs, sums, B * C, share, parts, K=K, C=C, BLOCK=BLOCK, **OPTIONS)
         pool_bwd_kernel[(-(-B * C // constants["BLOCK"]),)](
@@ -256,71 +259,161 @@ def _backward(
     return dencoding, dparameters[0], dparameters[1]
 
 
+# The PyTorch path
+
+
+def _statistics(encoding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean, 1 / deviation and variance of each codeword."""
+    variance, mean = torch.var_mean(encoding, (0, 2), correction=0)
+    return mean, (variance + eps).rsqrt(), variance
+
+
+def _pooled(encoding: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return ((encoding - mean[:, None]) * (scale * weight)[:, None] + bias[:, None]).relu().mean(1)
+
+
+def plain_forward(
+    encoding: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, tracked: Tensor,
+    training: bool, momentum: float | None, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mean, scale = running_mean, (running_var + eps).rsqrt()
+    if training:
+        mean, scale, variance = _statistics(encoding, eps)
+        tracked += 1
+        factor, values = 1 / tracked if momentum is None else momentum, encoding[:, 0].numel()
+        running_mean.mul_(1 - factor).add_(factor * mean)
+        running_var.mul_(1 - factor).add_(factor * variance * (values / (values - 1)))
+    features = _pooled(encoding, weight, bias, mean, scale)
+    return features.to(dtype if encoding.dtype == torch.float32 else encoding.dtype), torch.stack([mean, scale])
+
+
+def plain_backward(
+    dfeatures: Tensor, encoding: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, scale = statistics.unsqueeze(2)
+    normed = (encoding - mean) * scale
+    dz = dfeatures.to(encoding.dtype).unsqueeze(1) / len(weight)
+    dz = torch.where(normed * weight[:, None] + bias[:, None] <= 0, 0, dz)
+    dbias, dweight = dz.sum((0, 2)), (dz * normed).sum((0, 2))
+    if training:
+        dz = dz - (dbias[:, None] + normed * dweight[:, None]) / encoding[:, 0].numel()
+    return dz * scale * weight[:, None], dweight, dbias
+
+
+# How the kernels prove themselves
+
+
+def _constants(
+    encoding: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, tracked: Any, *flags: Any
+) -> Constants:
+    training, momentum, eps, dtype = flags
+    _, K, C = encoding.shape
+    named = {"K": K, "C": C, "features": proof.name_of(dtype), "training": training, "momentum": momentum, "eps": eps}
+    return named | _tile(K)
+
+
+def _backward_constants(
+    dfeatures: Tensor, encoding: Tensor, weight: Any, bias: Any, _: Any, training: bool
+) -> Constants:
+    _, K, C = encoding.shape
+    return {"K": K, "C": C, "features": proof.name_of(dfeatures.dtype), "training": training, **_tile(K)}
+
+
+def _problem(constants: Constants, device: torch.device) -> Arguments:
+    """As many images as make a program take more than one step (in the interpreter one), and the last a ragged one.
+
+    No value is near the kink of relu, where a rounding decides on a gradient.
+    """
+    draw, K, C = proof.drawing(device), int(constants["K"]), int(constants["C"])
+    B = BLOCK * (PARTS if device.type == "cuda" else 2) // C + 7
+    encoding, weight = torch.randn(B, K, C, **draw), torch.randn(K, **draw)
+    encoding, weight = encoding + 0.5 * encoding.sign(), weight + 0.5 * weight.sign()
+    running = weight.clone(), torch.ones(K, device=device), torch.full((), 6, device=device)
+    flags = constants["training"], constants["momentum"], constants["eps"], getattr(torch, str(constants["features"]))
+    return encoding + weight[:, None], weight, 0.1 * weight, *running, *flags
+
+
+def _backward_problem(constants: Constants, device: torch.device) -> Arguments:
+    encoding, weight, bias, *_ = _problem({**constants, "momentum": 0.1, "eps": 1e-5}, device)
+    dfeatures = torch.randn(len(encoding), encoding.shape[2], **proof.drawing(device, 1))
+    dtype, statistics = getattr(torch, str(constants["features"])), torch.stack(_statistics(encoding, 1e-5)[:2])
+    return dfeatures.to(dtype), encoding, weight, bias, statistics, constants["training"]
+
+
+def _over(got: Tensor, wanted: Tensor) -> float:
+    """Error over tolerance: 8 eps of fp32 of the largest value, and an eps of its own dtype, of which rounding takes half."""
+    eps, own = torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps
+    tolerance = 8 * eps * wanted.abs().max() + own * wanted.abs()
+    return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
+
+
+def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    over = {"features": _over(results[0], exact[0]), "statistics": _over(results[1], exact[1])}
+    encoding, weight, _, running_mean, running_var, _, training, momentum, eps, _ = arguments
+    if training:  # the problem begins with a running mean of the weights, a running variance of 1 and 6 batches
+        mean, scale = exact[1]
+        factor, values = momentum if momentum is not None else 1 / 7, encoding[:, 0].numel()
+        variance = (scale**-2 - eps) * values / (values - 1)
+        over["running_mean"] = _over(running_mean, (1 - factor) * weight + factor * mean)
+        over["running_var"] = _over(running_var, 1 - factor + factor * variance)
+    return over
+
+
+def _backward_excess(_: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    names = ("dencoding", "dweight", "dbias")
+    return {name: _over(*pair) for name, *pair in zip(names, results, exact, strict=True)}
+
+
+FORWARD = Operator(
+    "pool",
+    _forward,
+    plain_forward,
+    _constants,
+    _problem,
+    _excess,
+    lambda encoding, *rest: (encoding.shape[1:], encoding.get_device(), *rest[5:]),
+)
+BACKWARD = Operator(
+    "pool_backward",
+    _backward,
+    plain_backward,
+    _backward_constants,
+    _backward_problem,
+    _backward_excess,
+    lambda dfeatures, encoding, *rest: (dfeatures.dtype, encoding.shape[1:], encoding.get_device(), rest[3]),
+)
+
+
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, encoding: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype
+        ctx: Any, encoding: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype, strict: bool
     ) -> Tensor:
-        features, statistics = _forward(encoding, norm, dtype)
+        running = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        flags = norm.training, norm.momentum, norm.eps, dtype
+        features, statistics = FORWARD(strict, encoding, weight, bias, *running, *flags)
         ctx.save_for_backward(encoding, weight, bias, statistics)
-        ctx.training, ctx.eps = norm.training, norm.eps
+        ctx.training, ctx.eps, ctx.strict = norm.training, norm.eps, strict
         return features
 
     @staticmethod
     def backward(ctx: Any, dfeatures: Tensor) -> tuple[Tensor | None, ...]:
-        encoding, weight, bias, statistics = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return *_backward(dfeatures, encoding, weight, bias, statistics, ctx.training), None, None
-        # The gradient is to be differentiated itself: that of the plain expression.
-        if ctx.training:
-            z = F.batch_norm(encoding, None, None, weight, bias, True, 0.0, ctx.eps)
-        else:
-            mean, scale = statistics.unsqueeze(2)
-            z = (encoding - mean) * scale * weight[:, None] + bias[:, None]
-        features = z.relu().mean(1).to(dfeatures.dtype)
-        wanted = [tensor for tensor in (encoding, weight, bias) if tensor.requires_grad]
-        grads = iter(torch.autograd.grad(features, wanted, dfeatures, create_graph=True))
-        return *(next(grads) if tensor.requires_grad else None for tensor in (encoding, weight, bias)), None, None
+        *inputs, statistics = ctx.saved_tensors
+        if not takes_formula(dfeatures):
+            return *BACKWARD(ctx.strict, dfeatures, *inputs, statistics, ctx.training), None, None, None
+
+        def plainly(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            mean, scale = _statistics(encoding, ctx.eps)[:2] if ctx.training else statistics
+            return _pooled(encoding, weight, bias, mean, scale).to(dfeatures.dtype)
+
+        return *differentiable(plainly, inputs, dfeatures), None, None, None
 
 
-def pool(encoding: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
+def pool(encoding: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype, strict: bool = False) -> Tensor:
     """Mean over the codewords of relu(norm(encoding)), of an encoding (B, K, C): (B, C) in the given dtype.
 
     The encoding and all of the norm are fp32, contiguous and on a GPU. In training the norm's running statistics change, and B * C
     must be more than 1.
+    strict: raise RuntimeError where no kernel has proved itself, instead of taking the PyTorch path.
     """
-    return _Pool.apply(encoding, norm.weight, norm.bias, norm, dtype)
-
-
-def example_problem(
-    K: int, C: int, training: bool, device: torch.device | str, images: int | None = None
-) -> tuple[Tensor, nn.BatchNorm2d, Tensor]:
-    """An encoding, a norm and a gradient of the features, for a check on the device that the kernels are to serve.
-
-    As many images as make programs take more than one step, and the last a ragged one. No value is near the kink of relu, where a
-    rounding decides on a gradient.
-    """
-    generator = torch.Generator().manual_seed(0)
-    B = images or BLOCK * PARTS // C + 7
-    encoding, weight = (torch.randn(shape, generator=generator) for shape in ((B, K, C), (K, 1)))
-    encoding, weight = encoding + 0.5 * encoding.sign(), weight + 0.5 * weight.sign()
-    norm = nn.BatchNorm2d(K).train(training)
-    norm.weight.data, norm.bias.data = weight[:, 0], 0.1 * weight[:, 0]
-    norm.running_mean = weight[:, 0].clone()
-    dfeatures = torch.randn((B, C), generator=generator).mul(8).round() / 8  # which half precision holds
-    return (encoding + weight).to(device), norm.to(device), dfeatures.to(device)
-
-
-def example_results(encoding: Tensor, norm: nn.BatchNorm2d, dfeatures: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Features, gradients of encoding, weight and bias, running mean and variance: from the kernels, in fp64 from torch.
-
-    They may differ by 8 eps of fp32 of the largest value of each; features in half precision by half an eps of their own besides.
-    """
-    leaf, norm = encoding.detach().clone().requires_grad_(), copy.deepcopy(norm)
-    if dtype == torch.float64:
-        leaf, norm = leaf.detach().double().requires_grad_(), norm.double()
-        features = norm(leaf.unsqueeze(3)).squeeze(3).relu().mean(1)
-    else:
-        features = pool(leaf, norm, dtype)
-    grads = torch.autograd.grad(features, (leaf, norm.weight, norm.bias), dfeatures.to(dtype))
-    return [features.detach(), *grads, norm.running_mean, norm.running_var]
+    return _Pool.apply(encoding, norm.weight, norm.bias, norm, dtype, strict)

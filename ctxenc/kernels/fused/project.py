@@ -160,7 +160,7 @@ def plain(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing
 def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:
     if not x.numel():
         return None
-    names = {"C": x.shape[1], "shift": proof.dtype_name(shift)}
+    names = {"C": x.shape[1], "shift": proof.name_of(shift.dtype)}
     return names | proof.describe("project", x, codewords, smoothing)
 
 

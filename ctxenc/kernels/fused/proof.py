@@ -25,18 +25,18 @@ AXES = {"encoding": 2, "dx": 1, "dcodewords": 1}  # of the channels of a result
 UNITS = {True: (4.0, 0.5), False: (64.0, 64.0)}
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """Of a tensor's dtype, as getattr(torch, name) takes it."""
-    return str(tensor.dtype).removeprefix("torch.")
+def name_of(dtype: torch.dtype) -> str:
+    """As getattr(torch, name) takes it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def describe(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants:
     """Everything that the kernels of a direction are compiled for which read x (B, channels, N)."""
     key = key_of(direction, make_readable(x), codewords, smoothing)
     return {
-        "x": dtype_name(x),
-        "codewords": dtype_name(codewords),
-        "smoothing": dtype_name(smoothing),
+        "x": name_of(x.dtype),
+        "codewords": name_of(codewords.dtype),
+        "smoothing": name_of(smoothing.dtype),
         "D": key.D,
         "K": key.K,
         "shared": key.shared,

@@ -1,4 +1,4 @@
-"""How wide the gate's kernels load and store, read in what the compiler makes of them for GPUs that need not be there."""
+"""What the compiler makes of the kernels, for GPUs that need not be there: how wide the gate's load, what overlaps in encode's."""
 
 import re
 from collections import Counter
@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from benchmarks import compiled  # noqa: E402
+from benchmarks.gpus import GPUS  # noqa: E402
 from ctxenc.kernels.fused import gate  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -110,3 +112,39 @@ def test_new_sizes_take_the_same_binary(direction, loads, stores):
         x = features(C, N, torch.bfloat16)
         accesses(direction, x, x, 90)
     assert len(_compiled) == before
+
+
+@each_chip
+@pytest.mark.parametrize("K", [16, 32])
+@pytest.mark.parametrize("D", [64, 256], ids=["narrow", "wide"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "project"])
+def test_the_next_tile_is_asked_for_before_the_products_of_this_one(direction, D, K, arch):
+    """In the loop over the tiles; kernels with a loop over blocks of channels keep copies of later blocks in flight."""
+    gpu, seen = GPUS[f"sm_{arch}"], []
+    channels = 512 if direction == "project" else D
+    x = torch.empty(64, channels, 1024, dtype=torch.bfloat16, device="meta")
+    for launch in compiled.launches(direction, x, K, gpu):
+        if "p_x" not in launch.arguments:
+            continue
+        binary = compiled.compiled(launch, gpu)
+        seen.append(launch.kernel.fn.__name__)
+        if seen[-1] in ("assign_kernel", "project_encode_kernel"):
+            in_flight = re.findall(r"cp\.async\.wait_group\s+(\d+)|(mma\.sync|wgmma\.mma_async)", binary.asm["ptx"])
+            before = [count for count, product in in_flight[: [bool(product) for _, product in in_flight].index(True)]]
+            assert int(before[-1]) > 0
+            continue
+        block_n, block_d = launch.arguments["BLOCK_N"], launch.arguments["BLOCK_D"]
+        tile = rf"= tt\.load .*: tensor<{block_n}x{block_d}x!tt\.ptr<bf16>"
+        product = r"= (?:ttng\.warp_group_dot|tt\.dot) "
+        steps = [
+            "load" if re.search(tile, line) else "product"
+            for line in binary.asm["ttgir"].splitlines()
+            if re.search(f"{tile}|{product}", line)
+        ]
+        # One load before the loop, one in it.
+        assert steps[:3] == ["load", "load", "product"], steps
+        assert steps.count("load") == 2
+    main = {"forward": "encode_fwd_kernel", "backward": "encode_bwd_kernel", "project": "project_encode_kernel"}[
+        direction
+    ]
+    assert seen == (["assign_kernel"] if D == 256 and direction != "project" else []) + [main]
