@@ -60,7 +60,8 @@ class Encoding(nn.Module):
     Args:
         channels: C, channels of the input.
         num_codes: K, number of codewords.
-        smoothing: "learned": a parameter a codeword, started in U(0, 1). A positive number: fixed (the paper takes 0.5).
+        smoothing: "learned": a parameter a codeword, started in U(0, 1); nothing holds it there, and it may end negative.
+            A positive number: fixed (the paper takes 0.5).
             "sampled": drawn from U(0, 1) a codeword at every training forward, 0.5 in evaluation (the paper's regulariser).
         device: of the parameters.
         dtype: of the parameters.

@@ -76,8 +76,9 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: 
         x: features (B, D, *spatial), one spatial dimension or more, any strides, fp16, bf16, fp32 or fp64. N, the number
             of pixels, is the product of the spatial dimensions.
         codewords: the codebook (K, D).
-        smoothing: s (K,), one positive factor a codeword; or a number or a tensor (), one factor shared by all, which is quicker.
-            Larger is harder. The sign is not checked; other code bases store scale = -s.
+        smoothing: s (K,), one factor a codeword; or a number or a tensor (), one factor shared by all, which is quicker. Larger is
+            harder. Positive by convention, which is not checked: learned factors may end negative, and the formula stays the same.
+            Other code bases store scale = -s.
         backend: "auto", the fused kernels on a GPU where they can run and have proved themselves (see backend_info); "torch"; or
             "triton", which never falls back.
 

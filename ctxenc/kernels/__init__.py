@@ -1,1 +1,1 @@
-"""The operators, one a file. Backends never import each other; ctxenc.functional chooses between them."""
+"""The operators: specification, PyTorch path, and Triton kernels in fused/. ctxenc.functional chooses between the last two."""

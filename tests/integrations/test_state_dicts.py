@@ -115,6 +115,11 @@ def test_a_beginning_that_only_some_names_have_stays():
     assert unwrapped({"module.a": torch.ones(1), "a": torch.zeros(1)}, ["a"]).keys() == {"module.a", "a"}
 
 
+def test_a_network_beside_which_one_name_lies_is_found():
+    state = {"module.a": torch.ones(1), "module.b": torch.ones(1), "a": torch.zeros(1)}
+    assert unwrapped(state, ["a", "b"]) == {"a": torch.ones(1), "b": torch.ones(1)}
+
+
 def test_of_several_networks_none_is_guessed(classifier, tmp_path):
     torch.save({"state_dict": prefixed("model.", classifier) | prefixed("teacher.", classifier)}, tmp_path / "a.pth")
     model = timm.create_model("test_efficientnet", num_classes=5)

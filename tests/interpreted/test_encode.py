@@ -339,6 +339,7 @@ def test_fakes_lie_as_results_do():
     [
         (lambda x, d, s: (x.double(), d, s), "float64 has only the PyTorch path"),
         (lambda x, d, s: (x, d.double(), s), "float64 has only the PyTorch path"),
+        (lambda x, d, s: (x, d, s.double()), "float64 has only the PyTorch path"),
         (
             lambda x, d, s: (x, d[:1].expand(257, -1), s[:1].expand(257)),
             "it takes 4096 channels and 256 codewords at most",
