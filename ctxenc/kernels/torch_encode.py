@@ -228,7 +228,8 @@ def _backward(
     p = torch.bmm(grad, x).sub_((grad * d).sum(2, keepdim=True))
     if grad_weights is not None:
         p = p + grad_weights
-    q = F.hardshrink(torch._softmax_backward_data(p, weights, 1, weights.dtype), SMALLEST)
+    mean = (weights * p).sum(1, keepdim=True)
+    q = F.hardshrink(p.sub_(mean).mul_(weights) if _is_free(p) else weights * (p - mean), SMALLEST)
 
     moment = torch.bmm(q, x.transpose(1, 2))
     residual = moment - q.sum(2, keepdim=True) * d
