@@ -150,19 +150,14 @@ def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     return gate.gate(x.flatten(2), logits, residual, backends.preferred() == "triton").unflatten(2, x.shape[2:])
 
 
-def _is_watched() -> bool:
-    """Whether a dispatch mode traces, fakes or counts what runs, and would not see a kernel that no operator stands for."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def fuses_pool(encoding: Tensor, norm: nn.Module) -> bool:
     """Whether fused_pool takes the place of norm, ReLU and mean: where the norm is BatchNorm in plain fp32.
 
-    The plain expression serves everything else. torch.compile fuses it.
+    The plain expression serves everything else. torch.compile fuses it; a mode that watches operators would see none of ours.
     """
-    if torch.compiler.is_compiling() or not backends.may_serve(encoding):
+    if backends.is_watched() or not backends.may_serve(encoding):
         return False
-    if _is_watched() or type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
+    if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
         return False
     if encoding.dim() != 3 or encoding.shape[1] > backends.MAX_CODES or not encoding.numel():
         return False

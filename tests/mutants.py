@@ -38,6 +38,7 @@ LOW = "        cross -= dot(operand, low, DOT)"
 IMAGE = "(tile // tiles).to(tl.int64), stride_b"
 BASE = "tl.where(tl.abs(c) > tl.max(tl.abs(d), 1) * OFFSET, rounded(c, DOT).to(tl.float32), 0.0)"
 CENTER = 'return tl.minimum(tl.argmin(tl.where(o_k < K, distance, float("inf")), 0), K - 1)'
+REFUSED = ("tests/interpreted/test_verdicts.py", "-k", "never_refused")
 APART = (ENCODE, "-k", "gigabytes")
 MUTANTS = [
     *(
@@ -135,6 +136,28 @@ MUTANTS = [
         "mask=m & (row < rows)",
         "mask=m & (row < rows - 1)",
         solves("encode_backward", "narrow"),
+    ),
+    Mutant(
+        "gate: gradient of half-precision logits lost",
+        FUSED + "gate.py",
+        "tl.sum(sums, 1) * slope, c < C",
+        "tl.sum(sums, 1) * slope * (1.0 if p_dlogits.dtype.element_ty == tl.float32 else 0.0), c < C",
+        REFUSED,
+    ),
+    Mutant("pool: batches not counted", FUSED + "pool.py", "tl.store(p_tracked, tracked)", "pass", REFUSED),
+    Mutant(
+        "pool: variance by the mean square",
+        FUSED + "pool.py",
+        "squares = tl.sum(squares + sizes * away * away, 1)",
+        "squares = tl.sum(squares + sizes * means * means, 1) - values * mean * mean",
+        REFUSED,
+    ),
+    Mutant(
+        "projection: shift of the last channel lost",
+        FUSED + "project.py",
+        "tl.load(p_shift + o_d, mask=o_d < D, other=0.0)",
+        "tl.load(p_shift + o_d, mask=o_d < D - 1, other=0.0)",
+        REFUSED,
     ),
     Mutant(
         "a wrong kernel's proof passes",

@@ -91,6 +91,13 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_watched() -> bool:
+    """Whether something sees the operators that run: a compiler or a dispatch mode."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+
+
 @cache
 def _why_no_gpu(index: int) -> str | None:
     """The reason why no kernel can run on a GPU (-1: the interpreter's CPU), None where they can. Warns of what can be mended."""

@@ -94,9 +94,10 @@ def _started(pid: int) -> str:
 
 
 def _here() -> list[str]:
-    """This machine, and when it was booted."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
+    """This machine with the container's processes, and when it was booted."""
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    host = f"{socket.gethostname()} {os.readlink(processes) if processes.exists() else ''}"
+    return [host, boot.read_text().strip() if boot.exists() else ""]
 
 
 def mark(key: Key) -> Path | None:

@@ -19,7 +19,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -74,19 +74,21 @@ class Operator:
         kernel: launches the kernel; returns a tensor or a tuple of them. It serves empty inputs by itself.
         plain: the same on the PyTorch path, with results of the same shapes, dtypes and strides.
         constants: of the same arguments, everything that the kernel is compiled for; None where nothing is launched.
-        problem: of constants and a device, arguments for which `constants` gives the same: ragged N, several tiles, splits and
-            images, and values at which a lost term shows. None where there are none.
+        problems: of constants and a device, lists of arguments for which `constants` gives the same: ragged N, several tiles,
+            splits and images, and values at which a lost term shows. None where there are none.
         excess: of arguments, results and what `plain` gives in fp64, error over tolerance by name; above 1 is wrong.
-        key: of the arguments, a tuple that their constants follow from; quicker to take, and as fine as it likes.
+        key: of the arguments, a tuple that decides the constants. It is cheap to compute. Two keys may share one kind.
+        changes: places of the arguments that the kernel writes to. They count as results, behind the others.
     """
 
     name: str
     kernel: Callable[..., Any]
     plain: Callable[..., Any]
     constants: Callable[..., Constants | None]
-    problem: Callable[[Constants, torch.device], Arguments | None]
+    problems: Callable[[Constants, torch.device], list[Arguments]]
     excess: Callable[[Arguments, tuple[Tensor, ...], tuple[Tensor, ...]], dict[str, float]]
     key: Callable[..., tuple[Any, ...]]
+    changes: tuple[int, ...] = ()
     served: dict[tuple[Any, ...], Verdict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,6 +113,12 @@ class Operator:
                 self.served.clear()
             self.served[key] = verdict
         return verdict
+
+    def results(self, function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What the kernel or the PyTorch path returns and changes, on copies of the arguments that it writes to."""
+        fresh = [a.clone() if place in self.changes else a for place, a in enumerate(arguments)]
+        results = function(*fresh)
+        return (*(results if isinstance(results, tuple) else (results,)), *(fresh[place] for place in self.changes))
 
     def kind(self, *arguments: Any) -> Kind | None:
         """The kind of kernel that these arguments take; None where nothing is launched."""
@@ -236,18 +244,21 @@ def _try(operator: Operator, kind: Kind, device: torch.device) -> Verdict:
     anywhere = torch.empty(0, device=device)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(anywhere):
-            arguments = operator.problem(dict(kind.constants), device)
-            if arguments is None:
+            problems = operator.problems(dict(kind.constants), device)
+            if not problems:
                 return Verdict(False, "no small problem of this kind could be made", "process")
-            first = _tuple(operator.kernel(*arguments))
-            wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
-            excess = operator.excess(arguments, first, _tuple(operator.plain(*wide)))
-            worst = max(excess, key=lambda name: excess[name])
-            if excess[worst] > 1:
-                return Verdict(False, f"{worst} is off by {excess[worst]:.3g} times its tolerance", excess=excess)
-            for _ in range(RUNS - 1):
-                if not all(map(torch.equal, first, _tuple(operator.kernel(*arguments)))):
-                    return Verdict(False, f"{RUNS} runs on the same inputs gave different bits", excess=excess)
+            excess: dict[str, float] = {}
+            for arguments in problems:
+                first = operator.results(operator.kernel, arguments)
+                wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+                found = operator.excess(arguments, first, operator.results(operator.plain, wide))
+                excess = {name: max(over, excess.get(name, 0.0)) for name, over in found.items()}
+                worst = max(excess, key=lambda name: excess[name])
+                if excess[worst] > 1:
+                    return Verdict(False, f"{worst} is off by {excess[worst]:.3g} times its tolerance", excess=excess)
+                for _ in range(RUNS - 1):
+                    if not all(map(torch.equal, first, operator.results(operator.kernel, arguments))):
+                        return Verdict(False, f"{RUNS} runs on the same inputs gave different bits", excess=excess)
     except Exception as error:
         return _failed(error, device)
     return Verdict(True, f"{RUNS} runs of equal bits, errors within tolerance", excess=excess)
@@ -265,10 +276,6 @@ def _failed(error: Exception, device: torch.device) -> Verdict:
     except RuntimeError:  # the kernel broke the GPU's context, and this process with it
         lasts = "always"
     return Verdict(False, line, lasts)
-
-
-def _tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
 
 
 def _warn(kind: Kind, verdict: Verdict) -> None:

@@ -17,6 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import ctxenc
 from ctxenc import functional
+from ctxenc.kernels import backends
 
 WITHOUT_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view")
 
@@ -50,7 +51,7 @@ def launches(block: nn.Module, x: Tensor, backend: str) -> tuple[list[str], list
         counted.names.append(kernel.fn.__name__)
 
     x = x.requires_grad_()
-    with mock.patch.object(InterpretedFunction, "run", launch), mock.patch.object(functional, "_is_watched", bool):
+    with mock.patch.object(InterpretedFunction, "run", launch), mock.patch.object(backends, "is_watched", bool):
         with ctxenc.use_backend(backend), torch.autocast("cpu", torch.bfloat16), counted:
             y = block(x)
         forward, counted.names = counted.names, []

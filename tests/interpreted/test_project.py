@@ -332,7 +332,8 @@ def test_products_are_counted():
         with torch.no_grad(), ctxenc.use_backend(backend), FlopCounterMode(display=False) as counter:
             block(x)
         totals.append(counter.get_total_flops())
-    assert totals[0] == totals[1]
+    codewords = block.encoding.codewords
+    assert totals[0] == totals[1] + 2 * codewords.numel() * len(codewords)  # the PyTorch path finds the center by their products
 
 
 def test_when_it_is_taken():

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.fused.launch import FUSED, key_of, make_readable, plan_of, slots_of
+from ctxenc.kernels.fused.launch import FUSED, key_of, make_readable, packed, plan_of, slots_of
 from ctxenc.kernels.fused.steps import (
     dot,
     find_center,
@@ -196,8 +196,7 @@ def encode_backward(
     dcodewords, dsmoothing = codewords.new_empty((K, D)), smoothing.new_empty(smoothing.shape)
     if x.numel() == 0:
         return dx, dcodewords.zero_(), dsmoothing.zero_()
-    grad, x = grad.contiguous(), make_readable(x)
-    codewords, smoothing = codewords.contiguous(), smoothing.contiguous()
+    x, grad, codewords, smoothing = make_readable(x), packed(grad), packed(codewords), packed(smoothing)
     key = key_of("backward" if x_wanted else "backward without dx", x, codewords, smoothing)
     plan = plan_of(key, x.device)
     tiles, row = ceil_div(N, plan.tiles.block_n), K * (D + 1)

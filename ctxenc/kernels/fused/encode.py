@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ctxenc.kernels import torch_encode, verdicts
-from ctxenc.kernels.backends import is_transformed
+from ctxenc.kernels.backends import is_transformed, is_watched
 from ctxenc.kernels.fused import proof
 from ctxenc.kernels.fused.backward import empty_dx, encode_backward
 from ctxenc.kernels.fused.forward import encode_forward
@@ -45,13 +45,6 @@ def takes_formula(grad: Tensor) -> bool:
     return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def is_watched() -> bool:
-    """Whether something sees the operators that run: a compiler or a dispatch mode."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
-
-
 def differentiable(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """Gradients of a function in those inputs that require one; they can be differentiated again, in grad too."""
     with torch.enable_grad():
@@ -67,7 +60,7 @@ FORWARD = Operator(
     encode_forward,
     torch_encode.forward_with_weight_sum,
     proof.forward_constants,
-    proof.forward_problem,
+    proof.forward_problems,
     proof.forward_excess,
     proof.key,
 )
@@ -76,7 +69,7 @@ BACKWARD = Operator(
     encode_backward,
     plain_backward,
     proof.backward_constants,
-    proof.backward_problem,
+    proof.backward_problems,
     proof.backward_excess,
     lambda grad, x, codewords, smoothing, weight_sum, x_wanted: (*proof.key(x, codewords, smoothing), x_wanted),
 )

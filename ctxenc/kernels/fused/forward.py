@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.fused.launch import FUSED, Key, Plan, key_of, make_readable, plan_of, slots_of
+from ctxenc.kernels.fused.launch import FUSED, Key, Plan, key_of, make_readable, packed, plan_of, slots_of
 from ctxenc.kernels.fused.steps import (
     dot,
     find_center,
@@ -155,9 +155,9 @@ def encode_forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Ten
     if x.numel() == 0:
         (B, _, _), (K, D) = x.shape, codewords.shape
         return x.new_zeros((B, K, D), dtype=torch.float32), x.new_zeros((B, K), dtype=torch.float32)
-    x, codewords, smoothing = make_readable(x), codewords.contiguous(), smoothing.contiguous()
+    x, codewords, smoothing = make_readable(x), packed(codewords), packed(smoothing)
     key = key_of("forward", x, codewords, smoothing)
     plan = plan_of(key, x.device)
     with torch.cuda.device_of(x):
-        weights = assign_wide(x, codewords, smoothing, plan)[0] if plan.wide else x
+        weights = assign_wide(x, codewords, smoothing, plan)[0] if plan.wide else codewords
     return add_up(encode_fwd_kernel, key, plan, (x, codewords, smoothing, weights), {"WIDE": plan.wide, **plan.options})

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ctxenc.kernels.backends import is_watched
 from ctxenc.kernels.fused import proof
-from ctxenc.kernels.fused.encode import DEVICES, differentiable, is_watched, takes_formula
-from ctxenc.kernels.fused.steps import _INTERPRETED, drop_bits, multiple
+from ctxenc.kernels.fused.encode import DEVICES, differentiable, takes_formula
+from ctxenc.kernels.fused.steps import multiple, store_rounded
 from ctxenc.kernels.fused.tiles import ceil_div, is_channels_last
 from ctxenc.kernels.verdicts import Arguments, Constants, Operator, place
 
@@ -43,7 +44,7 @@ def _place(tiles_c, tiles_n, LAST: tl.constexpr):
 
 @triton.jit
 def _at(p_x, offset, VECTOR: tl.constexpr):
-    """Address of an element, a multiple of VECTOR elements in a form that the compiler sees; multiple_of is lost on arguments."""
+    """Address of an element. It is a multiple of VECTOR elements, and the compiler sees that, as it does not on arguments."""
     return tl.multiple_of(p_x + offset, VECTOR * p_x.dtype.element_ty.primitive_bitwidth // 8)
 
 
@@ -59,7 +60,7 @@ def _sigmoid(p_logits, mask):
 def _tile(c, o_n, C, N, LAST: tl.constexpr, VECTOR: tl.constexpr):
     """Channels c (BLOCK_C,) and pixels o_n (BLOCK_N,) of an image.
 
-    Returns offsets, what to read, what to write, and which elements lie in the channel's row, in the next row otherwise or before.
+    Returns offsets, and masks: to read, to write, of the channel's own row, and of all before the next row.
     """
     m_c = (c < C)[:, None]
     if LAST:
@@ -72,15 +73,6 @@ def _tile(c, o_n, C, N, LAST: tl.constexpr, VECTOR: tl.constexpr):
         read = m_c & (o_n < multiple(end + VECTOR - 1, VECTOR))
         written = read & (o_n >= multiple(before + VECTOR - 1, VECTOR))
         return multiple(row, VECTOR)[:, None] + o_n, read, written, (o_n >= before) & (o_n < end), o_n < end
-
-
-@triton.jit
-def store_rounded(pointers, value, mask):
-    """Store the fp32 value, rounded to the dtype of the pointers."""
-    dtype = pointers.dtype.element_ty
-    if _INTERPRETED and dtype == tl.bfloat16:  # which the interpreter cuts
-        value = drop_bits(value, 16)
-    tl.store(pointers, value.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
@@ -290,12 +282,19 @@ def _backward_constants(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> 
     return _constants(x, logits, *flags, dy=dy)
 
 
-def _problem(constants: Constants, device: torch.device) -> Arguments | None:
-    """Three images of some tiles of channels and runs of WALK pixels; logits from -9 to 9; zeros, where relu has its kink."""
+def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
+    """Three images of some tiles of channels and runs of WALK pixels, and of fewer, which no programs share.
+
+    Logits from -9 to 9; zeros, where relu has its kink.
+    """
+    found = [_problem(constants, device, N) for N in (2 * WALK + int(constants["BLOCK_N"]), int(constants["BLOCK_N"]))]
+    return [problem for problem in found if problem is not None]
+
+
+def _problem(constants: Constants, device: torch.device, N: int) -> Arguments | None:
     draw, backward = proof.drawing(device), "x_wanted" in constants
     flags = [constants[name] for name in ("residual", "x_wanted") if name in constants]
     dtypes = [getattr(torch, str(constants[name])) for name in ("x", "logits")]
-    N = 2 * WALK + int(constants["BLOCK_N"])
     for ragged in (9, 10, 12, 16):
         C = 2 * int(constants["BLOCK_C"]) + ragged
         logits = (3 * torch.randn(3, C, **draw)).to(dtypes[1])
@@ -309,9 +308,9 @@ def _problem(constants: Constants, device: torch.device) -> Arguments | None:
 
 
 def _over(got: Tensor, wanted: Tensor, terms: Tensor) -> float:
-    """Error over tolerance: 2 units of the result's own dtype, and 16 of fp32 of the sum of its absolute terms."""
-    fp32 = torch.finfo(torch.float32)
-    tolerance = 2 * torch.finfo(got.dtype).eps * wanted.abs() + 16 * fp32.eps * terms + fp32.tiny
+    """Error over tolerance: 2 eps of the result's dtype, 16 of fp32 of the sum of its absolute terms, and a subnormal step."""
+    own = torch.finfo(got.dtype)
+    tolerance = own.eps * (2 * wanted.abs() + own.smallest_normal) + 16 * torch.finfo(torch.float32).eps * terms
     return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
 
 
@@ -334,9 +333,9 @@ def _backward_key(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> tuple[
     return *place(dy), *place(x), logits.dtype, *flags
 
 
-FORWARD = Operator("gate", _forward, plain_forward, _constants, _problem, _excess, _key)
+FORWARD = Operator("gate", _forward, plain_forward, _constants, _problems, _excess, _key)
 BACKWARD = Operator(
-    "gate_backward", _backward, plain_backward, _backward_constants, _problem, _backward_excess, _backward_key
+    "gate_backward", _backward, plain_backward, _backward_constants, _problems, _backward_excess, _backward_key
 )
 
 

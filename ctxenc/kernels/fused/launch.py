@@ -63,6 +63,12 @@ def make_readable(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def packed(tensor: Tensor) -> Tensor:
+    """Copy a small tensor that is not contiguous or begins off a multiple of 16 bytes, for which Triton would compile anew."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def key_of(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Key:
     """Compile key of a call on a readable x."""
     channels_last = is_channels_last(x)

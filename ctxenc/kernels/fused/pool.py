@@ -21,9 +21,11 @@ from ctxenc.kernels.fused.encode import differentiable, takes_formula
 from ctxenc.kernels.fused.steps import store_rounded
 from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
-PARTS = 32  # programs at most that share the values of a codeword: all later ones read what each has left
+PARTS = 32  # at most so many programs share a codeword's values; each later program reads all their sums
 BLOCK = 1024  # values that one of them takes at a time
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 turns that default over
+
+OFFSET = 30.0  # of the codewords in a proof: a variance by the mean square would lose digits
 
 # One binary for all batches, wherever the tensors begin.
 SIZES = ["values", "share", "parts"]
@@ -319,44 +321,39 @@ def _backward_constants(
     return {"K": K, "C": C, "features": proof.name_of(dfeatures.dtype), "training": training, **_tile(K)}
 
 
-def _problem(constants: Constants, device: torch.device) -> Arguments:
-    """As many images as make a program take more than one step (in the interpreter one), and the last a ragged one.
+def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
+    """Enough images that a program takes two steps; one step in the interpreter. The last step is ragged.
 
-    No value is near the kink of relu, where a rounding decides on a gradient.
+    Each codeword lies some deviations off 0. No value is near the kink of relu, where a rounding decides on a gradient.
     """
     draw, K, C = proof.drawing(device), int(constants["K"]), int(constants["C"])
     B = BLOCK * (PARTS if device.type == "cuda" else 2) // C + 7
     encoding, weight = torch.randn(B, K, C, **draw), torch.randn(K, **draw)
     encoding, weight = encoding + 0.5 * encoding.sign(), weight + 0.5 * weight.sign()
-    running = weight.clone(), torch.ones(K, device=device), torch.full((), 6, device=device)
+    running = weight.clone(), torch.ones_like(weight), torch.full((), 6, device=device)
     flags = constants["training"], constants["momentum"], constants["eps"], getattr(torch, str(constants["features"]))
-    return encoding + weight[:, None], weight, 0.1 * weight, *running, *flags
+    shift = OFFSET * weight.sign() if constants["training"] else weight
+    return [(encoding + shift[:, None], weight, 0.1 * weight, *running, *flags)]
 
 
-def _backward_problem(constants: Constants, device: torch.device) -> Arguments:
-    encoding, weight, bias, *_ = _problem({**constants, "momentum": 0.1, "eps": 1e-5}, device)
-    dfeatures = torch.randn(len(encoding), encoding.shape[2], **proof.drawing(device, 1))
+def _backward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
+    """The same; all gradients are positive, so that no sum of them cancels."""
+    ((encoding, weight, bias, *_),) = _problems({**constants, "momentum": 0.1, "eps": 1e-5}, device)
+    dfeatures = torch.rand(len(encoding), encoding.shape[2], **proof.drawing(device, 1)) + 0.5
     dtype, statistics = getattr(torch, str(constants["features"])), torch.stack(_statistics(encoding, 1e-5)[:2])
-    return dfeatures.to(dtype), encoding, weight, bias, statistics, constants["training"]
+    return [(dfeatures.to(dtype), encoding, weight, bias, statistics, constants["training"])]
 
 
 def _over(got: Tensor, wanted: Tensor) -> float:
-    """Error over tolerance: 8 eps of fp32 of the largest value, and an eps of its own dtype, of which rounding takes half."""
-    eps, own = torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps
-    tolerance = 8 * eps * wanted.abs().max() + own * wanted.abs()
+    """Error over tolerance: 16 eps of fp32 of the largest value, and one eps of the result's dtype. Rounding takes half of it."""
+    tolerance = 16 * torch.finfo(torch.float32).eps * wanted.abs().max() + torch.finfo(got.dtype).eps * wanted.abs()
     return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
 
 
-def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    over = {"features": _over(results[0], exact[0]), "statistics": _over(results[1], exact[1])}
-    encoding, weight, _, running_mean, running_var, _, training, momentum, eps, _ = arguments
-    if training:  # the problem begins with a running mean of the weights, a running variance of 1 and 6 batches
-        mean, scale = exact[1]
-        factor, values = momentum if momentum is not None else 1 / 7, encoding[:, 0].numel()
-        variance = (scale**-2 - eps) * values / (values - 1)
-        over["running_mean"] = _over(running_mean, (1 - factor) * weight + factor * mean)
-        over["running_var"] = _over(running_var, 1 - factor + factor * variance)
-    return over
+def _excess(_: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    names = ("features", "statistics", "running_mean", "running_var")
+    over = {name: _over(got, wanted) for name, got, wanted in zip(names, results, exact, strict=False)}
+    return over | {"num_batches_tracked": 0.0 if results[4] == exact[4] else float("inf")}
 
 
 def _backward_excess(_: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
@@ -369,16 +366,17 @@ FORWARD = Operator(
     _forward,
     plain_forward,
     _constants,
-    _problem,
+    _problems,
     _excess,
     lambda encoding, *rest: (encoding.shape[1:], encoding.get_device(), *rest[5:]),
+    changes=(3, 4, 5),
 )
 BACKWARD = Operator(
     "pool_backward",
     _backward,
     plain_backward,
     _backward_constants,
-    _backward_problem,
+    _backward_problems,
     _backward_excess,
     lambda dfeatures, encoding, *rest: (dfeatures.dtype, encoding.shape[1:], encoding.get_device(), rest[3]),
 )
@@ -390,7 +388,7 @@ class _Pool(torch.autograd.Function):
         ctx: Any, encoding: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype, strict: bool
     ) -> Tensor:
         running = norm.running_mean, norm.running_var, norm.num_batches_tracked
-        flags = norm.training, norm.momentum, norm.eps, dtype
+        flags = norm.training, None if norm.momentum is None else float(norm.momentum), float(norm.eps), dtype
         features, statistics = FORWARD(strict, encoding, weight, bias, *running, *flags)
         ctx.save_for_backward(encoding, weight, bias, statistics)
         ctx.training, ctx.eps, ctx.strict = norm.training, norm.eps, strict

@@ -19,9 +19,9 @@ from ctxenc.kernels import torch_encode
 from ctxenc.kernels.fused import proof
 from ctxenc.kernels.fused.encode import DEVICES
 from ctxenc.kernels.fused.forward import add_up
-from ctxenc.kernels.fused.launch import key_of, make_readable, plan_of
+from ctxenc.kernels.fused.launch import key_of, make_readable, packed, plan_of
 from ctxenc.kernels.fused.steps import (
-    INTERPRETED,
+    _INTERPRETED,
     dot,
     drop_bits,
     find_center,
@@ -37,15 +37,13 @@ from ctxenc.kernels.fused.steps import (
 from ctxenc.kernels.fused.tiles import block_of
 from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 SIZES = ["p_x", "p_weight_sum", "N", "tiles", "share", "splits", "stride_b", "stride_n", "stride_c", "row_e", "row_w"]
 
 
 @triton.jit
 def project(
     p_image, p_weight, p_shift, o_n, o_d, N, stride_n, stride_c, C: tl.constexpr, D: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Features z (BLOCK_N, BLOCK_D) of a tile: values of the dtype of x, in fp32; zero beyond D."""
     z = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -115,8 +113,8 @@ def project_encode_kernel(
     for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=1, disable_licm=True):
         o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         z = project(
-            p_image, p_weight, p_shift, o_n, o_d, N, stride_n, stride_c, C, D, CHANNELS_LAST, DOT, BLOCK_N, BLOCK_C,
-            BLOCK_D, STAGES,
+            p_image, p_weight, p_shift, o_n, o_d, N, stride_n, stride_c, C, D, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_D,
+            STAGES,
         )  # fmt: skip
         operand = rounded((z - base[None, :]) * x_scale, DOT)
         nearness = find_nearness(z, operand, high, low, scale / x_scale, bias, c, SHARED, DOT)
@@ -142,8 +140,8 @@ def project_forward(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor,
     B, C, _ = x.shape
     if x.numel() == 0:
         return x.new_zeros((B, *codewords.shape), dtype=torch.float32)
-    x, weight, shift = make_readable(x), weight.contiguous(), shift.contiguous()
-    codewords, smoothing = codewords.contiguous(), smoothing.contiguous()
+    x, weight, shift = make_readable(x), packed(weight), packed(shift)
+    codewords, smoothing = packed(codewords), packed(smoothing)
     key = key_of("project", x, codewords, smoothing)
     plan = plan_of(key, x.device)
     options = {**plan.options, "C": C, "BLOCK_C": min(64, block_of(C))}
@@ -164,24 +162,31 @@ def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoo
     return names | proof.describe("project", x, codewords, smoothing)
 
 
-def _problem(constants: Constants, device: torch.device) -> Arguments | None:
-    """Small integers, of which the projected features are exact; they reach from 0 to beyond 40, as channels differ."""
+def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
+    """Many images, and one whose sums are added up from several programs.
+
+    Small integers, of which the projected features are exact; they reach from 0 to beyond 40, as channels differ.
+    """
     C, D, K = (int(constants[name]) for name in "CDK")
     dtypes = {name: getattr(torch, str(constants[name])) for name in ("x", "shift", "codewords", "smoothing")}
     draw = proof.drawing(device)
     kept = min(1.0, 256 / C)  # share of x that is not 0: bf16 could not hold longer sums
     spread = (C * kept) ** 0.5 / 2
-    shift = torch.tensor([0, 20, 40], device=device).repeat(-(-D // 3))[:D]
+    shift = torch.tensor([-5, 20, 40], device=device).repeat(-(-D // 3))[:D]
     codewords = spread * torch.randn(K, D, **draw) + shift
-    smoothing = torch.rand(() if constants["shared"] else (K,), **draw) / (D**0.5 * spread**2)
+    # Near each other: fp16 would hold nothing of the weights of a codeword that is left out.
+    smoothing = (0.75 + 0.5 * torch.rand(() if constants["shared"] else (K,), **draw)) / (2 * D**0.5 * spread**2)
     weight = torch.randint(-1, 2, (D, C), **draw)
     given = {"x": weight, "shift": shift, "codewords": codewords, "smoothing": smoothing}
     rest = [tensor.to(dtypes[name]) for name, tensor in given.items()]
-    for x in proof.candidates(constants, C, device):
-        if _constants(x, *rest) == constants:
-            proof.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < kept))
-            return x, *rest
-    return None
+    found: list[Arguments] = []
+    for one_image in (False, True):
+        for x in proof.candidates(constants, C, device, one_image):
+            if _constants(x, *rest) == constants:
+                proof.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < kept))
+                found.append((x, *rest))
+                break
+    return found
 
 
 def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
@@ -194,7 +199,7 @@ def _key(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing:
     return *proof.key(x, codewords, smoothing), shift.dtype
 
 
-PROJECT = Operator("project_encode", project_forward, plain, _constants, _problem, _excess, _key)
+PROJECT = Operator("project_encode", project_forward, plain, _constants, _problems, _excess, _key)
 
 
 @torch.library.custom_op("ctxenc::project_encode", mutates_args=(), device_types=DEVICES)

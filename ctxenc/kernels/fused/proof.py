@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ctxenc.kernels import torch_encode
 from ctxenc.kernels.fused.launch import key_of, make_readable, plan_of, precision
-from ctxenc.kernels.fused.tiles import gpu_of
+from ctxenc.kernels.fused.tiles import gpu_of, partial_cost
 from ctxenc.kernels.verdicts import Arguments, Constants, place
 
 PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}  # tf32 has fp16's unit
 LARGEST = 2**23  # elements of x or the weights in a problem, beyond three images: an fp64 copy takes 64 MB
 AXES = {"encoding": 2, "dx": 1, "dcodewords": 1}  # of the channels of a result
-# Units of the products' dtype, by whether that is half precision: for dx, where none average out, and for sums over pixels. Right
-# kernels take up to a quarter of them in the interpreter; one without the codewords' low-order operand takes 2.6 times as much.
+# Allowed error in units of the products' dtype, by whether that is half precision: of dx, where errors do not average out, and of
+# sums over pixels. In the interpreter a right kernel takes a quarter of it at most, one without the low-order operand 2.6 times.
 UNITS = {True: (4.0, 0.5), False: (64.0, 64.0)}
 
 
@@ -81,11 +81,18 @@ def placed(
                 yield x.expand(B, C, N)
 
 
-def candidates(constants: Constants, channels: int, device: torch.device) -> Iterator[Tensor]:
-    """Empty features for a problem: seven tiles and a part of one an image, an image for each multiprocessor within LARGEST."""
-    N = 7 * int(constants["block_n"])
-    images = max(3, min(gpu_of(device).multiprocessors, LARGEST // (N * max(channels, int(constants["K"])))))
+def candidates(constants: Constants, channels: int, device: torch.device, one_image: bool) -> Iterator[Tensor]:
+    """Empty features for a problem, all images of some tiles and a part of one.
+
+    As many images as multiprocessors, within LARGEST: a program gets several tiles. Or one image, of so many tiles that programs
+    share it, whatever their sums cost.
+    """
+    block_n, K = int(constants["block_n"]), int(constants["K"])
     dtype = getattr(torch, str(constants["x"]))
+    N, images = (9 + partial_cost(K, block_n, dtype.itemsize) // 50) * block_n, 1
+    if not one_image:
+        N = 7 * block_n
+        images = max(3, min(gpu_of(device).multiprocessors, LARGEST // (N * max(channels, K))))
     return placed(images, channels, range(N + 1, N + 17), bool(constants["channels_last"]), dtype, device)
 
 
@@ -96,28 +103,30 @@ def fill(x: Tensor, values: Callable[[torch.Size], Tensor]) -> None:
 
 
 def drawing(device: torch.device, seed: int = 0) -> dict[str, Any]:
-    """What torch.rand needs beside a shape to draw the same at every call."""
-    return {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    """What torch.rand needs beside a shape to draw the same at every call, whatever torch's default dtype is."""
+    return {"generator": torch.Generator(device).manual_seed(seed), "device": device, "dtype": torch.float32}
 
 
 def _problem(
-    constants: Constants, device: torch.device, constants_of: Callable[..., Constants | None]
+    constants: Constants, device: torch.device, constants_of: Callable[..., Constants | None], one_image: bool = False
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Pixels and codewords on a line in every other channel, strewn in the others; every channel lies off the origin.
 
-    On a line, what the products lose of each channel adds up. Codewords lie in pairs about the first, their centre, at distances of
-    which the dtype of the products cuts nearly half a unit. Offsets are 12 times the largest distance, where half precision is
-    multiplied without a shift, and in every eighth channel far more.
+    On a line, what the products lose of each channel adds up. Codewords lie in pairs about the first, their centre. Their
+    distances round badly: each loses almost half a unit in the dtype of the products. Offsets are 12 times the largest distance,
+    where half precision is multiplied without a shift, and in every eighth channel far more.
     """
     D, K, products = int(constants["D"]), int(constants["K"]), PRODUCTS.get(str(constants["products"]), torch.float32)
     draw, channel = drawing(device), torch.arange(D, device=device)
     size, on_line, sign = 2.0 ** -round(math.log2(D) / 2), channel % 2 == 0, torch.randint(0, 2, (D,), **draw) * 2.0 - 1
     offset = sign * torch.where(channel % 8 == 7, 1000.0 if products == torch.float32 else 100.0, 12.0)
-    mantissa, exponent = torch.frexp(torch.linspace(1, 0.1, -(-K // 2), device=device))
+    mantissa, exponent = torch.frexp(torch.linspace(1, 0.1, -(-K // 2), device=device, dtype=torch.float32))
     unit = torch.finfo(products).eps / 2
     distance = torch.ldexp(((mantissa / unit).floor() + 0.45) * unit, exponent)[:, None]
     away = torch.where(on_line, distance * sign, torch.rand(len(distance), D, **draw))
-    codewords = torch.cat([torch.zeros(1, D, device=device), torch.stack([away, -away], 1).flatten(0, 1)])[:K]
+    codewords = torch.cat(
+        [torch.zeros(1, D, device=device, dtype=torch.float32), torch.stack([away, -away], 1).flatten(0, 1)]
+    )[:K]
     codewords = ((codewords + offset) * size).to(getattr(torch, str(constants["codewords"])))
     smoothing = 6 * (torch.rand(() if constants["shared"] else (K,), **draw) + 0.5)
     smoothing = smoothing.to(getattr(torch, str(constants["smoothing"])))
@@ -127,30 +136,31 @@ def _problem(
         strewn = 2 * torch.rand(shape, **draw) - 1
         return (torch.where(on_line[:, None], pixels * sign[:, None], strewn) + offset[:, None]) * size
 
-    for x in candidates(constants, D, device):
+    for x in candidates(constants, D, device, one_image):
         if constants_of(x, codewords, smoothing) == constants:
             fill(x, features)
             return x, codewords, smoothing
     return None
 
 
-def forward_problem(constants: Constants, device: torch.device) -> Arguments | None:
-    """Arguments of encode_forward."""
-    return _problem(constants, device, forward_constants)
+def forward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
+    """Arguments of encode_forward: many images, and one whose sums are added up from several programs."""
+    found = [_problem(constants, device, forward_constants, one_image) for one_image in (False, True)]
+    return [problem for problem in found if problem is not None]
 
 
-def backward_problem(constants: Constants, device: torch.device) -> Arguments | None:
+def backward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
     """Arguments of encode_backward; the incoming gradients lie along the line, too."""
     x_wanted = bool(constants["x_wanted"])
     problem = _problem(constants, device, lambda x, d, s: backward_constants(None, x, d, s, None, x_wanted))
     if problem is None:
-        return None
+        return []
     x, codewords, smoothing = (tensor.double() for tensor in problem)
     weight_sum, draw = torch_encode.assign(x, codewords, smoothing).sum(2).float(), drawing(device, seed=1)
     K, D = codewords.shape
-    line = torch.where(torch.arange(D, device=device) % 2 == 0, (codewords[-1] - codewords[0]).sign().float(), 0)
+    line = torch.where(torch.arange(D, device=device) % 2 == 0, (codewords[-1] - codewords[0]).sign().float(), 0.0)
     grad = torch.randn(len(x), K, 1, **draw) * line + 0.3 * torch.randn(len(x), K, D, **draw)
-    return grad, *problem, weight_sum, x_wanted
+    return [(grad, *problem, weight_sum, x_wanted)]
 
 
 def _absolute_terms(grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ctxenc.kernels.fused.launch import Plan
 from ctxenc.kernels.fused.steps import (
-    INTERPRETED,
+    _INTERPRETED,
     dot,
     find_center,
     find_nearness,
@@ -27,7 +27,6 @@ from ctxenc.kernels.fused.steps import (
 )
 from ctxenc.kernels.fused.tiles import block_of, ceil_div
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 SIZES = ["p_x", "N", "tiles", "stride_b", "stride_n", "stride_d"]
 
 
