@@ -41,6 +41,7 @@ class Kind:
     gate: str = ""
     reduces: bool = True
     layout: str = "NCHW"
+    registered: bool = False  # by a user, whose names may be wrong
 
 
 _KINDS = {
@@ -93,19 +94,21 @@ def register_se_class(
         layout: of the map, "NCHW" or "NHWC".
 
     Raises:
-        TypeError: cls is no class of modules, or a name is no text.
-        ValueError: cls is one of torch's own, or layout is unknown.
+        TypeError: cls is no class of modules, a name is no text, or reduces is not True or False.
+        ValueError: cls is one of torch's or ctxenc's own, or layout is unknown.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_se_class: cls must be a subclass of torch.nn.Module, got {cls!r}")
-    if cls.__module__.partition(".")[0] == "torch":
+    if cls.__module__.partition(".")[0] in ("torch", "ctxenc"):
         raise ValueError(f"register_se_class: cls must be a class of SE blocks, got {_qualified(cls)}")
     for name, value in (("first", first), ("gate", gate)):
         if not isinstance(value, str):
             raise TypeError(f"register_se_class: {name} must be the name of a module, got {value!r}")
+    if not isinstance(reduces, bool):
+        raise TypeError(f"register_se_class: reduces must be True or False, got {reduces!r}")
     if layout not in ("NCHW", "NHWC"):
         raise ValueError(f"register_se_class: layout must be NCHW or NHWC, got {layout!r}")
-    _KINDS[_qualified(cls)] = Kind(first, gate, reduces, layout)
+    _KINDS[_qualified(cls)] = Kind(first, gate, reduces, layout, registered=True)
 
 
 def _qualified(cls: type) -> str:
@@ -130,6 +133,23 @@ def _layers(module: nn.Module) -> list[nn.Conv2d | nn.Linear]:
 def _first_layer(module: nn.Module, kind: Kind) -> nn.Conv2d | nn.Linear | None:
     """The first layer, be it fused or wrapped in an adapter; None where it is quantized."""
     return next(iter(_layers(_part(module, kind.first))), None)
+
+
+def _check_parts(module: nn.Module, kind: Kind) -> None:
+    """Refuse names given to register_se_class that are not those of a first layer and of a gate function."""
+    name, layers = type(module).__name__, _layers(module)
+    if not layers:
+        return  # quantized
+    first = _layers(_part(module, kind.first))
+    channels = max(_sizes(layer)[1] for layer in layers)
+    if not first or _sizes(first[0])[0] != channels:
+        found = "no such layer" if not first else f"one of {_sizes(first[0])[0]}"
+        raise ValueError(
+            f"register_se_class: first must name a convolution or linear layer of the {channels} channels of {name},"
+            f" got {kind.first!r}, {found}"
+        )
+    if kind.gate and _layers(_part(module, kind.gate)):
+        raise ValueError(f"register_se_class: gate must name an activation of {name}, got {kind.gate!r} with layers")
 
 
 def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
@@ -167,6 +187,8 @@ def named_blocks(model: nn.Module) -> Iterator[tuple[SEBlock, nn.Module]]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         kind = _kind_by_class(module)
+        if kind and kind.registered:
+            _check_parts(module, kind)
         if kind and (first := _first_layer(module, kind)):
             channels, rd_channels = _sizes(first)
             block = SEBlock(

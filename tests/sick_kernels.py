@@ -39,7 +39,9 @@ def problems(constants, device):
 
 
 for name in NAMES:
-    Operator(name, kernel_of(name), kernel_of("healthy"), lambda x: {"x": "float32"}, problems, excess, key=lambda x: ())
+    Operator(
+        name, kernel_of(name), kernel_of("healthy"), lambda x: {"x": "float32"}, problems, excess, key=lambda x: ()
+    )
 
 
 def look(request):

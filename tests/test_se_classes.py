@@ -13,7 +13,15 @@ from segmentation_models_pytorch.encoders.mobileone import SEBlock
 from torch import Tensor, nn
 
 import ctxenc
-from ctxenc import calibrate, find_context_blocks, find_se_blocks, patch_se_blocks, restore_se_blocks, se_blocks
+from ctxenc import (
+    ContextEncoding,
+    calibrate,
+    find_context_blocks,
+    find_se_blocks,
+    patch_se_blocks,
+    restore_se_blocks,
+    se_blocks,
+)
 from tests.toys import Toy, X
 
 
@@ -176,6 +184,8 @@ def test_nothing_else_looks_like_it(name: str) -> None:
         (SELayer, {"first": nn.Linear}, TypeError, "first must be the name of a module, got "),
         (SELayer, {"gate": None}, TypeError, "gate must be the name of a module, got None"),
         (SELayer, {"layout": "CHW"}, ValueError, "layout must be NCHW or NHWC, got 'CHW'"),
+        (SELayer, {"reduces": "no"}, TypeError, "reduces must be True or False, got 'no'"),
+        (ContextEncoding, {}, ValueError, "cls must be a class of SE blocks, got ctxenc.context.ContextEncoding"),
     ],
 )
 def test_what_cannot_be_registered(register: Any, cls: Any, settings: Any, error: type[Exception], text: str) -> None:
@@ -183,6 +193,26 @@ def test_what_cannot_be_registered(register: Any, cls: Any, settings: Any, error
     with pytest.raises(error, match=f"register_se_class: {text}"):
         register(cls, **settings)
     assert known == se_blocks._KINDS
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"first": "fc.1"},
+            "first must name a convolution or linear layer of the 32 channels of SELayer, got 'fc.1', no such layer",
+        ),
+        (
+            {"first": "fc.2"},
+            "first must name a convolution or linear layer of the 32 channels of SELayer, got 'fc.2', one of 8",
+        ),
+        ({"gate": "fc.0"}, "gate must name an activation of SELayer, got 'fc.0' with layers"),
+    ],
+)
+def test_a_part_of_another_kind_is_named(register: Any, settings: Any, text: str) -> None:
+    register(SELayer, **settings)
+    with pytest.raises(ValueError, match=f"^register_se_class: {text}$"):
+        patch_se_blocks(Toy(SELayer(32)))
 
 
 @pytest.mark.parametrize("part", ["first", "gate"])

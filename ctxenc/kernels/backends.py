@@ -64,7 +64,7 @@ def preferred() -> str:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Set what backend="auto" means inside the with block, in this thread (or asyncio task).
+    """Set what backend="auto" means inside the with block, in this thread.
 
     Args:
         backend: "torch", "triton", or "auto" for the choice by device and dtype.

@@ -181,7 +181,7 @@ def _saved(content: Any) -> bytes:
 
 
 def check_progress(
-    progress: Progress, score: str, epochs: int, steps: int, predicted: Sequence[str], val_samples: int
+    progress: Progress, score: str, epochs: int, steps: int, predicted: Sequence[str], val_samples: int, classes: int
 ) -> None:
     """Raise ValueError unless a training could have come so far.
 
@@ -192,6 +192,7 @@ def check_progress(
         steps: Of an epoch.
         predicted: The columns of the predictions.
         val_samples: What these are of.
+        classes: How many there are.
     """
     counts = {"step": steps, "finite": steps, "skipped": math.inf, "images": math.inf}
     for name, most in counts.items():
@@ -203,12 +204,16 @@ def check_progress(
         raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")
     if not all(0 <= each[-1] < val_samples for each in progress.predictions):
         raise ValueError(f"it was evaluated on more than the {val_samples} validation images that are there")
+    for name in {"target", "prediction"} & set(predicted):
+        if not all(_is_count(each[predicted.index(name)], classes) for each in progress.predictions):
+            raise ValueError(f"its predictions must be of {classes} classes")
     holds = {
         "rows": _is_table(rows) and len(rows) <= epochs and all(type(row.get(score)) is float for row in rows),
         "timings": _is_table(timings) and [row.keys() for row in timings] == [{"epoch", SPEED, "seconds"}] * len(rows),
         "codebooks": _is_table(progress.codebooks)
         and all(row.keys() == set(codebooks.COLUMNS) for row in progress.codebooks),
-        "confusion": all(type(count) is int for row in progress.confusion for count in row),
+        "confusion": len(progress.confusion) in (0, classes)
+        and all(len(row) == classes and all(_is_count(count, 2**63) for count in row) for row in progress.confusion),
         "score": progress.score == score,
         "lr and seconds": all(type(each) in (int, float) and math.isfinite(each) for each in numbers),
     }
@@ -221,9 +226,15 @@ def check_progress(
 
 def _is_table(rows: Any) -> bool:
     """Whether rows of a file have the same columns, and numbers and texts in them."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return False
     return all(
         row.keys() == rows[0].keys() and {type(each) for each in row.values()} <= {int, float, str} for row in rows
     )
+
+
+def _is_count(value: Any, below: int) -> bool:
+    return type(value) is int and 0 <= value < below
 
 
 def load_state(accelerator: Accelerator, folder: Path, state: State, check: Callable[[Progress], None]) -> Progress:

@@ -15,6 +15,7 @@ from ctxenc.training import photographs
 from ctxenc.training.console import UserError, near_names, one_line, positive_int, printable, say, text_table
 from ctxenc.training.images import open_image
 from ctxenc.training.inspect import check_name, create
+from ctxenc.training.nonfinite import check_weights
 from ctxenc.training.pictures import spread, write
 from ctxenc.training.predict import find_images
 from ctxenc.training.runs import pick_device
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     paths = find_images(args.images) if args.images else []
     subject = load(args.model)
+    check_weights(subject.network)
     blocks = choose(list(encoding_blocks(subject.network)), args.blocks, args.model)
     names, images = pictures(paths, subject.classes, args.count)
     try:

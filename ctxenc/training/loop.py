@@ -106,6 +106,7 @@ class Loop(ABC):
     score: ClassVar[str] = SCORE  # the column of metrics.csv by which the best epoch is chosen
     score_label: ClassVar[str] = "accuracy"
     predicted: ClassVar[tuple[str, ...]] = PREDICTIONS  # the columns of predictions.csv
+    config: Any  # of the arm; it names the classes
     poly_power: float = 0.9
     ema_decay: float | None = None  # of a moving average of the weights
     sync_bn: ClassVar[bool] = False  # where --sync-bn does not say
@@ -152,7 +153,14 @@ class Loop(ABC):
         set_seed(seed, device_specific=True)  # what the network draws differs between processes
         self.progress = Progress(score=self.score)
         if checkpoint is not None:
-            limits = self.score, settings.epochs, self.updates_per_epoch, self.predicted, len(self.val)
+            limits = (
+                self.score,
+                settings.epochs,
+                self.updates_per_epoch,
+                self.predicted,
+                len(self.val),
+                len(self.config.classes),
+            )
             self.progress = load_state(
                 self.accelerator, checkpoint, self.state, lambda found: check_progress(found, *limits)
             )

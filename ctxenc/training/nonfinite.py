@@ -55,6 +55,12 @@ def check_outputs(network: nn.Module, outputs: Tensor, of: str) -> None:
     raise UserError(f"the network's outputs for {of} are not finite; its weights are {weights}")
 
 
+def check_weights(network: nn.Module) -> None:
+    """Raise UserError where the weights of a trained network hold NaN or infinity."""
+    if names := [name for name, each in network.state_dict().items() if not is_finite(each)]:
+        raise UserError(f"the network's weights are not finite: NaN or infinity in {_few(names)}")
+
+
 def _few(names: Sequence[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"

@@ -154,6 +154,9 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
     accelerator.end_training()
 
 
+MANY_SEEDS = 100  # that a stored configuration may ask for by itself
+
+
 def folder_to_resume(resume: str | None, out: Path | None, runs: Path) -> Path | None:
     """The folder of the run to go on with, or None for a new run.
 
@@ -181,13 +184,16 @@ def consented(settings: Any, chosen: Mapping[str, Any], folder: Path) -> Any:
     By itself a stored configuration has its data read, its network built and trained, and its own folder written.
 
     Raises:
-        UserError: An arm has yet to begin, from weights that the command line does not name.
+        UserError: An arm has not begun, and starts from weights that the command line does not name; or there are more seeds than
+            MANY_SEEDS, and the command line does not say so.
     """
+    if settings.seeds > MANY_SEEDS and "seeds" not in chosen:
+        raise UserError(f"--resume: the run has {settings.seeds} seeds: add --seeds {settings.seeds} to train them")
     arms = (folder / f"{arm}-{seed}" for seed in settings.seed_list for arm in settings.arm_names)
     fresh = next((arm.name for arm in arms if not any((arm / checkpoint.FOLDER).glob("epoch-*"))), None)
     named = [name for name in ASKED if getattr(settings, name, None) and name not in chosen]
     if fresh and named:
-        raise UserError(f"--resume: {fresh} has yet to begin, from other weights: add{asked_again(settings)}")
+        raise UserError(f"--resume: {fresh} has not begun, and its start loads weights: add{asked_again(settings)}")
     if getattr(settings, "download", False) and "download" not in chosen:
         return replace(settings, download=False)
     return settings

@@ -63,7 +63,9 @@ def check_values(settings: Any, rules: Rules) -> None:
     for each in fields(settings):
         value, kind, choices = getattr(settings, each.name), kinds[each.name], each.metadata.get("choices")
         problem = None
-        if not _is_of(value, kind):
+        if type(value) is int and abs(value) > MAX_INTEGER:
+            problem = f"in [{-MAX_INTEGER}, {MAX_INTEGER}]"
+        elif not _is_of(value, kind):
             problem = f"of type {getattr(kind, '__name__', kind)}"
         elif isinstance(value, float) and LARGEST < abs(value) < math.inf:
             problem = f"in [-{LARGEST:g}, {LARGEST:g}]"
@@ -84,8 +86,6 @@ def _is_of(value: Any, kind: Any) -> bool:
     if isinstance(kind, UnionType):
         return any(_is_of(value, each) for each in get_args(kind))
     if isinstance(value, bool) and kind is not bool:
-        return False
-    if isinstance(value, int) and abs(value) > MAX_INTEGER:
         return False
     return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 

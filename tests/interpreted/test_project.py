@@ -333,7 +333,9 @@ def test_products_are_counted():
             block(x)
         totals.append(counter.get_total_flops())
     codewords = block.encoding.codewords
-    assert totals[0] == totals[1] + 2 * codewords.numel() * len(codewords)  # the PyTorch path finds the center by their products
+    assert totals[0] == totals[1] + 2 * codewords.numel() * len(
+        codewords
+    )  # the PyTorch path finds the center by their products
 
 
 def test_when_it_is_taken():

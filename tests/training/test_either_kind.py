@@ -178,4 +178,7 @@ def test_weights_that_are_not_finite_are_told(command, segmented, run_folder, pa
             assert (code, out, err.count("\n")) == (2, "", 1), err
             assert "are not finite; its weights are NaN or infinity in " in err
             assert err.endswith(f"{name}\n")
+        code, _, err = command("look", run, picture, "--out", tmp_path / "look")
+        assert (code, err.count("\n")) == (2, 1), err
+        assert f"weights are not finite: NaN or infinity in {name}\n" in err
     assert not (tmp_path / "a.pt2").exists()

@@ -188,7 +188,7 @@ def test_settings_of_any_type(options):
     [
         ("threads", "1000000", "in [1, 1024]"),
         ("image-size", "100000", "in [1, 8192]"),
-        ("image-size", str(2**70), "of type int | None"),
+        ("image-size", str(2**70), f"in [{1 - 2**63}, {2**63 - 1}]"),
         *(
             (name, "1e308", "in [-1e+09, 1e+09]")
             for name in ("lr", "weight-decay", "color-jitter", "rd-ratio", "smoothing", "mixup")
@@ -247,10 +247,11 @@ def test_progress_that_no_training_makes(done):
     """Any of these would hang, train nothing, or end in a traceback later."""
     newest = done / "context-0" / "checkpoints" / "epoch-00002-step-0000000"
     progress = json.loads((newest / "progress.json").read_bytes())
-    limits = ("balanced_accuracy", 2, 3, checkpoint.PREDICTIONS, 10)
+    classes = len(json.loads((done / "config.json").read_text())["classes"])
+    limits = ("balanced_accuracy", 2, 3, checkpoint.PREDICTIONS, 10, classes)
     checkpoint.check_progress(checkpoint.Progress(**progress), *limits)
     checkpoint.check_progress(checkpoint.Progress(), *limits)
-    row = progress["rows"][0]
+    row, first = progress["rows"][0], progress["predictions"][0]
     impossible = [
         *({"step": value} for value in (10**9, 1e9, -1, 4, True, "1", None)),
         *({"images": value} for value in (-1, 1.5, None)),
@@ -263,7 +264,11 @@ def test_progress_that_no_training_makes(done):
         *({"timings": value} for value in ([], [1], [progress["timings"][0]] * 2, [{"epoch": 1}, {"epoch": 2}])),
         *({"codebooks": value} for value in ([1], [{"epoch": 1}], [progress["codebooks"][0] | {"dead": []}])),
         *({"predictions": [[*progress["predictions"][0][:4], value]]} for value in (-1, 10**9, "x", None)),
-        {"confusion": [[{}]]},
+        *({"predictions": [[*first[:1], value, *first[2:]]]} for value in (classes, 99, -1, 0.5, None)),
+        *(
+            {"confusion": value}
+            for value in ([[{}]], [[1]], [[1, 2], [3]], [[1, 2], [3, 10**400]], [[1, 2], [3, -1]], 5)
+        ),
     ]
 
     def is_taken(changed):

@@ -218,7 +218,7 @@ class TestStoredConfigurations:
 
     @pytest.fixture
     def forged(self, done, tmp_path):
-        """A run whose last arm has yet to begin, with a configuration that asks for more."""
+        """A run whose last arm has not begun, with a configuration that asks for more."""
 
         def forge(**settings):
             run = shutil.copytree(done, tmp_path / "run")
@@ -243,7 +243,7 @@ class TestStoredConfigurations:
         run = forged(**{name: value})
         assert main(["finetune", "--resume", str(run)]) == 2
         assert capsys.readouterr().err.endswith(
-            f"--resume: context-1 has yet to begin, from other weights: add {option}\n"
+            f"--resume: context-1 has not begun, and its start loads weights: add {option}\n"
         )
         assert not asked
         assert main(["finetune", "--resume", str(run), *shlex.split(option)]) in (
@@ -251,6 +251,14 @@ class TestStoredConfigurations:
             2,
         )  # calibration may refuse six images
         assert name in asked
+
+    def test_thousands_of_seeds_are_asked_for(self, forged, capsys):
+        run = forged(seeds=100_000)
+        assert main(["finetune", "--resume", str(run)]) == 2
+        assert capsys.readouterr().err.endswith(
+            "--resume: the run has 100000 seeds: add --seeds 100000 to train them\n"
+        )
+        assert not (run / "context-1").exists()
 
     def test_what_has_begun_needs_them_no_more(self, finetune, done, tmp_path):
         run = shutil.copytree(done, tmp_path / "run")
@@ -275,7 +283,9 @@ class TestStoredConfigurations:
         table["settings"]["pretrained_backbone"] = True
         (tmp_path / "run" / "config.json").write_text(json.dumps(table))
         assert main(["segment", "train", "--resume", str(tmp_path / "run")]) == 2
-        assert capsys.readouterr().err.endswith("has yet to begin, from other weights: add --pretrained-backbone\n")
+        assert capsys.readouterr().err.endswith(
+            "has not begun, and its start loads weights: add --pretrained-backbone\n"
+        )
 
     def test_no_download(self, forged, monkeypatch, capsys, tmp_path):
         asked = []
@@ -290,8 +300,8 @@ class TestStoredConfigurations:
         assert asked
 
     def test_arms_are_made_one_after_the_other(self, forged, finetune, monkeypatch):
-        """Not a folder for each of thousands of seeds."""
-        run, real = forged(seeds=100_000), loop.Loop.fit
+        """Not a folder for each of many seeds."""
+        run, real = forged(seeds=100), loop.Loop.fit
 
         def fit(made, label):
             if made.seed == 2:
