@@ -41,7 +41,12 @@ class _Launch:
 
     def read(self, **times: int) -> dict[str, int]:
         """Bytes of arguments that are read so many times, of x once, and of the parameters once for each program."""
-        times = {"p_x": 1, "p_codewords": self.programs, "p_smoothing": self.programs} | times
+        in_run = self.a.get("LAYOUT") == "run"  # each tile of an image reads all of it
+        times = {
+            "p_x": self.a["tiles"] if in_run else 1,
+            "p_codewords": self.programs,
+            "p_smoothing": self.programs,
+        } | times
         return {name: many * self.a[name].nbytes for name, many in times.items()}
 
     def prepared(self, rows: int) -> int:

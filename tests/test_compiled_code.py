@@ -148,3 +148,19 @@ def test_the_next_tile_is_asked_for_before_the_products_of_this_one(direction, D
         direction
     ]
     assert seen == (["assign_kernel"] if D == 256 and direction != "project" else []) + [main]
+
+
+@each_chip
+@pytest.mark.parametrize(("N", "width"), [(49, 16), (196, 8), (3136, 16)])
+@pytest.mark.parametrize("D", [64, 128], ids=["narrow", "wide"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "project"])
+def test_half_precision_is_read_by_8_or_16_bytes(direction, D, N, width, arch):
+    """Maps of 7x7 and 14x14, too, channels first: no value of x by itself."""
+    gpu, channels = GPUS[f"sm_{arch}"], 512 if direction == "project" else D
+    x = torch.empty(64, channels, N, dtype=torch.bfloat16, device="meta")
+    read = [each for each in compiled.launches(direction, x, 16, gpu) if "p_x" in each.arguments]
+    assert len(read) == (2 if D == 128 and direction != "project" else 1)
+    for launch in read:
+        assert launch.arguments["VECTOR"] * 2 == width
+        ptx = compiled.compiled(launch, gpu).asm["ptx"]
+        assert not re.findall(r"ld\.global\S*\.[bu]16|cp\.async\.\S+ .*, 0x?2,", ptx)

@@ -9,6 +9,7 @@ from ctxenc.kernels.fused.tiles import (
     GPU,
     choose_tiles,
     is_channels_last,
+    is_run,
     programs_per_multiprocessor,
     split_images,
     vector,
@@ -56,6 +57,25 @@ def test_wide_loads_need_aligned_rows(dtype, last):
     if not last:
         assert width(N=widest * 2 + 1) == 1
         assert width(N=widest // 2) == widest // 2
+
+
+def test_few_pixels_are_read_as_a_run():
+    room = torch.zeros(2 * 64 * 64 + 8, dtype=torch.bfloat16)
+    start = -room.data_ptr() // 2 % 8
+
+    def run(D=16, N=49, more=0, dtype=torch.bfloat16):
+        x = room[start + more : start + more + 2 * D * N].view(2, D, N)
+        return is_run(x.to(dtype))
+
+    assert run()
+    assert run(D=24, N=50)  # no multiple of 8 bytes either
+    assert not run(N=48)  # whose rows are
+    assert not run(D=10)  # images of 980 bytes
+    assert not run(more=1)
+    assert not run(D=8, N=121)  # too many
+    assert not run(dtype=torch.float32)
+    assert not is_run(room[start : start + 1568].view(2, 49, 16).transpose(1, 2))
+    assert not is_run(room[start : start + 1600].view(2, 16, 50)[:, :, :49])
 
 
 def test_programs_that_fit_on_a_multiprocessor():

@@ -84,6 +84,8 @@ def test_encode(chip, dtype, late, layout):
         ("expanded", torch.float32, 24, 64, 8),
         ("no_unit_stride", torch.bfloat16, 16, 1, 1),
         ("channels_last", torch.bfloat16, 150, 20, 20),
+        ("channels_first", torch.bfloat16, 48, 49, 5),  # as one run
+        ("channels_first", torch.float16, 136, 25, 20),
     ],
 )
 @each_chip
@@ -101,11 +103,11 @@ def test_encode_more_channels_than_a_program_holds(chip, layout):
 
 
 @each_layout
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "N"), [(torch.bfloat16, 90), (torch.float16, 90), (torch.bfloat16, 49)], ids=str)
 @each_chip
-def test_projection(chip, dtype, layout):
+def test_projection(chip, dtype, N, layout):
     generator = torch.Generator().manual_seed(0)
-    x = lay_out(torch.randint(-1, 2, (2, 72, 90), generator=generator).to(dtype), layout)
+    x = lay_out(torch.randint(-1, 2, (2, 72, N), generator=generator).to(dtype), layout)
     weight, shift = (torch.randint(-1, 2, shape, generator=generator).to(dtype) for shape in ((20, 72), (20,)))
     codewords, smoothing = torch.randn(6, 20, generator=generator), torch.rand(6, generator=generator) / 500
     z = (torch.einsum("dc,bcn->bdn", weight.double(), x.double()) + shift.double()[:, None]).relu()

@@ -174,17 +174,21 @@ def problem(B=2, D=24, N=50, K=5, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("D", [24, 80], ids=["narrow", "wide"])
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last", "run"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", [encode.FORWARD, encode.BACKWARD], ids=lambda operator: operator.name)
 def test_every_dtype_solves_its_proof(operator, dtype, layout, D):
     """Whose tolerance is closer than that of any input: each term of the products shows, and channels far off the origin."""
-    x, codewords, smoothing = lay_out(torch.zeros(2, D, 48, dtype=dtype), layout), torch.zeros(5, D), torch.zeros(5)
+    if layout == "run" and dtype == torch.float32:
+        pytest.skip("rows of 4 bytes a pixel are read as they lie")
+    x = lay_out(torch.zeros(2, D, 49 if layout == "run" else 48, dtype=dtype), layout)
+    codewords, smoothing = torch.zeros(5, D), torch.zeros(5)
     given = (x, codewords, smoothing)
     if operator is encode.BACKWARD:
         given = (torch.zeros(2, 5, D), *given, torch.zeros(2, 5), True)
     constants = operator.constants(*given)
     assert (constants["block_d"] < D) == (D == 80)
+    assert constants["layout"] == {"channels_first": "first", "channels_last": "last"}.get(layout, "run")
     (problem, *_) = operator.problems(constants, torch.device("cpu"))
     exact = operator.plain(*(each.double() if isinstance(each, Tensor) else each for each in problem))
     excess = operator.excess(problem, operator.kernel(*problem), exact)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ctxenc.kernels.fused.launch import FUSED, key_of, make_readable, packed, plan_of, slots_of
 from ctxenc.kernels.fused.steps import (
+    aligned,
+    arrange,
     dot,
     find_center,
     find_nearness,
     load_rows,
     load_smoothing,
     load_tile,
-    multiple,
     offsets,
     prepare_codewords,
     rounded,
@@ -55,7 +56,7 @@ def encode_bwd_kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
     DX: tl.constexpr,  # whether the gradient in x is wanted
@@ -66,10 +67,7 @@ def encode_bwd_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    if CHANNELS_LAST:
-        stride_n = multiple(stride_n, VECTOR)
-    else:
-        stride_d, N = multiple(stride_d, VECTOR), multiple(N, VECTOR)
+    N, stride_n, stride_d = aligned(N, stride_n, stride_d, LAYOUT, VECTOR)
     block, row = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
     o_k, o_d = tl.arange(0, BLOCK_K), block * BLOCK_D + tl.arange(0, BLOCK_D)
     m_k, m_d = o_k < K, o_d < D
@@ -79,16 +77,19 @@ def encode_bwd_kernel(
     sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     q_sum, dsmoothing = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     first, last = row * share, tl.minimum(row * share + share, B * tiles)
-    x = load_tile(p_x, first, last, tiles, o_d, N, stride_b, stride_n, stride_d, D, CHANNELS_LAST, VECTOR, BLOCK_N)
+    start = block * BLOCK_D
+    loaded = load_tile(
+        p_x, first, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
+    )
     for tile in tl.range(first, last, num_stages=1, disable_licm=True):
         ahead = load_tile(
-            p_x, tile + 1, last, tiles, o_d, N, stride_b, stride_n, stride_d, D, CHANNELS_LAST, VECTOR, BLOCK_N
+            p_x, tile + 1, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
         )
         b = (tile // tiles).to(tl.int64)
         o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         grad = load_rows(p_grad + b * K * D, o_d, o_k, D, K)
-        x = x.to(tl.float32)
+        x = arrange(loaded, o_n, N, LAYOUT, BLOCK_N, BLOCK_D).to(tl.float32)
         operand = rounded((x - base[None, :]) * x_scale, DOT)
         grad_scale = scale_of(grad, DOT)
         grad = rounded(grad / grad_scale, DOT)
@@ -116,9 +117,9 @@ def encode_bwd_kernel(
             dx += dot(sq_operand, tl.trans(high), DOT) * (sq_scale * scale)
             if not SHARED:  # else its terms add up to 0
                 dx -= tl.sum(sq, 1)[:, None] * (x - c[None, :])
-            p_out = p_dx + b * D * N + offsets(o_n, o_d, D, N, CHANNELS_LAST)
+            p_out = p_dx + b * D * N + offsets(o_n, o_d, D, N, LAYOUT == "last")
             store_rounded(p_out, dx, m_n[:, None] & m_d[None, :])
-        x = ahead
+        loaded = ahead
     d = load_rows(p_codewords, o_d, o_k, D, K) - base[:, None]
     residuals = 2 * s[None, :] * (-sums / x_scale - q_sum[None, :] * d)
     p_row = p_rows + row * (K * D + K)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ctxenc.kernels.fused.launch import FUSED, Key, Plan, key_of, make_readable, packed, plan_of, slots_of
 from ctxenc.kernels.fused.steps import (
+    aligned,
+    arrange,
     dot,
     find_center,
     find_nearness,
     load_smoothing,
     load_tile,
-    multiple,
     prepare_codewords,
     rounded,
     softmax,
@@ -52,8 +53,8 @@ def encode_fwd_kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,  # one smoothing factor for all codewords: |x'|^2 cancels
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements that the address, the strides and, channels first, N are multiples of
+    LAYOUT: tl.constexpr,  # "last" or "first": channels or pixels lie side by side; "run": all channels of an image do, first
+    VECTOR: tl.constexpr,  # elements that the address, the strides and N are multiples of; in a run D * N
     WIDE: tl.constexpr,  # a program takes one block of the channels, and finds the weights in p_map
     DOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -62,10 +63,7 @@ def encode_fwd_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    if CHANNELS_LAST:
-        stride_n = multiple(stride_n, VECTOR)
-    else:
-        stride_d, N = multiple(stride_d, VECTOR), multiple(N, VECTOR)
+    N, stride_n, stride_d = aligned(N, stride_n, stride_d, LAYOUT, VECTOR)
     block, row = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
     first = row // splits * tiles + row % splits * share
     last = tl.minimum(first + share, row // splits * tiles + tiles)
@@ -76,23 +74,26 @@ def encode_fwd_kernel(
     d, high, low, scale, bias, c, base, x_scale = prepare_codewords(p_codewords, center, o_d, o_k, D, K, DOT)
     sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     weight_sum = tl.zeros((BLOCK_K,), tl.float32)
-    x = load_tile(p_x, first, last, tiles, o_d, N, stride_b, stride_n, stride_d, D, CHANNELS_LAST, VECTOR, BLOCK_N)
+    start = block * BLOCK_D
+    loaded = load_tile(
+        p_x, first, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
+    )
     for tile in tl.range(first, last, num_stages=1, disable_licm=True):
         # Asked for before the products of this tile, so that the copy goes on beneath them.
         ahead = load_tile(
-            p_x, tile + 1, last, tiles, o_d, N, stride_b, stride_n, stride_d, D, CHANNELS_LAST, VECTOR, BLOCK_N
+            p_x, tile + 1, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
         )
-        x = x.to(tl.float32)
+        o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        x = arrange(loaded, o_n, N, LAYOUT, BLOCK_N, BLOCK_D).to(tl.float32)
         operand = rounded((x - base[None, :]) * x_scale, DOT)
         if WIDE:
             weights = load_map(p_map, tile, BLOCK_N, BLOCK_K)
         else:
             nearness = find_nearness(x, operand, high, low, scale / x_scale, bias, c, SHARED, DOT)
-            m_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N) < N
-            weights = rounded(softmax(nearness, s, m_n, m_k), DOT)
+            weights = rounded(softmax(nearness, s, o_n < N, m_k), DOT)
         weight_sum += tl.sum(weights.to(tl.float32), 0)
         sums -= dot(tl.trans(operand), weights, DOT)
-        x = ahead
+        loaded = ahead
     residuals = -sums / x_scale - weight_sum[None, :] * d
     p_row = p_encoding + row * row_e
     tl.store(p_row + o_k[None, :] * D + o_d[:, None], residuals, mask=(o_d < D)[:, None] & m_k[None, :])

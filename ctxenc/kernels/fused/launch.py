@@ -14,6 +14,7 @@ from ctxenc.kernels.fused.tiles import (
     choose_tiles,
     gpu_of,
     is_channels_last,
+    is_run,
     programs_per_multiprocessor,
     vector,
 )
@@ -29,7 +30,7 @@ class Key(NamedTuple):
     D: int
     K: int
     shared: bool  # one smoothing factor for all codewords
-    channels_last: bool
+    layout: str  # "last", "first" or "run"
     vector: int
     dot: str  # how products are taken
 
@@ -71,12 +72,11 @@ def packed(tensor: Tensor) -> Tensor:
 
 def key_of(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Key:
     """Compile key of a call on a readable x."""
-    channels_last = is_channels_last(x)
+    layout = "last" if is_channels_last(x) else "run" if is_run(x) else "first"
+    elements = 16 // x.element_size() if layout == "run" else vector(x, layout == "last")
     dtypes = (x.dtype, codewords.dtype, smoothing.dtype)
     K, D = codewords.shape
-    return Key(
-        direction, dtypes, D, K, smoothing.dim() == 0, channels_last, vector(x, channels_last), precision(x.dtype)
-    )
+    return Key(direction, dtypes, D, K, smoothing.dim() == 0, layout, elements, precision(x.dtype))
 
 
 @cache
@@ -87,7 +87,7 @@ def plan_of(key: Key, device: torch.device) -> Plan:
         "D": key.D,
         "K": key.K,
         "SHARED": key.shared,
-        "CHANNELS_LAST": key.channels_last,
+        "LAYOUT": key.layout,
         "VECTOR": key.vector,
         "DOT": key.dot,
         "BLOCK_N": tiles.block_n,

@@ -22,6 +22,8 @@ from ctxenc.kernels.fused.forward import add_up
 from ctxenc.kernels.fused.launch import key_of, make_readable, packed, plan_of
 from ctxenc.kernels.fused.steps import (
     _INTERPRETED,
+    aligned,
+    arrange,
     dot,
     drop_bits,
     find_center,
@@ -29,7 +31,6 @@ from ctxenc.kernels.fused.steps import (
     image,
     load_smoothing,
     load_x,
-    multiple,
     prepare_codewords,
     rounded,
     softmax,
@@ -43,13 +44,15 @@ SIZES = ["p_x", "p_weight_sum", "N", "tiles", "share", "splits", "stride_b", "st
 @triton.jit
 def project(
     p_image, p_weight, p_shift, o_n, o_d, N, stride_n, stride_c, C: tl.constexpr, D: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    LAYOUT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Features z (BLOCK_N, BLOCK_D) of a tile: values of the dtype of x, in fp32; zero beyond D."""
     z = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         o_c = start + tl.arange(0, BLOCK_C)
-        x = load_x(p_image, o_n, o_c, N, stride_n, stride_c, C, CHANNELS_LAST)
+        x = load_x(p_image, o_n, start, N, stride_n, stride_c, C, LAYOUT, VECTOR, BLOCK_C)
+        x = arrange(x, o_n, N, LAYOUT, BLOCK_N, BLOCK_C)
         mask = (o_c < C)[:, None] & (o_d < D)[None, :]
         weight = tl.load(p_weight + o_d[None, :] * C + o_c[:, None], mask=mask, other=0.0)
         if _INTERPRETED:  # it multiplies bf16 wrongly
@@ -87,7 +90,7 @@ def project_encode_kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     VECTOR: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -96,10 +99,7 @@ def project_encode_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    if CHANNELS_LAST:
-        stride_n = multiple(stride_n, VECTOR)
-    else:
-        stride_c, N = multiple(stride_c, VECTOR), multiple(N, VECTOR)
+    N, stride_n, stride_c = aligned(N, stride_n, stride_c, LAYOUT, VECTOR)
     row = tl.program_id(0).to(tl.int64)
     p_image = image(p_x, row // splits, stride_b, VECTOR)
     first = (row % splits).to(tl.int32) * share
@@ -113,7 +113,7 @@ def project_encode_kernel(
     for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=1, disable_licm=True):
         o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         z = project(
-            p_image, p_weight, p_shift, o_n, o_d, N, stride_n, stride_c, C, D, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_D,
+            p_image, p_weight, p_shift, o_n, o_d, N, stride_n, stride_c, C, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_C, BLOCK_D,
             STAGES,
         )  # fmt: skip
         operand = rounded((z - base[None, :]) * x_scale, DOT)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
+LONGEST_RUN = tl.constexpr(64)  # pixels of an image whose channels are read as one run
 OFFSET = tl.constexpr(16)  # a channel's base is 0 up to this many times the spread of its codewords
 
 
@@ -92,21 +93,51 @@ def offsets(o_n, o_d, stride_n, stride_d, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def load_x(p_image, o_n, o_d, N, stride_n, stride_d, D: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Load features (BLOCK_N, BLOCK_D), zero beyond N and D."""
-    o_x = offsets(o_n, o_d, stride_n, stride_d, CHANNELS_LAST)
-    return tl.load(p_image + o_x, mask=(o_n < N)[:, None] & (o_d < D)[None, :], other=0.0)
+def aligned(N, stride_n, stride_d, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
+    """Show the compiler which of N and the strides are multiples of VECTOR."""
+    if LAYOUT == "last":
+        stride_n = multiple(stride_n, VECTOR)
+    if LAYOUT == "first":
+        N, stride_d = multiple(N, VECTOR), multiple(stride_d, VECTOR)
+    return N, stride_n, stride_d
+
+
+@triton.jit
+def load_x(
+    p_image, o_n, start, N, stride_n, stride_d,
+    D: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Load features, zero beyond N and D, for arrange(): (BLOCK_N, BLOCK_D) of channels from `start` on, or all pixels of a run."""
+    if LAYOUT == "run":
+        o = tl.arange(0, BLOCK_D * LONGEST_RUN)
+        limit = multiple(tl.minimum(BLOCK_D, D - start) * N, VECTOR)
+        return tl.load(p_image + multiple(start * N, VECTOR) + o, mask=o < limit, other=0.0)
+    else:
+        o_d = start + tl.arange(0, BLOCK_D)
+        o_x = offsets(o_n, o_d, stride_n, stride_d, LAYOUT == "last")
+        return tl.load(p_image + o_x, mask=(o_n < N)[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def arrange(x, o_n, N, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Features (BLOCK_N, BLOCK_D) of what load_x gave; a run is sorted into rows in shared memory."""
+    if LAYOUT == "run":
+        o = tl.arange(0, BLOCK_D)[None, :] * N + tl.minimum(o_n, N - 1)[:, None]
+        x = tl.reshape(tl.gather(x, tl.reshape(o, (BLOCK_N * BLOCK_D,)), 0), (BLOCK_N, BLOCK_D))
+        return tl.where((o_n < N)[:, None], x, 0.0)
+    else:
+        return x
 
 
 @triton.jit
 def load_tile(
-    p_x, tile, last, tiles, o_d, N, stride_b, stride_n, stride_d,
-    D: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_x, tile, last, tiles, start, N, stride_b, stride_n, stride_d,
+    D: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Load a tile of all images, by its number; zeros from `last` on, so that a program can ask for one tile ahead."""
     p_image = image(p_x, (tile // tiles).to(tl.int64), stride_b, VECTOR)
     o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    return load_x(p_image, o_n, o_d, tl.where(tile < last, N, 0), stride_n, stride_d, D, CHANNELS_LAST)
+    return load_x(p_image, o_n, start, tl.where(tile < last, N, 0), stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_D)
 
 
 @triton.jit

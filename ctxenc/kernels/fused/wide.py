@@ -11,6 +11,8 @@ from torch import Tensor
 from ctxenc.kernels.fused.launch import Plan
 from ctxenc.kernels.fused.steps import (
     _INTERPRETED,
+    aligned,
+    arrange,
     dot,
     find_center,
     find_nearness,
@@ -18,7 +20,6 @@ from ctxenc.kernels.fused.steps import (
     load_rows,
     load_smoothing,
     load_x,
-    multiple,
     prepare_codewords,
     rounded,
     scale_of,
@@ -63,7 +64,7 @@ def assign_kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     VECTOR: tl.constexpr,
     GRAD: tl.constexpr,
     DOT: tl.constexpr,
@@ -72,10 +73,7 @@ def assign_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    if CHANNELS_LAST:
-        stride_n = multiple(stride_n, VECTOR)
-    else:
-        stride_d, N = multiple(stride_d, VECTOR), multiple(N, VECTOR)
+    N, stride_n, stride_d = aligned(N, stride_n, stride_d, LAYOUT, VECTOR)
     pid = tl.program_id(0).to(tl.int64)
     b, tile = pid // tiles, (pid % tiles).to(tl.int32)
     p_image = image(p_x, b, stride_b, VECTOR)
@@ -85,7 +83,8 @@ def assign_kernel(
     p = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         o_d = start + tl.arange(0, BLOCK_D)
-        x = load_x(p_image, o_n, o_d, N, stride_n, stride_d, D, CHANNELS_LAST).to(tl.float32)
+        x = load_x(p_image, o_n, start, N, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_D)
+        x = arrange(x, o_n, N, LAYOUT, BLOCK_N, BLOCK_D).to(tl.float32)
         d, high, low, scale, bias, c, base, x_scale = prepare_codewords(p_codewords, center, o_d, o_k, D, K, DOT)
         operand = rounded((x - base[None, :]) * x_scale, DOT)
         nearness += find_nearness(x, operand, high, low, scale / x_scale, bias, c, SHARED, DOT)
