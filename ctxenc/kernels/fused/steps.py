@@ -1,8 +1,8 @@
 """Steps that the encode kernels take with a tile of pixels: load, multiply, assign.
 
 With c a codeword, the center, and d' = d - c, x' = x - c, the squared residual is |x'|^2 - 2 x'.d' + |d'|^2, as in torch_encode.py.
-The tensor cores get x minus a base near c. In fp32 the base is c, and a product has three terms of tf32. Half precision goes in as
-it is, with base 0, and d' in two terms, so that a product is nearly exact; the base is c, rounded, only in channels where c is many
+The tensor cores get x minus a base. In fp32 the base is c, and a product has three terms of tf32. Half precision goes in as it is,
+with d' in two terms, so that a product is nearly exact: a channel's base is usually 0. It is c, rounded, where c is more than 16
 times the spread of the codewords. fp16 holds what is multiplied after scaling by a power of two: gradients under loss scaling, and
 the low-order term of d', would leave its range.
 """
