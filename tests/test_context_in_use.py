@@ -185,6 +185,7 @@ def test_a_wide_encoding_is_cast_to_the_norm():
     assert list(vars(block.norm_codes)) == list(vars(nn.BatchNorm2d(4)))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 does not compile a change of a module's own names")
 def test_lowered_parameters_under_compile():
     block, x = lowered(ContextEncoding(16, 4), torch.bfloat16), torch.randn(3, 16, 5, 5)
     compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
