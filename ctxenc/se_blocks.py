@@ -266,7 +266,7 @@ def what_it_has(model: nn.Module, filtered: bool) -> str:
 
 
 def _like_se(modules: list[nn.Module]) -> tuple[str, str]:
-    """The classes that are called like SE, and those with layers that are, each with their number."""
+    """Count the classes with names like SE, and the classes that have layers with such names."""
     classes, owners = Counter[str](), Counter[str]()
     for module in modules:
         if _called_like_se(module) and not any(map(_called_like_se, list(module.modules())[1:])):

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for GPUs that need not be there: how wide the gate's load, what overlaps in encode's."""
+"""Read compiled kernels, for GPUs that need not be there: the width of loads, and the order of loads and products."""
 
 import re
 from collections import Counter

@@ -141,7 +141,7 @@ def test_they_are_calibrated(register: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_gates(register: Any, kind: str) -> None:
-    """What the gate takes, or where a function is called what the last layer returns."""
+    """They are the input of the gate. Without a module for the gate, they are the output of the last layer."""
     register(SELayer)
     network, images = make(kind), torch.randn(40, 3, 12, 12)
     gates: list[Tensor] = []

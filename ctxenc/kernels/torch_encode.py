@@ -63,7 +63,7 @@ def _is_free(tensor: Tensor) -> bool:
 
 @torch.jit.unused
 def _seen_maximum(tensor: Tensor) -> float | None:
-    """The largest value; None where it has none (in a graph, under vmap), or reading it would synchronise a GPU."""
+    """The largest value of a plain tensor on a CPU; else None. A graph and vmap have no values, and a GPU would have to wait."""
     if _in_graph() or type(tensor) is not Tensor or not tensor.is_cpu:
         return None
     try:

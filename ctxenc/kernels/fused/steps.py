@@ -12,9 +12,11 @@ import os
 import triton
 import triton.language as tl
 
+from ctxenc.kernels.fused.tiles import LONGEST_RUN as _LONGEST_RUN
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
-LONGEST_RUN = tl.constexpr(64)  # pixels of an image whose channels are read as one run
+LONGEST_RUN = tl.constexpr(_LONGEST_RUN)
 OFFSET = tl.constexpr(16)  # a channel's base is 0 up to this many times the spread of its codewords
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LONGEST_RUN = 64  # pixels, as in steps.py
+LONGEST_RUN = 64  # pixels of an image whose channels are read as one run
 WAVES = 4  # rounds of programs that a cut may take; an uneven last one then costs little
 
 
