@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -220,6 +221,24 @@ def test_compiled_code_takes_the_operators():
     )
     wanted = tensors()
     assert_close(gradients, torch.autograd.grad(specified(*wanted).square().sum(), wanted))
+    torch.compiler.reset()
+
+
+@each_function
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # of Dynamo, which looks at inner tensors
+def test_compiled_autograd(name):
+    """Over an eager forward: Dynamo traces the backward of the Function that served it."""
+    function, specification = FUNCTIONS[name]
+    torch.compiler.reset()
+    given = inputs(name)
+    loss = function(*given).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss.backward()
+    assert launches()
+    wanted = inputs(name)
+    assert_close([each.grad for each in given], torch.autograd.grad(specification(*wanted).square().sum(), wanted))
     torch.compiler.reset()
 
 

@@ -42,6 +42,10 @@ def _plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
 
 def takes_formula(grad: Tensor) -> bool:
     """Whether a backward must be made of PyTorch's own operations: it is differentiated again, vectorised or given tangents."""
+    if (
+        torch.compiler.is_dynamo_compiling()
+    ):  # compiled autograd; it knows no second derivative, and Dynamo reads the rest wrongly
+        return False
     return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
@@ -154,15 +158,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.strict = inputs[3]
 
 
-def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None
     *inputs, weight_sum = ctx.saved_tensors
     if takes_formula(grad):
         return *differentiable(_plainly, inputs, grad), None
+    x, *codebook = inputs
     x_wanted = ctx.needs_input_grad[0]
-    dx, *others = _encode_backward_op(grad, *inputs, weight_sum, x_wanted, ctx.strict)
-    return dx if x_wanted else None, *others, None
+    arguments = grad, x.flatten(2), *codebook, weight_sum, x_wanted
+    dx, *others = _encode_backward_op(*arguments, ctx.strict) if is_watched() else BACKWARD(ctx.strict, *arguments)
+    return dx.view(x.shape) if x_wanted else None, *others, None
 
 
 _encode_op.register_autograd(_gradients, setup_context=_save)
@@ -180,15 +186,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, weight_sum = ctx.saved_tensors
-        if takes_formula(grad):
-            return *differentiable(_plainly, inputs, grad), None
-        x, codewords, smoothing = inputs
-        x_wanted = ctx.needs_input_grad[0]
-        dx, dcodewords, dsmoothing = BACKWARD(
-            ctx.strict, grad, x.flatten(2), codewords, smoothing, weight_sum, x_wanted
-        )
-        return dx.view(x.shape) if x_wanted else None, dcodewords, dsmoothing, None
+        return _gradients(ctx, grad)
 
 
 def encode(x: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False) -> Tensor:

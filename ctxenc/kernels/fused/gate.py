@@ -11,7 +11,6 @@ The first form is that of Squeeze-and-Excitation (arXiv 1709.01507), the second 
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -371,9 +370,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.flags = inputs[2:]
 
 
-def _gradients(
-    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, Tensor]] = _gate_backward_op
-) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, logits = ctx.saved_tensors
     residual, strict = ctx.flags
     if takes_formula(dy):
@@ -384,7 +381,8 @@ def _gradients(
 
         return *differentiable(plainly, (x, logits), dy), None, None
     x_wanted = ctx.needs_input_grad[0]
-    dx, dlogits = backward(dy, x, logits, residual, x_wanted, strict)
+    arguments = dy, x, logits, residual, x_wanted
+    dx, dlogits = _gate_backward_op(*arguments, strict) if is_watched() else BACKWARD(strict, *arguments)
     return dx if x_wanted else None, dlogits, None, None
 
 
@@ -401,7 +399,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, dy, lambda *arguments: BACKWARD(arguments[-1], *arguments[:-1]))
+        return _gradients(ctx, dy)
 
 
 def gate(x: Tensor, logits: Tensor, residual: bool = False, strict: bool = False) -> Tensor:

