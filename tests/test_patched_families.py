@@ -17,7 +17,7 @@ from ctxenc import ContextEncoding
 from tests.blocks import stirred
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     # Of the networks and of TorchScript
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]

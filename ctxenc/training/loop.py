@@ -1,6 +1,7 @@
 """The loop that all trainings share: steps and epochs under Accelerate, which can be stopped at any step and gone on with."""
 
 import math
+import multiprocessing
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -220,12 +221,18 @@ class Loop(ABC):
         """Loads ``samples``, in a random order to ``train`` on."""
         full_batch = len(samples) >= self.settings.batch_size * self.accelerator.num_processes  # type: ignore[arg-type]
         batches = -(-len(samples) // (batch_size or self.settings.batch_size))  # type: ignore[arg-type]
+        workers = min(self.settings.workers, batches)
+        # Threads of gloo and NCCL run in these processes, and a fork while one of them holds a lock may hang.
+        apart = workers > 0 and self.accelerator.num_processes > 1
+        if apart:
+            multiprocessing.set_forkserver_preload([__name__])
         return DataLoader(
             samples,
             batch_size=batch_size or self.settings.batch_size,
             shuffle=train,
             drop_last=train and full_batch,
-            num_workers=min(self.settings.workers, batches),
+            num_workers=workers,
+            multiprocessing_context="forkserver" if apart else None,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=signals.ignored,
             generator=torch.Generator(),  # else each epoch draws from the process's, and one begun anew once more

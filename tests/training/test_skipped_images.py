@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from ctxenc.__main__ import main
@@ -341,6 +343,16 @@ def test_no_more_workers_than_batches(image_folder, tmp_path, train, size, start
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where the machine has fewer CPUs than that
         assert made.loader(Numbers((), 6), train=train, batch_size=size).num_workers == started
+
+
+@pytest.mark.parametrize(("processes", "start"), [(1, None), (2, "forkserver")])
+def test_processes_that_train_together_do_not_fork(image_folder, processes, start):
+    """Their backend's threads may hold a lock, on which a forked worker waits for ever."""
+    made = loop.Loop.__new__(trainer.Trainer)
+    made.settings = Settings(data=str(image_folder), batch_size=2, workers=1)
+    made.accelerator = SimpleNamespace(num_processes=processes, device=torch.device("cpu"))
+    context = made.loader(Numbers((), 6), train=True).multiprocessing_context
+    assert (context and context.get_start_method()) == start
 
 
 @pytest.mark.slow
