@@ -4,6 +4,7 @@ Where SE squeezes a map to its mean, this block encodes it: a learned codebook, 
 sums of residuals, from which the channel gates are computed. EncNet (arXiv 1803.08904), sections 3.1 and 4.3 (the CIFAR block).
 """
 
+import copy
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxenc.encoding import Encoding, check_sizes, check_smoothing, is_traced
+from ctxenc.encoding import Encoding, check_aggregation, check_sizes, check_smoothing, is_traced, pixels_of
 from ctxenc.functional import fused_gate, fused_pool, fused_projection, fuses_gate, fuses_pool, fuses_projection
 
 Layer = Callable[..., nn.Module]
@@ -25,6 +26,8 @@ GATES: dict[str, Layer] = {
     "identity": nn.Identity,
 }
 POOLS = ("mean", "concat")
+STARTS = ("paper", "spread")
+SPREAD_PIXELS = 256  # that "spread" draws to set the smoothing by
 
 
 def _gate(layer: str | Layer | nn.Module) -> nn.Module:
@@ -89,6 +92,15 @@ def _is_product(conv: nn.Conv2d) -> bool:
     return conv.stride == (1, 1) and conv.padding == (0, 0)
 
 
+def _coarsen(x: Tensor, max_size: int) -> Tensor:
+    """Average-pool a map (B, C, H, W) to max_size x max_size at most."""
+    height, width = min(x.shape[2], max_size), min(x.shape[3], max_size)
+    return F.adaptive_avg_pool2d(x, (height, width))
+
+
+torch.fx.wrap("_coarsen")  # which looks at shapes, and a traced graph has none
+
+
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x) in the dtype of its statistics, cast back.
 
@@ -118,9 +130,9 @@ Projection = nn.Conv2d  # as the projection's class is called in pickles of whol
 class ContextEncoding(nn.Module):
     """Gates the channels of a map by what its encoding says about the whole image: x * gate(linear(pool(encode(project(x))))).
 
-    The encoding is taken of a projection to C' channels: z = act(norm(conv1x1(x))), e = encode(z). Pooling "mean": the mean over
-    the codewords of relu(norm over K(e)), as EncNet's segmentation module does. Pooling "concat": the L2-normalised flattened
-    encoding, as EncNet's CIFAR block does.
+    The encoding is taken of a projection to C' channels: z = act(norm(conv1x1(x))), e = encode(z) / N. Pooling "mean": the
+    mean over the codewords of relu(norm over K(e)), as EncNet's segmentation module does. Pooling "concat": the L2-normalised
+    flattened encoding, as EncNet's CIFAR block does.
 
     A drop-in for timm's attention layers, as in `timm.create_model("resnet50", block_args=dict(attn_layer=ContextEncoding))`.
 
@@ -132,6 +144,12 @@ class ContextEncoding(nn.Module):
         rd_divisor: C' = C * rd_ratio is rounded to a multiple of this.
         smoothing: "learned", "sampled" or a positive number; see Encoding.
         pool: "mean" or "concat".
+        aggregation: of the residuals over the pixels: "mean", so that the gates do not depend on the size of the image, or "sum",
+            as in the papers' code. "concat" takes no notice of it.
+        max_size: average-pool a larger map to max_size x max_size at most before it is projected; the gate applies to the whole
+            map. None encodes every pixel.
+        start: of the codebook. "paper": codewords in U(-a, a), a = 1 / sqrt(K C'), smoothing in U(0, 1). "spread": codewords as the
+            projected features are distributed at the start, and a smoothing at which pixels differ in their assignment.
         act_layer: activation after the projection, ReLU by default.
         norm_layer: norm after the projection, BatchNorm2d by default.
         gate_layer: "sigmoid", "hard_sigmoid", "tanh", "identity", a class or a module.
@@ -153,6 +171,7 @@ class ContextEncoding(nn.Module):
     pool: Final[str]
     channels_last: Final[bool]
     residual: Final[bool]
+    max_size: int | None = None  # of blocks that were pickled before there was a choice
 
     def __init__(
         self,
@@ -163,6 +182,9 @@ class ContextEncoding(nn.Module):
         rd_divisor: int = 8,
         smoothing: str | float = "learned",
         pool: str = "mean",
+        aggregation: str = "mean",
+        max_size: int | None = None,
+        start: str = "paper",
         act_layer: Layer | None = None,
         norm_layer: Layer | None = None,
         gate_layer: str | Layer | nn.Module = "sigmoid",
@@ -180,6 +202,11 @@ class ContextEncoding(nn.Module):
         if pool not in POOLS:
             raise ValueError(f"ContextEncoding: pool must be one of {', '.join(POOLS)}, got {pool!r}")
         check_smoothing(smoothing, "ContextEncoding")
+        check_aggregation(aggregation, "ContextEncoding")
+        if start not in STARTS:
+            raise ValueError(f"ContextEncoding: start must be one of {', '.join(STARTS)}, got {start!r}")
+        if max_size is not None:
+            check_sizes("ContextEncoding", max_size=max_size)
         gate = _gate(gate_layer)
         for argument, layer in {"act_layer": act_layer, "norm_layer": norm_layer}.items():
             if layer is not None and not callable(layer):
@@ -192,12 +219,13 @@ class ContextEncoding(nn.Module):
         self.pool = pool
         self.channels_last = channels_last
         self.residual = residual
+        self.max_size = max_size
         self.conv = nn.Conv2d(channels, rd_channels, 1, bias=False, **dd)
         self.norm: nn.Module = (norm_layer or nn.BatchNorm2d)(rd_channels, **dd)
         # A norm of the caller's own may keep its output for backward; BatchNorm keeps its input.
         self.act = act_layer() if act_layer is not None else nn.ReLU(inplace=norm_layer is None)
         self.unfused: Any = None  # set by fuse(): the convolution and the norm that it folded, no part of the model
-        self.encoding = Encoding(rd_channels, num_codes, smoothing, **dd)
+        self.encoding = Encoding(rd_channels, num_codes, smoothing, aggregation, **dd)
         # Over K: as BatchNorm2d of (B, K, C', 1) it is what SyncBN, SplitBN and freezing look for, where BatchNorm1d is overlooked.
         self.norm_codes: nn.Module = nn.Identity()
         if pool == "mean":
@@ -206,6 +234,36 @@ class ContextEncoding(nn.Module):
         features = rd_channels if pool == "mean" else num_codes * rd_channels
         self.fc = nn.Linear(features, channels, **dd)
         self.gate = gate
+        if start == "spread":
+            self._spread()
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        """Start the codebook where the features are: as pixels are drawn whose projections are normal.
+
+        The smoothing is 2 / the deviation of |x - d_k|^2 over k, of a pixel x. Where it is not learned, the affine norm before the
+        activation is scaled in its place, and the codewords with it.
+        """
+        norm: Any = copy.deepcopy(self.norm).eval()
+        act, codewords = copy.deepcopy(self.act), self.encoding.codewords
+
+        def draw(pixels: int) -> Tensor:
+            projected = torch.randn(1, self.rd_channels, pixels, 1, device=codewords.device, dtype=codewords.dtype)
+            return (
+                act(norm(projected)).squeeze(3).squeeze(0).t().to(torch.promote_types(codewords.dtype, torch.float32))
+            )
+
+        started = draw(self.num_codes)
+        squares = torch.cdist(draw(SPREAD_PIXELS), started, compute_mode="donot_use_mm_for_euclid_dist").square()
+        smoothing = 2 / squares.std(1, correction=0).mean().clamp(min=1e-6)
+        if self.smoothing == "learned":
+            self.encoding.smoothing.fill_(smoothing)
+        else:
+            scale = (smoothing / self.encoding.smoothing).sqrt()
+            started *= scale
+            for parameter in (self.norm.weight, self.norm.bias):
+                parameter.mul_(scale)  # type: ignore[operator]
+        codewords.copy_(started)
 
     @classmethod
     def paper(cls, channels: int, num_codes: int, **kwargs: Any) -> "ContextEncoding":
@@ -282,9 +340,13 @@ class ContextEncoding(nn.Module):
         return self
 
     def _encode(self, x: Tensor) -> Tensor:
+        max_size = self.max_size
+        if max_size is not None:
+            x = _coarsen(x, max_size)
         if not torch.jit.is_scripting() and self._fuses_projection(x):
             shift: Any = self.conv.bias
-            return fused_projection(x, self.conv.weight, shift, self.encoding.codewords, self.encoding.smoothing)
+            sums = fused_projection(x, self.conv.weight, shift, self.encoding.codewords, self.encoding.smoothing)
+            return sums / pixels_of(x) if self.aggregation == "mean" else sums
         return self.encoding(self.act(self.norm(self.conv(x))))
 
     @torch.jit.unused
@@ -342,7 +404,12 @@ class ContextEncoding(nn.Module):
         x = self.gated(x, self.features(x))
         return x.permute(0, 2, 3, 1) if self.channels_last else x
 
-    __jit_unused_properties__: ClassVar[list[str]] = ["smoothing"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["smoothing", "aggregation"]
+
+    @property
+    def aggregation(self) -> str:
+        """The argument `aggregation` that this block was made with."""
+        return self.encoding.aggregation
 
     @property
     def smoothing(self) -> str | float:
@@ -356,4 +423,5 @@ class ContextEncoding(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for print()."""
-        return f"{self.channels}, num_codes={self.num_codes}, rd_channels={self.rd_channels}, pool={self.pool}"
+        sizes = f"{self.channels}, num_codes={self.num_codes}, rd_channels={self.rd_channels}, pool={self.pool}"
+        return sizes + (f", max_size={self.max_size}" if self.max_size else "")

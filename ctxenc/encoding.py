@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ctxenc.functional import encode
 from ctxenc.kernels.torch_encode import encode_plainly
 
+AGGREGATIONS = ("sum", "mean")
 SAMPLED_EVAL_SMOOTHING = 0.5  # the mean of U(0, 1), which takes the draw's place in evaluation
 
 
@@ -40,11 +41,21 @@ def _draw_smoothing(x: Tensor, like: Tensor, num_codes: int) -> Tensor:
     return torch.rand(num_codes, device=like.device, dtype=like.dtype)
 
 
-def _encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+def _encode(x: Tensor, codewords: Tensor, smoothing: Tensor, aggregation: str) -> Tensor:
     """Encode, as a node of a torch.fx graph that TorchScript can compile: it takes no keyword-only arguments."""
     if torch.jit.is_scripting():
-        return encode_plainly(x.flatten(2), codewords, smoothing)
-    return encode(x, codewords, smoothing)
+        encoding = encode_plainly(x.flatten(2), codewords, smoothing)
+    else:
+        encoding = encode(x, codewords, smoothing)
+    return encoding / pixels_of(x) if aggregation == "mean" else encoding
+
+
+def pixels_of(x: Tensor) -> int:
+    """Count the pixels of a map (B, C, *spatial): N."""
+    pixels = 1
+    for size in x.shape[2:]:
+        pixels *= size
+    return pixels
 
 
 torch.fx.wrap("_encode")  # the checks of encode look at shapes, which a traced graph does not have
@@ -63,6 +74,7 @@ class Encoding(nn.Module):
         smoothing: "learned": a parameter a codeword, started in U(0, 1); nothing holds it there, and it may end negative.
             A positive number: fixed (the paper takes 0.5).
             "sampled": drawn from U(0, 1) a codeword at every training forward, 0.5 in evaluation (the paper's regulariser).
+        aggregation: of the residuals over the pixels: "sum", as in the papers, or "mean", which does not depend on the map's size.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -70,24 +82,28 @@ class Encoding(nn.Module):
         (B, C, *spatial) -> (B, K, C), fp32 or fp64 whatever the input's dtype.
 
     Raises:
-        ValueError: a size is not positive, or smoothing is none of the above.
+        ValueError: a size is not positive, or smoothing or aggregation is none of the above.
         TypeError: a size is no integer, or smoothing is neither a string nor a number.
     """
 
     smoothing: Tensor
     sampled: Final[bool]
+    aggregation: str = "sum"  # of layers that were pickled before there was a choice
 
     def __init__(
         self,
         channels: int,
         num_codes: int = 32,
         smoothing: str | float = "learned",
+        aggregation: str = "sum",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_sizes("Encoding", channels=channels, num_codes=num_codes)
         check_smoothing(smoothing, "Encoding")
+        check_aggregation(aggregation, "Encoding")
+        self.aggregation = aggregation
         self.channels = channels
         self.num_codes = num_codes
         self.sampled = smoothing == "sampled"
@@ -112,7 +128,7 @@ class Encoding(nn.Module):
         smoothing = self.smoothing
         if self.sampled and self.training:
             smoothing = _draw_smoothing(x, smoothing, self.num_codes)
-        return _encode(x, self.codewords, smoothing)
+        return _encode(x, self.codewords, smoothing, self.aggregation)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -121,7 +137,7 @@ class Encoding(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and smoothing, for print()."""
-        return f"{self.channels}, num_codes={self.num_codes}, smoothing={self.mode}"
+        return f"{self.channels}, num_codes={self.num_codes}, smoothing={self.mode}, aggregation={self.aggregation}"
 
 
 def check_sizes(name: str, **sizes: int) -> None:
@@ -136,6 +152,16 @@ def check_sizes(name: str, **sizes: int) -> None:
             raise TypeError(f"{name}: {argument} must be a positive integer, got {size!r}")
         if size < 1:
             raise ValueError(f"{name}: {argument} must be a positive integer, got {size}")
+
+
+def check_aggregation(aggregation: str, name: str) -> None:
+    """Accept "sum" and "mean".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"{name}: aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
 
 
 def check_smoothing(smoothing: str | float, name: str) -> None:

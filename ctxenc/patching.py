@@ -8,14 +8,14 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ctxenc.context import ContextEncoding, check_ratio, reduced_channels
-from ctxenc.encoding import check_sizes, check_smoothing
+from ctxenc.encoding import check_aggregation, check_sizes, check_smoothing
 from ctxenc.se_blocks import (
     SEBlock,
     check_model,
@@ -45,6 +45,8 @@ class ContextBlock:
         rd_channels: C'.
         smoothing: "learned", "sampled" or the fixed factor.
         pool: "mean" or "concat".
+        aggregation: "mean" or "sum".
+        max_size: of the map that is projected, or None.
     """
 
     name: str
@@ -53,6 +55,8 @@ class ContextBlock:
     rd_channels: int
     smoothing: str | float
     pool: str
+    aggregation: str
+    max_size: int | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def find_context_blocks(model: nn.Module) -> list[ContextBlock]:
             block.rd_channels,
             block.smoothing,
             block.pool,
+            block.aggregation,
+            block.max_size,
         )
         for name, block in _patched_blocks(model)
     ]
@@ -106,13 +112,16 @@ class _Swap:
     smoothing: str | float
     rd_ratio: float | None
     pool: str
+    aggregation: str
+    max_size: int | None
 
     def __str__(self) -> str:
-        return f"num_codes={self.num_codes}, smoothing={self.smoothing!r}, rd_ratio={self.rd_ratio}, pool={self.pool!r}"
+        return ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
 
     @classmethod
     def of(cls, block: ContextEncoding) -> "_Swap":
-        return cls(block.num_codes, block.smoothing, block.replaced.rd_ratio, block.pool)
+        rd_ratio = block.replaced.rd_ratio
+        return cls(block.num_codes, block.smoothing, rd_ratio, block.pool, block.aggregation, block.max_size)
 
     def build(self, found: SEBlock, source: nn.Module) -> ContextEncoding:
         """The block for the place of `found`; device, dtype and state of mind as in `source`, the SE block or convolution."""
@@ -128,6 +137,8 @@ class _Swap:
             rd_channels=rd_channels,
             smoothing=self.smoothing,
             pool=self.pool,
+            aggregation=self.aggregation,
+            max_size=self.max_size,
             gate_layer="sigmoid" if gate is None else copy.deepcopy(gate),
             channels_last=found.layout == "NHWC",
             device=weight.device,
@@ -147,6 +158,8 @@ def patch_se_blocks(
     smoothing: str | float = "learned",
     rd_ratio: float | None = None,
     pool: str = "mean",
+    aggregation: str = "mean",
+    max_size: int | None = None,
     filter_fn: FilterFn | None = None,
     fill_empty: bool = False,
 ) -> nn.Module:
@@ -164,6 +177,8 @@ def patch_se_blocks(
         smoothing: "learned", "sampled" or a positive number; see Encoding.
         rd_ratio: C' / C, rounded to a multiple of 8. By default C' is what the SE block reduces to (C / 16 where it does not).
         pool: "mean" or "concat"; see ContextEncoding.
+        aggregation: "mean" or "sum"; see ContextEncoding.
+        max_size: average-pool larger maps to max_size x max_size at most before they are projected, which makes the blocks cheaper.
         filter_fn: takes the name and the module of each block and tells whether to replace it; for an empty slot, the name of the
             slot and the convolution whose output it would gate. Stages with settings of their own are patched one after the other.
         fill_empty: also fill the empty slots of plain timm ResNets.
@@ -176,7 +191,9 @@ def patch_se_blocks(
             has blocks in place that are chosen again with other settings, or a setting is invalid.
         TypeError: model is no module, or a setting is of no such type.
     """
-    swap = _checked_swap(model, num_codes, smoothing, rd_ratio, pool)
+    swap = _Swap(num_codes, smoothing, rd_ratio, pool, aggregation, max_size)
+    _check(model, swap)
+    swap = replace(swap, smoothing=smoothing if isinstance(smoothing, str) else float(smoothing))
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"patch_se_blocks: filter_fn must be a function, got {filter_fn!r}")
     found = list(named_blocks(model)) + (list(empty_slots(model)) if fill_empty else [])
@@ -199,7 +216,7 @@ def patch_se_blocks(
     return model
 
 
-def _checked_swap(model: nn.Module, num_codes: int, smoothing: str | float, rd_ratio: float | None, pool: str) -> _Swap:
+def _check(model: nn.Module, swap: _Swap) -> None:
     check_model("patch_se_blocks", model)
     if wrapper := _wrapper(model):
         raise ValueError(f"patch_se_blocks: model must not be wrapped yet, got {wrapper}: patch first, then wrap it")
@@ -207,12 +224,14 @@ def _checked_swap(model: nn.Module, num_codes: int, smoothing: str | float, rd_r
         raise ValueError(
             f"patch_se_blocks: model must hold SE blocks, got one itself, {type(model).__name__}; use ContextEncoding"
         )
-    check_smoothing(smoothing, "patch_se_blocks")
-    check_sizes("patch_se_blocks", num_codes=num_codes)
-    if rd_ratio is not None:
-        check_ratio("patch_se_blocks", rd_ratio)
-    ContextEncoding(1, 1, rd_channels=1, pool=pool, device="meta")  # its own check of pool
-    return _Swap(num_codes, smoothing if isinstance(smoothing, str) else float(smoothing), rd_ratio, pool)
+    check_smoothing(swap.smoothing, "patch_se_blocks")
+    check_aggregation(swap.aggregation, "patch_se_blocks")
+    check_sizes("patch_se_blocks", num_codes=swap.num_codes)
+    if swap.max_size is not None:
+        check_sizes("patch_se_blocks", max_size=swap.max_size)
+    if swap.rd_ratio is not None:
+        check_ratio("patch_se_blocks", swap.rd_ratio)
+    ContextEncoding(1, 1, rd_channels=1, pool=swap.pool, device="meta")  # its own check of pool
 
 
 def _wrapper(model: nn.Module) -> str | None:

@@ -4,9 +4,11 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+import ctxenc
 from ctxenc import ContextEncoding
 from ctxenc.context import reduced_channels
 from ctxenc.kernels import reference
@@ -30,6 +32,8 @@ def recompute(block: ContextEncoding, x: torch.Tensor) -> torch.Tensor:
     z = torch.einsum("cd,bdn->bcn", block.conv.weight[:, :, 0, 0], x.flatten(2))
     z = batch_norm(z, block.norm).clamp(min=0)
     e = reference.encode(z, block.encoding.codewords, block.encoding.smoothing)
+    if block.aggregation == "mean":
+        e = e / z.shape[2]
     if block.pool == "mean":
         m = batch_norm(e, block.norm_codes).clamp(min=0).mean(1)
     else:
@@ -39,10 +43,11 @@ def recompute(block: ContextEncoding, x: torch.Tensor) -> torch.Tensor:
 
 
 @each_pool
+@pytest.mark.parametrize("aggregation", ["mean", "sum"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(2, 24, 5, 7), (3, 17, 1, 1), (1, 40, 4, 4)])
-def test_it_is_the_formula(pool, training, shape):
-    block = stirred(ContextEncoding(shape[1], 6, pool=pool)).double().train(training)
+def test_it_is_the_formula(pool, aggregation, training, shape):
+    block = stirred(ContextEncoding(shape[1], 6, pool=pool, aggregation=aggregation)).double().train(training)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     got, wanted = block(x), recompute(block, x)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
@@ -389,3 +394,51 @@ def test_errors_come_before_anything_is_allocated(arguments, error, text, monkey
     with pytest.raises(error) as raised:
         ContextEncoding(**{"channels": 16, "num_codes": 4} | arguments)
     assert str(raised.value) == f"ContextEncoding: {text}"
+
+
+@each_pool
+@pytest.mark.parametrize("times", [(2, 2), (1, 3)])
+def test_gates_do_not_depend_on_the_size_of_the_image(pool, times):
+    """The same content, tiled: its means are the same."""
+    block, x = stirred(ContextEncoding(24, 6, pool=pool)).eval(), torch.randn(2, 24, 6, 5).relu()
+    tiled = block(x.repeat(1, 1, *times))[:, :, :6, :5]
+    torch.testing.assert_close(tiled, block(x), rtol=1e-5, atol=1e-5)
+    if pool == "mean":
+        block.encoding.aggregation = "sum"
+        assert (block(x.repeat(1, 1, *times))[:, :, :6, :5] - block(x)).abs().max() > 1e-3
+
+
+@each_pool
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last", "NHWC"])
+@pytest.mark.parametrize("size", [(15, 9), (8, 8), (7, 3), (16, 2)])
+def test_a_large_map_is_pooled_before_it_is_projected(pool, training, layout, size):
+    block = stirred(ContextEncoding(24, 6, pool=pool, channels_last=layout == "NHWC")).train(training)
+    coarse = copy.deepcopy(block)
+    coarse.max_size = 7
+    x = torch.randn(2, 24, *size)
+    small = torch.nn.functional.adaptive_avg_pool2d(x, tuple(min(side, 7) for side in size))
+    features = block.features(small)
+    given = x.permute(0, 2, 3, 1).contiguous() if layout == "NHWC" else x
+    given = given.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else given
+    got = coarse(given)
+    wanted = x * block.gate(block.fc(features))[:, :, None, None]
+    torch.testing.assert_close(got.permute(0, 3, 1, 2) if layout == "NHWC" else got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"max_size": 0}, ValueError, "max_size must be a positive integer, got 0"),
+        ({"max_size": 7.0}, TypeError, "max_size must be a positive integer, got 7.0"),
+        ({"aggregation": "max"}, ValueError, "aggregation must be one of sum, mean, got 'max'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ContextEncoding", "patch_se_blocks"])
+def test_what_the_size_and_the_aggregation_may_be(arguments, error, text, name):
+    model = timm.create_model("test_efficientnet")
+    make = {"ContextEncoding": lambda: ContextEncoding(24, **arguments)}.get(
+        name, lambda: ctxenc.patch_se_blocks(model, **arguments)
+    )
+    with pytest.raises(error, match=f"^{name}: {text}"):
+        make()

@@ -271,7 +271,7 @@ def test_autocast_keeps_the_codewords(dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_repr_tells_the_settings(kind):
-    assert repr(Encoding(6, 4, smoothing=kind)) == f"Encoding(6, num_codes=4, smoothing={kind})"
+    assert repr(Encoding(6, 4, smoothing=kind)) == f"Encoding(6, num_codes=4, smoothing={kind}, aggregation=sum)"
 
 
 def test_parameters_that_should_not_decay():

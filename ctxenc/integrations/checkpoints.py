@@ -116,7 +116,7 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
         code_base = _recognised(state)
         names = _renamed(state, code_base)
         state = {ours: _converted(theirs, state[theirs]) for ours, theirs in names.items()}
-        config = _configuration(state) | {"align_corners": code_base.align_corners}
+        config = _configuration(state) | {"align_corners": code_base.align_corners}  # and the papers' sums; see _built
     # Nothing is allocated before all shapes are known to fit.
     _check(without_memory(lambda: _built(config)).state_dict(), state, names)
     network = _built(config)
@@ -157,7 +157,9 @@ def _built(config: Any) -> EncNet:
     if not isinstance(config, dict):
         raise ValueError(f"{NAME}: the arguments of EncNet must be a table, got {config!r}")
     try:
-        return EncNet(**(config | {"pretrained_backbone": False}))
+        # Networks of others take the sum over the pixels, and so did ours before there was a choice.
+        arguments: dict[str, Any] = {"aggregation": "sum"} | config | {"pretrained_backbone": False}
+        return EncNet(**arguments)
     except NotImplementedError:  # for without_memory
         raise
     except Exception as error:  # of any kind, down to what cannot be allocated

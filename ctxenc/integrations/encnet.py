@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ctxenc.encoding import check_sizes, check_smoothing
+from ctxenc.encoding import check_aggregation, check_sizes, check_smoothing
 from ctxenc.integrations.backbones import dilated_backbone
 from ctxenc.integrations.encoding_module import EncodingModule
 from ctxenc.integrations.hub import Saved
@@ -66,6 +66,7 @@ class EncNet(
         se_loss: a linear layer on the encoding that tells which classes are present ("se"), for training.
         lateral: fuse the maps of the two stages before the last.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
+        aggregation: "mean", or "sum" as in the authors' code; see ctxenc.ContextEncoding.
         norm_layer: norms of the head: "batchnorm2d", "groupnorm", "layernorm2d" or a class; a network with a class of your own can
             not be saved by save_pretrained.
         align_corners: how logits are upsampled: True in PyTorch-Encoding, False in mmsegmentation.
@@ -95,6 +96,7 @@ class EncNet(
         se_loss: bool = True,
         lateral: bool = False,
         smoothing: str | float = "learned",
+        aggregation: str = "mean",
         norm_layer: str | Norm = "batchnorm2d",
         align_corners: bool = False,
         output_stride: int = 8,
@@ -105,6 +107,7 @@ class EncNet(
         super().__init__()
         check_sizes("EncNet", num_classes=num_classes, num_codes=num_codes, channels=channels, in_chans=in_chans)
         check_smoothing(smoothing, "EncNet")
+        check_aggregation(aggregation, "EncNet")
         for argument, value in (
             ("aux", aux),
             ("se_loss", se_loss),
@@ -122,6 +125,7 @@ class EncNet(
             "se_loss": se_loss,
             "lateral": lateral,
             "smoothing": smoothing,
+            "aggregation": aggregation,
             "norm_layer": next((name for name, each in NORMS.items() if each is norm), norm_layer),
             "align_corners": align_corners,
             "output_stride": output_stride,
@@ -145,7 +149,12 @@ class EncNet(
         self.laterals = nn.ModuleList(_conv(width, channels, 1, norm) for width in widths[-3:-1] if lateral)
         self.fusion = _conv(3 * channels, channels, 3, norm) if lateral else None
         self.encoding = EncodingModule(
-            channels, num_codes, num_classes if se_loss else None, smoothing=smoothing, norm_layer=norm
+            channels,
+            num_codes,
+            num_classes if se_loss else None,
+            smoothing=smoothing,
+            aggregation=aggregation,
+            norm_layer=norm,
         )
         self.classifier = _classifier(channels, num_classes)
         self.aux: nn.Module | None = None

@@ -23,6 +23,7 @@ class EncodingModule(nn.Module):
         num_codes: K, number of codewords.
         num_classes: classes whose presence is told (the paper's SE-loss, section 3.2); None for no such branch.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
+        aggregation: "mean", or "sum" as in the authors' code; see ctxenc.ContextEncoding.
         act_layer: activation after the projection, ReLU by default.
         norm_layer: norm after the projection, BatchNorm2d by default.
         gate_layer: "sigmoid" or another of ContextEncoding's.
@@ -45,6 +46,7 @@ class EncodingModule(nn.Module):
         num_classes: int | None = None,
         *,
         smoothing: str | float = "learned",
+        aggregation: str = "mean",
         act_layer: Layer | None = None,
         norm_layer: Layer | None = None,
         gate_layer: str | Layer | nn.Module = "sigmoid",
@@ -61,6 +63,7 @@ class EncodingModule(nn.Module):
             num_codes,
             rd_channels=channels,
             smoothing=smoothing,
+            aggregation=aggregation,
             act_layer=act_layer,
             norm_layer=norm_layer,
             gate_layer=gate_layer,
@@ -76,7 +79,12 @@ class EncodingModule(nn.Module):
 
 
 def add_context_encoding(
-    model: nn.Module, *, num_codes: int = 32, rd_channels: int | None = None, smoothing: str | float = "learned"
+    model: nn.Module,
+    *,
+    num_codes: int = 32,
+    rd_channels: int | None = None,
+    smoothing: str | float = "learned",
+    aggregation: str = "mean",
 ) -> nn.Module:
     """Put the Context Encoding Module, without its presence branch, into the head of a segmentation network, in place.
 
@@ -89,6 +97,7 @@ def add_context_encoding(
         num_codes: K, number of codewords.
         rd_channels: C', channels that the encoding is taken of; those of the map by default, 512 at most.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
+        aggregation: "mean" or "sum"; see ctxenc.ContextEncoding.
 
     Returns:
         The model.
@@ -110,6 +119,7 @@ def add_context_encoding(
         num_codes,
         rd_channels=min(channels, 512) if rd_channels is None else rd_channels,
         smoothing=smoothing,
+        aggregation=aggregation,
         residual=True,
         device=like.device,
         dtype=like.dtype,

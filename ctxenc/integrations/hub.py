@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from stat import S_IMODE
 from typing import Any
@@ -92,4 +93,7 @@ class Saved(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
-        return super()._from_pretrained(strict=strict, **(kwargs | {"pretrained_backbone": False}))
+        before = (
+            {"aggregation": "sum"} if "aggregation" in signature(cls).parameters else {}
+        )  # of networks saved without it
+        return super()._from_pretrained(strict=strict, **(before | kwargs | {"pretrained_backbone": False}))

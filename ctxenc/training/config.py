@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ctxenc.training.console import UserError, one_line
+from ctxenc.training.console import SWAP_KEYS, UserError, one_line
 
 FORMAT = 1
-SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")
 USES = {  # of the runs of each kind
     "finetune": "finetune: use ctxenc evaluate, predict, look, export or finetune --resume",
     "segment": "segment train: use ctxenc segment evaluate, segment predict, look, export or segment train --resume",

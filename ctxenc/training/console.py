@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ctxenc.encoding import AGGREGATIONS
+
 # C0, C1, line and paragraph separators, marks that turn the direction of text, and bytes of a name that are no text
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -127,6 +129,9 @@ def smoothing(text: str) -> str | float:
     return value
 
 
+SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "aggregation", "max_size", "fill_empty")
+
+
 def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the settings of the swap, those of ctxenc.patch_se_blocks."""
     group = parser.add_argument_group("swap")
@@ -142,9 +147,21 @@ def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rd-ratio", type=float, metavar="R", help="channel reduction (default: that of each SE block)")
     group.add_argument("--pool", choices=("mean", "concat"), default="mean", help="over codewords (default: mean)")
+    group.add_argument(
+        "--aggregation",
+        choices=AGGREGATIONS,
+        default="mean",
+        help="of residuals over the pixels; sum is the papers', and depends on the image's size (default: mean)",
+    )
+    group.add_argument(
+        "--max-size",
+        type=positive_int,
+        metavar="N",
+        help="average-pool larger maps to N x N before they are projected, which is cheaper (default: all pixels)",
+    )
     group.add_argument("--fill-empty", action="store_true", help="put blocks into the empty slots of a plain ResNet")
 
 
 def swap_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of ctxenc.patch_se_blocks in what add_swap_arguments has read."""
-    return {key: getattr(args, key) for key in ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")}
+    return {key: getattr(args, key) for key in SWAP_KEYS}

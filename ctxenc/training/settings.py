@@ -14,7 +14,7 @@ from timm.optim import list_optimizers
 from ctxenc.calibration import STARTS
 from ctxenc.training import bad_images
 from ctxenc.training.config import LONGEST_SIDE, MODEL_KWARGS_RULE, parse_json, shortened
-from ctxenc.training.console import UserError, add_swap_arguments, near_names, one_line, positive_int
+from ctxenc.training.console import SWAP_KEYS, UserError, add_swap_arguments, near_names, one_line, positive_int
 
 ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
@@ -267,6 +267,8 @@ class Settings(TrainingSettings):
     smoothing: str | float = "learned"
     rd_ratio: float | None = None
     pool: str = "mean"
+    aggregation: str = "mean"
+    max_size: int | None = None
     fill_empty: bool = False
 
     label_smoothing: float = option(0.0, "share of the target spread over all classes", type=float)
@@ -309,7 +311,7 @@ class Settings(TrainingSettings):
     @property
     def swap(self) -> dict[str, Any]:
         """The keyword arguments of ctxenc.patch_se_blocks."""
-        return {key: getattr(self, key) for key in ("num_codes", "smoothing", "rd_ratio", "pool", "fill_empty")}
+        return {key: getattr(self, key) for key in SWAP_KEYS}
 
 
 # The run with no arguments: small enough for two CPU cores, both arms side by side.

@@ -107,6 +107,7 @@ def arm_configs(settings: SegmentSettings, classes: list[str]) -> dict[str, Segm
         "num_codes": settings.num_codes,
         "aux": settings.aux and settings.aux_weight > 0,  # DDP takes no parameters that learn nothing
         "smoothing": settings.smoothing,
+        "aggregation": settings.aggregation,
         "lateral": settings.lateral,
         "output_stride": settings.output_stride,
         "stages": settings.stages,
@@ -141,7 +142,8 @@ def build_network(config: SegmentConfig, pretrained: bool = False) -> EncNet:
         UserError: It cannot be built, or there are no weights to be had.
     """
     try:
-        network = EncNet(**config.network, pretrained_backbone=pretrained)
+        # A run of before there was a choice took the sum.
+        network = EncNet(**({"aggregation": "sum"} | config.network), pretrained_backbone=pretrained)
     except Exception as error:  # timm's builders and the hub raise a dozen kinds
         raise UserError(f"cannot build the network: {one_line(error)}") from error
     if config.context != "encoding":

@@ -5,6 +5,7 @@ from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ctxenc.encoding import AGGREGATIONS
 from ctxenc.training.config import LONGEST_SIDE
 from ctxenc.training.console import UserError, positive_int, smoothing
 from ctxenc.training.settings import (
@@ -62,6 +63,7 @@ class SegmentSettings(TrainingSettings):
     channels: int = option(512, "channels of the head", type=positive_int)
     num_codes: int = option(32, "codewords", type=positive_int, metavar="K")
     smoothing: str | float = option("learned", "learned, sampled or a number", type=smoothing, metavar="S")
+    aggregation: str = option("mean", "of residuals over the pixels; sum is the authors'", choices=AGGREGATIONS)
     output_stride: int = option(8, "of the map that is encoded", type=int, choices=(8, 16, 32))
     stages: int | None = option(
         None, "maps of the backbone to keep, from the image on (default: all)", type=positive_int
