@@ -4,7 +4,6 @@ Where SE squeezes a map to its mean, this block encodes it: a learned codebook, 
 sums of residuals, from which the channel gates are computed. EncNet (arXiv 1803.08904), sections 3.1 and 4.3 (the CIFAR block).
 """
 
-import copy
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -14,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxenc.encoding import Encoding, check_aggregation, check_sizes, check_smoothing, is_traced, pixels_of
+from ctxenc.encoding import (
+    AGGREGATIONS,
+    STARTS,
+    Encoding,
+    check_choice,
+    check_sizes,
+    check_smoothing,
+    is_traced,
+    pixels_of,
+    spread_codebook,
+)
 from ctxenc.functional import fused_gate, fused_pool, fused_projection, fuses_gate, fuses_pool, fuses_projection
 
 Layer = Callable[..., nn.Module]
@@ -26,8 +35,6 @@ GATES: dict[str, Layer] = {
     "identity": nn.Identity,
 }
 POOLS = ("mean", "concat")
-STARTS = ("paper", "spread")
-SPREAD_PIXELS = 256  # that "spread" draws to set the smoothing by
 
 
 def _gate(layer: str | Layer | nn.Module) -> nn.Module:
@@ -172,6 +179,7 @@ class ContextEncoding(nn.Module):
     channels_last: Final[bool]
     residual: Final[bool]
     max_size: int | None = None  # of blocks that were pickled before there was a choice
+    start: str = "paper"
 
     def __init__(
         self,
@@ -199,12 +207,10 @@ class ContextEncoding(nn.Module):
         if rd_channels is None:
             rd_channels = reduced_channels(channels, rd_ratio, rd_divisor)
         check_sizes("ContextEncoding", rd_channels=rd_channels)
-        if pool not in POOLS:
-            raise ValueError(f"ContextEncoding: pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        check_choice("ContextEncoding", POOLS, pool=pool)
         check_smoothing(smoothing, "ContextEncoding")
-        check_aggregation(aggregation, "ContextEncoding")
-        if start not in STARTS:
-            raise ValueError(f"ContextEncoding: start must be one of {', '.join(STARTS)}, got {start!r}")
+        check_choice("ContextEncoding", AGGREGATIONS, aggregation=aggregation)
+        check_choice("ContextEncoding", STARTS, start=start)
         if max_size is not None:
             check_sizes("ContextEncoding", max_size=max_size)
         gate = _gate(gate_layer)
@@ -220,6 +226,7 @@ class ContextEncoding(nn.Module):
         self.channels_last = channels_last
         self.residual = residual
         self.max_size = max_size
+        self.start = start
         self.conv = nn.Conv2d(channels, rd_channels, 1, bias=False, **dd)
         self.norm: nn.Module = (norm_layer or nn.BatchNorm2d)(rd_channels, **dd)
         # A norm of the caller's own may keep its output for backward; BatchNorm keeps its input.
@@ -235,35 +242,7 @@ class ContextEncoding(nn.Module):
         self.fc = nn.Linear(features, channels, **dd)
         self.gate = gate
         if start == "spread":
-            self._spread()
-
-    @torch.no_grad()
-    def _spread(self) -> None:
-        """Start the codebook where the features are: as pixels are drawn whose projections are normal.
-
-        The smoothing is 2 / the deviation of |x - d_k|^2 over k, of a pixel x. Where it is not learned, the affine norm before the
-        activation is scaled in its place, and the codewords with it.
-        """
-        norm: Any = copy.deepcopy(self.norm).eval()
-        act, codewords = copy.deepcopy(self.act), self.encoding.codewords
-
-        def draw(pixels: int) -> Tensor:
-            projected = torch.randn(1, self.rd_channels, pixels, 1, device=codewords.device, dtype=codewords.dtype)
-            return (
-                act(norm(projected)).squeeze(3).squeeze(0).t().to(torch.promote_types(codewords.dtype, torch.float32))
-            )
-
-        started = draw(self.num_codes)
-        squares = torch.cdist(draw(SPREAD_PIXELS), started, compute_mode="donot_use_mm_for_euclid_dist").square()
-        smoothing = 2 / squares.std(1, correction=0).mean().clamp(min=1e-6)
-        if self.smoothing == "learned":
-            self.encoding.smoothing.fill_(smoothing)
-        else:
-            scale = (smoothing / self.encoding.smoothing).sqrt()
-            started *= scale
-            for parameter in (self.norm.weight, self.norm.bias):
-                parameter.mul_(scale)  # type: ignore[operator]
-        codewords.copy_(started)
+            spread_codebook(self.encoding, self.norm, self.act)
 
     @classmethod
     def paper(cls, channels: int, num_codes: int, **kwargs: Any) -> "ContextEncoding":
@@ -276,6 +255,7 @@ class ContextEncoding(nn.Module):
         """
         check_sizes("ContextEncoding.paper", channels=channels, num_codes=num_codes)
         defaults: dict[str, Any] = {"rd_channels": max(1, channels // 4), "pool": "concat", "smoothing": "sampled"}
+        defaults |= {"start": "paper"}
         return cls(channels, num_codes, **(defaults | kwargs))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContextEncoding":

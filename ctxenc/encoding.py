@@ -3,9 +3,10 @@
 Deep TEN: Texture Encoding Network (arXiv 1612.02844); Context Encoding for Semantic Segmentation (arXiv 1803.08904), section 3.1.
 """
 
+import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Final
@@ -17,6 +18,8 @@ from ctxenc.functional import encode
 from ctxenc.kernels.torch_encode import encode_plainly
 
 AGGREGATIONS = ("sum", "mean")
+STARTS = ("paper", "spread")
+SPREAD_PIXELS = 256  # that "spread" draws to set the smoothing by
 SAMPLED_EVAL_SMOOTHING = 0.5  # the mean of U(0, 1), which takes the draw's place in evaluation
 
 
@@ -102,7 +105,7 @@ class Encoding(nn.Module):
         super().__init__()
         check_sizes("Encoding", channels=channels, num_codes=num_codes)
         check_smoothing(smoothing, "Encoding")
-        check_aggregation(aggregation, "Encoding")
+        check_choice("Encoding", AGGREGATIONS, aggregation=aggregation)
         self.aggregation = aggregation
         self.channels = channels
         self.num_codes = num_codes
@@ -140,6 +143,39 @@ class Encoding(nn.Module):
         return f"{self.channels}, num_codes={self.num_codes}, smoothing={self.mode}, aggregation={self.aggregation}"
 
 
+@torch.no_grad()
+def spread_codebook(encoding: Encoding, norm: nn.Module, act: nn.Module) -> None:
+    """Start a codebook where its features are: at act(norm(x)) of normal x, as a projection gives them.
+
+    Codewords are drawn as such features. The smoothing is 2 / the deviation of |z - d_k|^2 over the codewords, for a feature z,
+    so that pixels differ in their assignment. One that is not learned stays: the norm is scaled instead.
+
+    Raises:
+        ValueError: the smoothing is not learned, and the norm has nothing to scale.
+    """
+    codewords, norm_of_projection = encoding.codewords, norm
+
+    def draw(pixels: int) -> Tensor:
+        norm, activation = copy.deepcopy(norm_of_projection).eval(), copy.deepcopy(act)
+        projected = torch.randn(1, encoding.channels, pixels, 1, device=codewords.device, dtype=codewords.dtype)
+        features = activation(norm(projected)).flatten(2).squeeze(0).t()
+        return features.to(torch.promote_types(codewords.dtype, torch.float32))
+
+    learned = isinstance(encoding.smoothing, nn.Parameter)
+    scaled = [each for each in (getattr(norm, "weight", None), getattr(norm, "bias", None)) if each is not None]
+    if not (learned or scaled):
+        raise ValueError(f"start must be 'paper' for a fixed smoothing behind {type(norm).__name__} without a weight")
+    if encoding.num_codes > 1:  # a single one owns every pixel
+        squares = (draw(SPREAD_PIXELS).unsqueeze(1) - draw(encoding.num_codes)).square().sum(2)
+        smoothing = 2 / squares.std(1, correction=0).mean().clamp(min=1e-6)
+        if learned:
+            encoding.smoothing.fill_(smoothing)
+        else:
+            for parameter in scaled:
+                parameter.mul_((smoothing / encoding.smoothing).sqrt())
+    codewords.copy_(draw(encoding.num_codes))
+
+
 def check_sizes(name: str, **sizes: int) -> None:
     """Accept positive integers.
 
@@ -154,14 +190,15 @@ def check_sizes(name: str, **sizes: int) -> None:
             raise ValueError(f"{name}: {argument} must be a positive integer, got {size}")
 
 
-def check_aggregation(aggregation: str, name: str) -> None:
-    """Accept "sum" and "mean".
+def check_choice(name: str, choices: Sequence[str], **given: str) -> None:
+    """Accept a setting that is one of `choices`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of them.
     """
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"{name}: aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+    for argument, value in given.items():
+        if value not in choices:
+            raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_smoothing(smoothing: str | float, name: str) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ctxenc.context import ContextEncoding, check_ratio, reduced_channels
-from ctxenc.encoding import check_aggregation, check_sizes, check_smoothing
+from ctxenc.context import POOLS, ContextEncoding, check_ratio, reduced_channels
+from ctxenc.encoding import AGGREGATIONS, STARTS, check_choice, check_sizes, check_smoothing
 from ctxenc.se_blocks import (
     SEBlock,
     check_model,
@@ -47,6 +47,7 @@ class ContextBlock:
         pool: "mean" or "concat".
         aggregation: "mean" or "sum".
         max_size: of the map that is projected, or None.
+        start: of the codebook, "paper" or "spread".
     """
 
     name: str
@@ -57,6 +58,7 @@ class ContextBlock:
     pool: str
     aggregation: str
     max_size: int | None
+    start: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def find_context_blocks(model: nn.Module) -> list[ContextBlock]:
             block.pool,
             block.aggregation,
             block.max_size,
+            block.start,
         )
         for name, block in _patched_blocks(model)
     ]
@@ -114,6 +117,7 @@ class _Swap:
     pool: str
     aggregation: str
     max_size: int | None
+    start: str
 
     def __str__(self) -> str:
         return ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
@@ -121,7 +125,8 @@ class _Swap:
     @classmethod
     def of(cls, block: ContextEncoding) -> "_Swap":
         rd_ratio = block.replaced.rd_ratio
-        return cls(block.num_codes, block.smoothing, rd_ratio, block.pool, block.aggregation, block.max_size)
+        sizes = block.aggregation, block.max_size
+        return cls(block.num_codes, block.smoothing, rd_ratio, block.pool, *sizes, block.start)
 
     def build(self, found: SEBlock, source: nn.Module) -> ContextEncoding:
         """The block for the place of `found`; device, dtype and state of mind as in `source`, the SE block or convolution."""
@@ -139,6 +144,7 @@ class _Swap:
             pool=self.pool,
             aggregation=self.aggregation,
             max_size=self.max_size,
+            start=self.start,
             gate_layer="sigmoid" if gate is None else copy.deepcopy(gate),
             channels_last=found.layout == "NHWC",
             device=weight.device,
@@ -160,6 +166,7 @@ def patch_se_blocks(
     pool: str = "mean",
     aggregation: str = "mean",
     max_size: int | None = None,
+    start: str = "paper",
     filter_fn: FilterFn | None = None,
     fill_empty: bool = False,
 ) -> nn.Module:
@@ -179,6 +186,7 @@ def patch_se_blocks(
         pool: "mean" or "concat"; see ContextEncoding.
         aggregation: "mean" or "sum"; see ContextEncoding.
         max_size: average-pool larger maps to max_size x max_size at most before they are projected, which makes the blocks cheaper.
+        start: of the codebook, "paper" or "spread"; see ContextEncoding.
         filter_fn: takes the name and the module of each block and tells whether to replace it; for an empty slot, the name of the
             slot and the convolution whose output it would gate. Stages with settings of their own are patched one after the other.
         fill_empty: also fill the empty slots of plain timm ResNets.
@@ -191,7 +199,7 @@ def patch_se_blocks(
             has blocks in place that are chosen again with other settings, or a setting is invalid.
         TypeError: model is no module, or a setting is of no such type.
     """
-    swap = _Swap(num_codes, smoothing, rd_ratio, pool, aggregation, max_size)
+    swap = _Swap(num_codes, smoothing, rd_ratio, pool, aggregation, max_size, start)
     _check(model, swap)
     swap = replace(swap, smoothing=smoothing if isinstance(smoothing, str) else float(smoothing))
     if filter_fn is not None and not callable(filter_fn):
@@ -225,13 +233,14 @@ def _check(model: nn.Module, swap: _Swap) -> None:
             f"patch_se_blocks: model must hold SE blocks, got one itself, {type(model).__name__}; use ContextEncoding"
         )
     check_smoothing(swap.smoothing, "patch_se_blocks")
-    check_aggregation(swap.aggregation, "patch_se_blocks")
+    check_choice("patch_se_blocks", AGGREGATIONS, aggregation=swap.aggregation)
+    check_choice("patch_se_blocks", STARTS, start=swap.start)
+    check_choice("patch_se_blocks", POOLS, pool=swap.pool)
     check_sizes("patch_se_blocks", num_codes=swap.num_codes)
     if swap.max_size is not None:
         check_sizes("patch_se_blocks", max_size=swap.max_size)
     if swap.rd_ratio is not None:
         check_ratio("patch_se_blocks", swap.rd_ratio)
-    ContextEncoding(1, 1, rd_channels=1, pool=swap.pool, device="meta")  # its own check of pool
 
 
 def _wrapper(model: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ctxenc.encoding import Encoding, check_sizes, check_smoothing
+from ctxenc.encoding import STARTS, Encoding, check_choice, check_sizes, check_smoothing, spread_codebook
 from ctxenc.integrations.backbones import check_backbone
 from ctxenc.integrations.hub import Saved
 from ctxenc.integrations.parameters import encoding_parameters
@@ -45,6 +45,7 @@ class DeepTEN(
         num_codes: K, number of codewords.
         rd_channels: channels that the encoding is taken of.
         smoothing: "learned", "sampled" or a positive number; see Encoding.
+        start: of the codebook, "paper" or "spread"; see ContextEncoding.
         global_pool: "encoding"; "" for the projected map itself, which needs num_classes=0.
         drop_rate: dropout before the classifier.
         **backbone_args: for timm.create_model, drop_path_rate or output_stride for example.
@@ -70,6 +71,7 @@ class DeepTEN(
         num_codes: int = 32,
         rd_channels: int = 128,
         smoothing: str | float = "learned",
+        start: str = "paper",
         global_pool: str = "encoding",
         drop_rate: float = 0.0,
         **backbone_args: Any,
@@ -77,6 +79,7 @@ class DeepTEN(
         super().__init__()
         check_sizes("DeepTEN", in_chans=in_chans, num_codes=num_codes, rd_channels=rd_channels)
         check_smoothing(smoothing, "DeepTEN")
+        check_choice("DeepTEN", STARTS, start=start)
         _check_pool(global_pool, num_classes)
         if not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate <= 1:
             raise ValueError(f"DeepTEN: drop_rate must be a number from 0 to 1, got {drop_rate!r}")
@@ -87,6 +90,7 @@ class DeepTEN(
             "num_codes": num_codes,
             "rd_channels": rd_channels,
             "smoothing": smoothing,
+            "start": start,
             "global_pool": global_pool,
             "drop_rate": drop_rate,
             **backbone_args,
@@ -105,6 +109,8 @@ class DeepTEN(
         self.norm = nn.BatchNorm2d(rd_channels)
         self.act = nn.ReLU(inplace=True)
         self.encoding = Encoding(rd_channels, num_codes, smoothing)
+        if start == "spread":
+            spread_codebook(self.encoding, self.norm, self.act)
         self.fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
         self.feature_info = [
             {**info, "module": f"backbone.{info['module']}"} for info in getattr(self.backbone, "feature_info", [])

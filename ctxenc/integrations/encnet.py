@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ctxenc.encoding import check_aggregation, check_sizes, check_smoothing
+from ctxenc.encoding import AGGREGATIONS, STARTS, check_choice, check_sizes, check_smoothing
 from ctxenc.integrations.backbones import dilated_backbone
 from ctxenc.integrations.encoding_module import EncodingModule
 from ctxenc.integrations.hub import Saved
@@ -67,6 +67,7 @@ class EncNet(
         lateral: fuse the maps of the two stages before the last.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
         aggregation: "mean", or "sum" as in the authors' code; see ctxenc.ContextEncoding.
+        start: of the codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
         norm_layer: norms of the head: "batchnorm2d", "groupnorm", "layernorm2d" or a class; a network with a class of your own can
             not be saved by save_pretrained.
         align_corners: how logits are upsampled: True in PyTorch-Encoding, False in mmsegmentation.
@@ -97,6 +98,7 @@ class EncNet(
         lateral: bool = False,
         smoothing: str | float = "learned",
         aggregation: str = "mean",
+        start: str = "paper",
         norm_layer: str | Norm = "batchnorm2d",
         align_corners: bool = False,
         output_stride: int = 8,
@@ -107,7 +109,8 @@ class EncNet(
         super().__init__()
         check_sizes("EncNet", num_classes=num_classes, num_codes=num_codes, channels=channels, in_chans=in_chans)
         check_smoothing(smoothing, "EncNet")
-        check_aggregation(aggregation, "EncNet")
+        check_choice("EncNet", AGGREGATIONS, aggregation=aggregation)
+        check_choice("EncNet", STARTS, start=start)
         for argument, value in (
             ("aux", aux),
             ("se_loss", se_loss),
@@ -126,6 +129,7 @@ class EncNet(
             "lateral": lateral,
             "smoothing": smoothing,
             "aggregation": aggregation,
+            "start": start,
             "norm_layer": next((name for name, each in NORMS.items() if each is norm), norm_layer),
             "align_corners": align_corners,
             "output_stride": output_stride,
@@ -154,6 +158,7 @@ class EncNet(
             num_classes if se_loss else None,
             smoothing=smoothing,
             aggregation=aggregation,
+            start=start,
             norm_layer=norm,
         )
         self.classifier = _classifier(channels, num_classes)

@@ -24,6 +24,7 @@ class EncodingModule(nn.Module):
         num_classes: classes whose presence is told (the paper's SE-loss, section 3.2); None for no such branch.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
         aggregation: "mean", or "sum" as in the authors' code; see ctxenc.ContextEncoding.
+        start: of the codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
         act_layer: activation after the projection, ReLU by default.
         norm_layer: norm after the projection, BatchNorm2d by default.
         gate_layer: "sigmoid" or another of ContextEncoding's.
@@ -47,6 +48,7 @@ class EncodingModule(nn.Module):
         *,
         smoothing: str | float = "learned",
         aggregation: str = "mean",
+        start: str = "paper",
         act_layer: Layer | None = None,
         norm_layer: Layer | None = None,
         gate_layer: str | Layer | nn.Module = "sigmoid",
@@ -64,6 +66,7 @@ class EncodingModule(nn.Module):
             rd_channels=channels,
             smoothing=smoothing,
             aggregation=aggregation,
+            start=start,
             act_layer=act_layer,
             norm_layer=norm_layer,
             gate_layer=gate_layer,
@@ -85,6 +88,7 @@ def add_context_encoding(
     rd_channels: int | None = None,
     smoothing: str | float = "learned",
     aggregation: str = "mean",
+    start: str = "paper",
 ) -> nn.Module:
     """Put the Context Encoding Module, without its presence branch, into the head of a segmentation network, in place.
 
@@ -98,6 +102,7 @@ def add_context_encoding(
         rd_channels: C', channels that the encoding is taken of; those of the map by default, 512 at most.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
         aggregation: "mean" or "sum"; see ctxenc.ContextEncoding.
+        start: of the codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
 
     Returns:
         The model.
@@ -120,6 +125,7 @@ def add_context_encoding(
         rd_channels=min(channels, 512) if rd_channels is None else rd_channels,
         smoothing=smoothing,
         aggregation=aggregation,
+        start=start,
         residual=True,
         device=like.device,
         dtype=like.dtype,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ctxenc.encoding import AGGREGATIONS
+from ctxenc.encoding import AGGREGATIONS, STARTS
 
 # C0, C1, line and paragraph separators, marks that turn the direction of text, and bytes of a name that are no text
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -129,7 +129,8 @@ def smoothing(text: str) -> str | float:
     return value
 
 
-SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "aggregation", "max_size", "fill_empty")
+SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "aggregation", "max_size", "start", "fill_empty")
+OPTIONS = {"start": "codebook_start"}  # whose own names would say less on a command line
 
 
 def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,9 +160,15 @@ def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="average-pool larger maps to N x N before they are projected, which is cheaper (default: all pixels)",
     )
+    group.add_argument(
+        "--codebook-start",
+        choices=STARTS,
+        default="paper",
+        help="of codewords and smoothing: spread begins where the features are (default: paper)",
+    )
     group.add_argument("--fill-empty", action="store_true", help="put blocks into the empty slots of a plain ResNet")
 
 
-def swap_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ctxenc.patch_se_blocks in what add_swap_arguments has read."""
-    return {key: getattr(args, key) for key in SWAP_KEYS}
+def swap_settings(given: Any) -> dict[str, Any]:
+    """The keyword arguments of ctxenc.patch_se_blocks in what add_swap_arguments has read, or in settings."""
+    return {key: getattr(given, OPTIONS.get(key, key)) for key in SWAP_KEYS}

@@ -14,7 +14,7 @@ from timm.optim import list_optimizers
 from ctxenc.calibration import STARTS
 from ctxenc.training import bad_images
 from ctxenc.training.config import LONGEST_SIDE, MODEL_KWARGS_RULE, parse_json, shortened
-from ctxenc.training.console import SWAP_KEYS, UserError, add_swap_arguments, near_names, one_line, positive_int
+from ctxenc.training.console import UserError, add_swap_arguments, near_names, one_line, positive_int, swap_settings
 
 ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
@@ -269,6 +269,7 @@ class Settings(TrainingSettings):
     pool: str = "mean"
     aggregation: str = "mean"
     max_size: int | None = None
+    codebook_start: str = "paper"
     fill_empty: bool = False
 
     label_smoothing: float = option(0.0, "share of the target spread over all classes", type=float)
@@ -311,7 +312,7 @@ class Settings(TrainingSettings):
     @property
     def swap(self) -> dict[str, Any]:
         """The keyword arguments of ctxenc.patch_se_blocks."""
-        return {key: getattr(self, key) for key in SWAP_KEYS}
+        return swap_settings(self)
 
 
 # The run with no arguments: small enough for two CPU cores, both arms side by side.

@@ -108,6 +108,7 @@ def arm_configs(settings: SegmentSettings, classes: list[str]) -> dict[str, Segm
         "aux": settings.aux and settings.aux_weight > 0,  # DDP takes no parameters that learn nothing
         "smoothing": settings.smoothing,
         "aggregation": settings.aggregation,
+        "start": settings.codebook_start,
         "lateral": settings.lateral,
         "output_stride": settings.output_stride,
         "stages": settings.stages,

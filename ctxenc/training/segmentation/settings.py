@@ -5,7 +5,7 @@ from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ctxenc.encoding import AGGREGATIONS
+from ctxenc.encoding import AGGREGATIONS, STARTS
 from ctxenc.training.config import LONGEST_SIDE
 from ctxenc.training.console import UserError, positive_int, smoothing
 from ctxenc.training.settings import (
@@ -64,6 +64,7 @@ class SegmentSettings(TrainingSettings):
     num_codes: int = option(32, "codewords", type=positive_int, metavar="K")
     smoothing: str | float = option("learned", "learned, sampled or a number", type=smoothing, metavar="S")
     aggregation: str = option("mean", "of residuals over the pixels; sum is the authors'", choices=AGGREGATIONS)
+    codebook_start: str = option("paper", "spread begins where the features are", choices=STARTS)
     output_stride: int = option(8, "of the map that is encoded", type=int, choices=(8, 16, 32))
     stages: int | None = option(
         None, "maps of the backbone to keep, from the image on (default: all)", type=positive_int
