@@ -18,7 +18,7 @@ from ctxenc import ContextEncoding, Encoding, assign, viz
 from ctxenc.integrations import DeepTEN, EncNet
 from ctxenc.viz.figures import owner_colours
 from ctxenc.viz.palette import colours_of, owned
-from ctxenc.viz.usage import usage_of
+from ctxenc.viz.usage import Usage, usage_of
 
 K = 6
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
@@ -68,23 +68,57 @@ def test_each_half_belongs_to_the_codeword_put_there(network):
     first, second = (np.array(to_rgb(colour)) for colour in viz.PALETTE[:2])
     assert (owners[:, :7, :3] == first).all()  # the larger part has the first colour
     assert (owners[:, 7:, :3] == second).all()
-    assert (owners[..., 3] > 0.999).all()
+    assert np.allclose(owners[:, :7, 3], math.log2(12 / 7))  # the bits that a codeword tells which 7 of 12 pixels have
+    assert (owners[:, 7:, 3] == 1).all()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["3: 58 %", "5: 42 %"]
     assert figure.axes[1].images[1].get_extent() == [0, 12, 8, 0]
 
 
-def test_alpha_is_the_largest_weight_and_colour_its_owner():
+def test_alpha_is_the_bits_told_and_colour_the_codeword_most_above_its_mean():
     torch.manual_seed(0)
-    layer, x = Encoding(3, K, smoothing=0.5), 2 * torch.randn(3, 7, 9)
-    weights = assign(x[None], layer.codewords, layer.smoothing)[0]
+    layer, x = Encoding(3, K, smoothing=2.0), 2 * torch.randn(3, 7, 9)
+    weights = assign(x[None], layer.codewords, layer.smoothing)[0].detach().double()
+    mean = weights.mean((1, 2), keepdim=True)
+    bits, owner = (weights * (weights / mean).log2()).sum(0), (weights - mean).argmax(0)
+    owner[bits < 0.1] = -1
     owners = map_of(viz.assignment_map(layer, x))
-    assert np.allclose(owners[..., 3], weights.amax(0).detach())
-    colours, shares = colours_of([weights.detach()]), owned([weights]).tolist()
-    assert len({*weights.argmax(0).flatten().tolist()}) > 2
+    assert 0 < (bits > 1).sum() < (bits > 0.1).sum() < bits.numel()
+    assert (owner != weights.argmax(0))[owner >= 0].any()
+    assert np.allclose(owners[..., 3], bits.clamp(max=1) * (owner >= 0))
+    assert usage_of([weights]).bits == pytest.approx(bits.mean().item())
+    colours, shares = colours_of([weights]), owned([weights]).tolist()
+    assert len(set(owner.flatten().tolist())) > 3
     for code in range(K):
-        mine = (weights.argmax(0) == code).numpy()
+        mine = (owner == code).numpy()
         assert (owners[mine][:, :3] == to_rgb(colours[code])).all()
         assert shares[code] == pytest.approx(mine.mean())
+
+
+@pytest.mark.parametrize("alike", [[0.25] * 4, [0.4, 0.3, 0.2, 0.1], [1.0, 0, 0, 0]])
+def test_where_all_pixels_are_alike_nothing_has_a_colour(alike):
+    """Up to rounding, and though one codeword has the largest weight everywhere."""
+    torch.manual_seed(0)
+    weights = (torch.tensor(alike)[:, None, None] * (1 + 1e-6 * torch.randn(4, 5, 5))).float()
+    seen = viz.Look([torch.rand(5, 5, 3)], {"b": viz.Observation([weights], None)}, None)
+    figure = viz.overview(seen, "b")
+    assert (np.asarray(figure.axes[1].images[1].get_array())[..., 3] == 0).all()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["no owner: 100 %"]
+    assert figure.texts[0].get_text().endswith("; 0.00 of 2.00 bits tell pixels apart")
+
+
+def test_below_a_tenth_of_a_bit_a_pixel_has_no_owner():
+    """A codeword that 920 of 1,000 pixels have alone tells 0.12 bits about each of them, one that 940 have 0.09."""
+    assert owned([weights_of(0.92, 0.08)]).tolist() == [0.92, 0.08]
+    assert owned([weights_of(0.94, 0.06)]).tolist() == [0, 0.06]
+
+
+def test_owners_are_by_means_over_all_images():
+    """Of two images one has codeword 0 alone, the other codeword 1: within each, all pixels are alike."""
+    images = [weights_of(1, 0), weights_of(0, 1)]
+    colours = colours_of(images)
+    for code, shown in enumerate(owner_colours(images, colours)):
+        assert (shown == [*to_rgb(colours[code]), 1]).all()
+    assert owned(images[:1]).tolist() == [0, 0]
 
 
 def test_weights_are_those_of_assign_on_what_the_layer_got(patched, photograph):
@@ -225,15 +259,20 @@ def weights_of(*shares: float, pixels: int = 1000) -> torch.Tensor:
 def test_usage_of_constructed_weights():
     quarter = usage_of([weights_of(0.25, 0.25, 0.25, 0.25)])
     assert quarter.shares.tolist() == [0.25] * 4
-    assert (quarter.entropy, quarter.pixel_entropy, quarter.dead) == (2.0, 0.0, [])
+    assert (quarter.entropy, quarter.pixel_entropy, quarter.bits, quarter.dead) == (2.0, 0.0, 2.0, [])
     alone = usage_of([weights_of(1, 0, 0, 0)])
-    assert (alone.entropy, alone.pixel_entropy, alone.dead) == (0.0, 0.0, [1, 2, 3])
+    assert (alone.entropy, alone.pixel_entropy, alone.bits, alone.dead) == (0.0, 0.0, 0.0, [1, 2, 3])
     soft = usage_of([torch.full((8, 3, 5), 1 / 8)])
-    assert (soft.entropy, soft.pixel_entropy) == pytest.approx((3.0, 3.0))
+    assert (soft.entropy, soft.pixel_entropy, soft.bits) == pytest.approx((3.0, 3.0, 0.0))
     # Pixels count alike, whatever the image: 1,000 of codeword 0 and 3,000 of codeword 1.
     mixed = usage_of([weights_of(1, 0), weights_of(0, 1, pixels=3000)])
     assert mixed.shares.tolist() == [0.25, 0.75]
     assert mixed.entropy == pytest.approx(2 - 0.75 * math.log2(3))
+
+
+def test_bits_are_never_negative_and_nan_where_entropies_are():
+    assert Usage(torch.ones(4) / 4, 2.0, 2.0 + 1e-15, []).bits == 0
+    assert math.isnan(Usage(torch.ones(4) / 4, math.nan, math.nan, []).bits)
 
 
 def test_a_codeword_is_dead_below_a_hundredth_of_its_part():
@@ -263,8 +302,9 @@ def test_the_most_used_codewords_have_colours_on_all_images_and_the_rest_are_gre
     # Of 2,000 pixels codeword 6 owns 700, 11 owns 600, 7 to 10 own 100 each, 0 to 5 own 50 each, 12 none.
     assert list(colours) == [6, 11, 7, 8, 9, 10, 0, 1, 2, 3]
     assert tuple(colours.values()) == viz.PALETTE
-    assert (owner_colours(other, colours)[0, 0, :3] == to_rgb(colours[7])).all()
-    assert (owner_colours(one, colours)[0, 220, :3] == to_rgb(viz.OTHERS)).all()  # codeword 4
+    first, second = owner_colours([one, other], colours)
+    assert (second[0, 0] == [*to_rgb(colours[7]), 1]).all()
+    assert (first[0, 220] == [*to_rgb(viz.OTHERS), 1]).all()  # codeword 4
     look = viz.Look([torch.rand(4, 4, 3)] * 2, {"b": viz.Observation([one, other], None)}, None)
     texts = [text.get_text() for text in viz.overview(look, "b").legends[0].get_texts()]
     assert texts[:3] == ["6: 35 %", "11: 30 %", "7: 5 %"]
@@ -273,9 +313,9 @@ def test_the_most_used_codewords_have_colours_on_all_images_and_the_rest_are_gre
 
 
 def test_what_owns_next_to_nothing_is_in_the_legend():
-    look = viz.Look([torch.rand(4, 4, 3)], {"b": viz.Observation([weights_of(0.996, 0.004, 0)], None)}, None)
+    look = viz.Look([torch.rand(4, 4, 3)], {"b": viz.Observation([weights_of(0.6, 0.396, 0.004, 0)], None)}, None)
     texts = [text.get_text() for text in viz.overview(look, "b").legends[0].get_texts()]
-    assert texts == ["0: 100 %", "1: < 1 %"]
+    assert texts == ["0: 60 %", "1: 40 %", "2: < 1 %"]
 
 
 def test_codewords_that_own_nothing_go_by_their_weight():
@@ -294,8 +334,9 @@ def test_an_overview_shows_what_was_seen():
     assert [axes.get_title() for axes in rows[0]] == ["image", "owners", "codeword 4", "codeword 1"]
     assert [axes.get_ylabel() for axes in rows[:, 0]] == ["wide", "high"]
     colours = colours_of(observation.weights)
-    for row, weights in zip(rows, observation.weights, strict=True):
-        assert np.array_equal(np.asarray(row[1].images[1].get_array()), owner_colours(weights, colours))
+    owners = owner_colours(observation.weights, colours)
+    for row, weights, expected in zip(rows, observation.weights, owners, strict=True):
+        assert np.array_equal(np.asarray(row[1].images[1].get_array()), expected)
         for axes, code in zip(row[2:], (4, 1), strict=True):
             drawn = np.asarray(axes.images[1].get_array())
             assert np.allclose(drawn[..., 3], weights[code])

@@ -254,6 +254,7 @@ def load_state(accelerator: Accelerator, folder: Path, state: State, check: Call
             accelerator.scaler.load_state_dict(saved["scaler"])
         processes = read_pickle(folder / "processes.pt")
         table = json.loads((folder / "progress.json").read_bytes())
+        table["codebooks"] = [codebooks.complete(row) for row in table["codebooks"]]
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:
             raise ValueError(f"it is of {len(processes)} processes, got {accelerator.num_processes}")

@@ -1,12 +1,14 @@
-"""The health of the codebooks in training: how many codewords are dead, how evenly they are used, how hard the assignment is.
+"""The health of the codebooks in training: how many codewords are dead, how evenly they are used, how far they tell pixels apart.
 
 It is taken after each epoch, of the network that is evaluated, on a sample of the validation images.
 """
 
+import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -25,10 +27,10 @@ from ctxenc.training.data import LEFT_OUT
 from ctxenc.training.pictures import spread
 from ctxenc.training.segmentation.pairs import IGNORED
 from ctxenc.viz.observing import encoding_blocks
-from ctxenc.viz.usage import UsageSum
+from ctxenc.viz.usage import FEW_BITS, UsageSum
 
 IMAGES = 64  # of the validation set, evenly spaced: entropies 0.11 bits of 4 off at most, against all 585 tiles of the photographs
-COLUMNS = ("epoch", "block", "codewords", "dead", "entropy", "pixel_entropy", "smoothing_min", "smoothing_max")
+COLUMNS = ("epoch", "block", "codewords", "dead", "entropy", "pixel_entropy", "bits", "smoothing_min", "smoothing_max")
 FILE = "codebooks.csv"
 Row = dict[str, Any]
 
@@ -49,7 +51,8 @@ def codebook_health(
     Returns:
         A row for each block, in the order of the network's modules; none where no image counts, or none reaches it:
         "block", its name; "codewords", K; "dead", how many have a share below 1 % of 1 / K; "entropy" of the shares and
-        "pixel_entropy", the mean of that of a pixel's weights, in bits, at most log2(K); "smoothing_min" and "smoothing_max".
+        "pixel_entropy", the mean of that of a pixel's weights, in bits, at most log2(K); "bits", their difference, which tells
+        pixels apart; "smoothing_min" and "smoothing_max".
     """
     blocks = {
         name: block.encoding if isinstance(block, ContextEncoding) else block
@@ -101,19 +104,62 @@ def _row(name: str, block: Encoding, sums: Sequence[UsageSum]) -> Row:
         "dead": len(usage.dead),
         "entropy": usage.entropy,
         "pixel_entropy": usage.pixel_entropy,
+        "bits": usage.bits,
         "smoothing_min": smoothing.min().item(),
         "smoothing_max": smoothing.max().item(),
     }
 
 
+def complete(row: Row) -> Row:
+    """A row with its "bits": rows in checkpoints of earlier versions have none."""
+    return {"bits": max(row["entropy"] - row["pixel_entropy"], 0.0), **row}
+
+
+def name_idle_codebooks(run: Path, arms: Mapping[str, str], seeds: Sequence[int]) -> list[str]:
+    """A sentence an arm that names the blocks whose codebook tells pixels apart by less than 0.1 bits after the last epoch.
+
+    Args:
+        run: A folder in which every arm has finished.
+        arms: What each arm is called.
+        seeds: Of each arm; a block is named where one of them is below.
+    """
+    lines = []
+    for arm, label in arms.items():
+        bits: dict[str, list[float]] = {}
+        for seed in seeds:
+            for block, value in _last_bits(run / f"{arm}-{seed}" / FILE).items():
+                bits.setdefault(block, []).append(value)
+        idle = [f"{block} ({_range(values)})" for block, values in bits.items() if min(values) < FEW_BITS]
+        if idle:
+            lines.append(
+                f"{label}: after the last epoch the codebook of {', '.join(idle)} tells less than {FEW_BITS:g} bits about a pixel. "
+                "It assigns all pixels almost alike, so the block sees little more than SE's mean over the pixels; "
+                "try --codebook-start spread."
+            )
+    return lines
+
+
+def _last_bits(path: Path) -> dict[str, float]:
+    """The bits of each block in its last row; none where the network has no codebook."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["block"]: float(row["bits"]) for row in csv.DictReader(file)}
+
+
+def _range(values: Sequence[float]) -> str:
+    lowest, highest = f"{min(values):.2f}", f"{max(values):.2f}"
+    return lowest if lowest == highest else f"{lowest} to {highest}"
+
+
 def draw_codebooks(rows: Sequence[Row]) -> Figure:
-    """Dead codewords, both entropies and the smoothing of each block by epoch; lines from the first block (dark) to the last.
+    """Dead codewords, use, bits that tell pixels apart, and smoothing by epoch; a line a block, from the first (dark) to the last.
 
     Args:
         rows: Those of codebook_health with their epochs, one at least.
     """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    dead, entropy, pixel, smoothing = figure.subplots(1, 4)
+    dead, entropy, apart, smoothing = figure.subplots(1, 4)
     names = list(dict.fromkeys(row["block"] for row in rows))
     colours = matplotlib.colormaps["cividis"].resampled(max(2, len(names)))
     for number, name in enumerate(names):
@@ -121,14 +167,14 @@ def draw_codebooks(rows: Sequence[Row]) -> Figure:
         colour = colours(number)
         _line(dead, own, lambda row: 100 * row["dead"] / row["codewords"], colour, name)
         _line(entropy, own, lambda row: row["entropy"], colour, name)
-        _line(pixel, own, lambda row: row["pixel_entropy"], colour, name)
+        _line(apart, own, lambda row: row["bits"], colour, name)
         _line(smoothing, own, lambda row: row["smoothing_min"], colour, name)
         _line(smoothing, own, lambda row: row["smoothing_max"], colour, None)
     bits = math.log2(max(row["codewords"] for row in rows))
     for axes, label in (
         (dead, "dead codewords (%)"),
         (entropy, f"entropy of the shares (bits, of {bits:.3g})"),
-        (pixel, "entropy of a pixel's weights (bits)"),
+        (apart, f"bits that tell pixels apart (of {bits:.3g})"),
         (smoothing, "smoothing, lowest and highest"),
     ):
         axes.set(xlabel="epoch", title=label)
@@ -136,8 +182,9 @@ def draw_codebooks(rows: Sequence[Row]) -> Figure:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     dead.set_ylim(-2, 102)
-    for axes in (entropy, pixel):
-        axes.set_ylim(0, 1.05 * max(bits, 1))
+    entropy.set_ylim(0, 1.05 * max(bits, 1))
+    apart.set_ylim(0, 1.05 * max(0.5, *(row["bits"] for row in rows)))  # few use much of log2(K)
+    apart.axhline(FEW_BITS, color="black", linestyle="--", linewidth=1)
     few = names if len(names) <= 6 else [names[0], names[-1]]
     handles = {handle.get_label(): handle for handle in dead.get_lines()}
     figure.legend([handles[name] for name in few], few, loc="outside lower center", ncols=6, fontsize="small")

@@ -204,8 +204,9 @@ def report(seen: Look) -> str:
             str(codes),
             f"{usage.entropy:.2f}",
             f"{usage.pixel_entropy:.2f}",
+            f"{usage.bits:.2f}",
             str(len(usage.dead)),
         )
         rows.append((name, *cells))
-    header = ("block", "first map", "codewords", "entropy, bits", "of a pixel", "dead")
+    header = ("block", "first map", "codewords", "entropy, bits", "of a pixel", "tells apart", "dead")
     return text_table(header, rows, right=header[1:])

@@ -15,6 +15,7 @@ from torch import Tensor
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import COLUMNS, SPEED, Row, read_predictions, read_results, write_rows
+from ctxenc.training.codebooks import name_idle_codebooks
 from ctxenc.training.console import printable, text_table
 from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
 from ctxenc.training.page import write_page
@@ -112,7 +113,8 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     with atomic(run / "curves.png") as path:
         draw_curves(arms, colour).savefig(path, dpi=120)
     cells = table_rows(arms, colour)
-    notes = [*remarks(arms, settings), *noted(run)]
+    idle = name_idle_codebooks(run, {name: NETWORKS[name] for name in configs}, settings.seed_list)
+    notes = [*remarks(arms, settings), *idle, *noted(run)]
     config = next(iter(configs.values()))
     title, made = f"{config.model} on {settings.data}", how_made(config.versions, seconds)
     with atomic(run / "report.md") as path:

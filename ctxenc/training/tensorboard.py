@@ -8,7 +8,7 @@ from ctxenc.training.checkpoint import Progress
 from ctxenc.training.console import UserError
 
 FOLDER = "tensorboard"
-HEALTH = ("dead", "entropy", "pixel_entropy", "smoothing_min", "smoothing_max")
+HEALTH = ("dead", "entropy", "pixel_entropy", "bits", "smoothing_min", "smoothing_max")
 
 
 def check_tensorboard() -> None:

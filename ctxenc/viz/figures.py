@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from ctxenc.viz.observing import IMAGE_SIZE, Chosen, Look, Picture, choose_blocks, look
-from ctxenc.viz.palette import OTHERS, PALETTE, colours_of, owned
+from ctxenc.viz.palette import OTHERS, PALETTE, colours_of, owned, owners
 from ctxenc.viz.usage import usage_of
 
 WIDTH, DPI = 12.0, 100  # inches, and pixels an inch; the lengths below are inches too
@@ -40,8 +40,10 @@ def assignment_map(
 ) -> Figure:
     """Which codeword owns each pixel of an image: the image, and over its grey copy the owners in their colours.
 
-    A pixel's owner is the codeword of its largest weight; that weight is the colour's opacity. The map is the block's own, each of
-    its pixels drawn as a rectangle. Codewords that own most have a colour, the others are grey.
+    A pixel's owner is the codeword whose weight lies most above its mean over the image. The opacity of its colour is the bits that
+    the pixel's assignment tells, full from 1 bit on; below 0.1 bits a pixel has no owner and no colour. So a block that assigns
+    all pixels alike leaves the copy grey. The map is the block's own, each of its pixels drawn as a rectangle. Codewords that own
+    most have a colour, the others are dark grey.
 
     Args:
         model: as for look.
@@ -66,10 +68,10 @@ def assignment_map(
     colours = colours_of([weights])
     ratio = photograph.shape[0] / photograph.shape[1]
     side = min((WIDTH - 2 * MARGIN - GAP) / 2, HIGHEST / ratio)
-    figure = _page(name, weights, TITLE + side * ratio + LEGEND)
+    figure = _page(name, [weights], TITLE + side * ratio + LEGEND)
     _show(_place(figure, WIDTH / 2 - GAP / 2 - side, TITLE, side, side * ratio), photograph)
     right = _place(figure, WIDTH / 2 + GAP / 2, TITLE, side, side * ratio)
-    _show(right, _grey(photograph), owner_colours(weights, colours))
+    _show(right, _grey(photograph), *owner_colours([weights], colours))
     _legend(figure, TITLE + side * ratio, [weights], colours)
     return figure
 
@@ -79,8 +81,9 @@ def overview(
 ) -> Figure:
     """What a block saw in some images, on a sheet: owners, codewords to follow from image to image, use, and gates.
 
-    A row an image: the image, its owners as in assignment_map, and for a few codewords the weight of each pixel as the opacity of
-    the codeword's colour. A codeword has one colour on the whole sheet. Below, the share of each codeword, and the gates.
+    A row an image: the image, its owners as in assignment_map, though by means over all images, and for a few codewords the
+    weight of each pixel as the opacity of the codeword's colour. A codeword has one colour on the whole sheet. Below, the share of
+    each codeword, and the gates.
 
     Args:
         seen: what look returned.
@@ -108,7 +111,7 @@ def overview(
     maps = sum(side * each.shape[0] / each.shape[1] + GAP for each in seen.photographs)
     strip = 0.0 if observation.gates is None else max(0.6, 0.3 * len(labels))
     top = TITLE + LINE
-    figure = _page(block, weights[0], top + maps + LEGEND + USAGE + (strip and strip + 2 * LINE))
+    figure = _page(block, weights, top + maps + LEGEND + USAGE + (strip and strip + 2 * LINE))
     _draw_maps(figure, top, side, seen.photographs, weights, labels, followed, colours)
     _legend(figure, top + maps, weights, colours)
     top += maps + LEGEND
@@ -162,11 +165,13 @@ def presence_chart(seen: Look, classes: Sequence[str] | None = None, names: Sequ
     return figure
 
 
-def owner_colours(weights: Tensor, colours: Mapping[int, str]) -> Pixels:
-    """The colour of each pixel's owner with its weight as alpha, (h, w, 4), of weights (K, h, w)."""
-    table = np.array([to_rgb(colours.get(code, OTHERS)) for code in range(len(weights))])
-    strength, owner = weights.max(0)
-    return np.concatenate([table[owner.numpy()], strength.numpy()[:, :, None]], axis=2)
+def owner_colours(weights: Sequence[Tensor], colours: Mapping[int, str]) -> list[Pixels]:
+    """The colour of each pixel's owner, (h, w, 4) an image, of weights (K, h, w); alpha: the bits that its assignment tells."""
+    table = np.array([to_rgb(colours.get(code, OTHERS)) for code in range(len(weights[0]))])
+    return [
+        np.concatenate([table[owner.numpy()], (bits.clamp(max=1) * (owner >= 0)).numpy()[:, :, None]], axis=2)
+        for owner, bits in owners(weights)
+    ]
 
 
 def _weight_colours(weights: Tensor, code: int, colours: Mapping[int, str]) -> Pixels:
@@ -186,10 +191,11 @@ def _draw_maps(
     colours: Mapping[int, str],
 ) -> None:
     titles = ["image", "owners", *(f"codeword {code}" for code in followed)]
+    owner_maps = owner_colours(weights, colours)
     for row, (photograph, each, label) in enumerate(zip(photographs, weights, labels, strict=True)):
         height = side * photograph.shape[0] / photograph.shape[1]
         grey = _grey(photograph)
-        maps = [None, owner_colours(each, colours), *(_weight_colours(each, code, colours) for code in followed)]
+        maps = [None, owner_maps[row], *(_weight_colours(each, code, colours) for code in followed)]
         for column, (over, title) in enumerate(zip(maps, titles, strict=True)):
             axes = _place(figure, MARGIN + LINE + column * (side + GAP), top, side, height)
             _show(axes, photograph if over is None else grey, over)
@@ -231,10 +237,11 @@ def _draw_gates(axes: Axes, bar: Axes, gates: Tensor, labels: Sequence[str]) -> 
     bar.yaxis.set_major_locator(MaxNLocator(nbins=3))
 
 
-def _page(block: str, weights: Tensor, height: float) -> Figure:
+def _page(block: str, weights: Sequence[Tensor], height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-    codes, *size = weights.shape
-    _heading(figure, f"{block or 'block'}: {codes} codewords, map {size[0]} x {size[1]}")
+    codes, *size = weights[0].shape
+    bits = f"{usage_of(weights).bits:.2f} of {np.log2(codes):.2f} bits tell pixels apart"
+    _heading(figure, f"{block or 'block'}: {codes} codewords, map {size[0]} x {size[1]}; {bits}")
     return figure
 
 
@@ -264,19 +271,21 @@ def _grey(photograph: Tensor) -> Tensor:
 
 
 def _legend(figure: Figure, top: float, weights: Sequence[Tensor], colours: Mapping[int, str]) -> None:
-    """The share of the pixels that each codeword with a colour owns, and that of all others."""
+    """The share of the pixels that each codeword with a colour owns, that of all others, and that of pixels without an owner."""
     shares = owned(weights).tolist()
     entries = [(colour, f"{code}: {_percent(shares[code])}") for code, colour in colours.items() if shares[code]]
     others = [share for code, share in enumerate(shares) if share and code not in colours]
     if others:
         entries.append((OTHERS, f"{len(others)} others: {_percent(sum(others))}"))
+    if (rest := 1 - sum(shares)) > 1e-9:
+        entries.append(("white", f"no owner: {_percent(rest)}"))
     figure.legend(
         handles=[Patch(facecolor=colour, edgecolor="black", linewidth=0.5, label=label) for colour, label in entries],
         loc="upper center",
         bbox_to_anchor=(0.5, 1 - top / figure.get_figheight()),
         ncols=6,
         fontsize=FONT,
-        title="codeword: share of the pixels that it owns. The stronger a colour, the larger the weight.",
+        title="codeword: share of the pixels that it owns. The paler an owner, the nearer the pixel's assignment to the mean.",
         title_fontsize=FONT,
         frameon=False,
         handlelength=1.2,

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ctxenc.viz.usage import FEW_BITS, bits_told, usage_of
+
 # Okabe and Ito's (jfly.uni-koeln.de/color) without black, then three that lie far from these and from OTHERS in CIELAB, for normal
 # vision and for simulated deuteranopia and protanopia.
 PALETTE = (
@@ -22,13 +24,26 @@ PALETTE = (
 OTHERS = "#555555"
 
 
-def owned(weights: Sequence[Tensor]) -> Tensor:
-    """The share of the pixels of these images that each codeword owns, (K,) fp64, of weights (K, h, w) for each image.
+def owners(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The owner of each pixel of these images, -1 for none, and the bits that its assignment tells, each (h, w).
 
-    A pixel's owner is the codeword of its largest weight; every pixel counts alike.
+    A pixel's owner is the codeword whose weight lies most above its mean over all pixels of the images, which count alike. The
+    largest weight would make one codeword the owner of everything wherever pixels are assigned alike. A pixel whose assignment
+    tells less than 0.1 bits has no owner.
+
+    Args:
+        weights: (K, h, w) for each image.
     """
-    counts = sum((torch.bincount(each.argmax(0).flatten(), minlength=len(each)) for each in weights), torch.tensor(0))
-    return counts.double() / counts.sum()
+    shares = usage_of(weights).shares
+    told = [bits_told(each, shares) for each in weights]
+    best = [(each.double() - shares[:, None, None]).argmax(0) for each in weights]
+    return [(code.where(bits >= FEW_BITS, -1), bits) for code, bits in zip(best, told, strict=True)]
+
+
+def owned(weights: Sequence[Tensor]) -> Tensor:
+    """The share of the pixels of these images that each codeword owns, (K,) fp64; the rest has no owner."""
+    codes = torch.cat([code.flatten() for code, _ in owners(weights)])
+    return torch.bincount(codes[codes >= 0], minlength=len(weights[0])).double() / len(codes)
 
 
 def colours_of(weights: Sequence[Tensor]) -> dict[int, str]:
@@ -36,7 +51,6 @@ def colours_of(weights: Sequence[Tensor]) -> dict[int, str]:
 
     Codewords that own as many, none for example, go by their mean weight.
     """
-    total = torch.cat([each.flatten(1) for each in weights], 1).double().mean(1)
-    order: list[int] = total.argsort(descending=True, stable=True).tolist()
+    order: list[int] = usage_of(weights).shares.argsort(descending=True, stable=True).tolist()
     shares = owned(weights).tolist()
     return dict(zip(sorted(order, key=lambda code: -shares[code]), PALETTE, strict=False))

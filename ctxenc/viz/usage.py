@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ctxenc.context import ContextEncoding
 from ctxenc.viz.observing import IMAGE_SIZE, Chosen, Picture, choose_blocks, observe
 
+FEW_BITS = 0.1  # an assignment that tells less counts as telling nothing: at the papers' start codebooks have 0.00 to 0.19 bits
 DEAD = 0.01  # a codeword is dead whose share is below this part of 1 / K, the share of each where all are used alike
 
 
@@ -31,6 +32,11 @@ class Usage:
     entropy: float
     pixel_entropy: float
     dead: list[int]
+
+    @property
+    def bits(self) -> float:
+        """The bits that tell pixels apart: entropy minus pixel_entropy, 0 where all pixels are assigned alike, at most log2(K)."""
+        return max(self.entropy - self.pixel_entropy, 0.0)  # in this order a NaN stays one
 
 
 def codebook_usage(model: nn.Module, images: Sequence[Picture], block: Chosen | None = None, **reading: Any) -> Usage:
@@ -120,6 +126,16 @@ class UsageSum:
 def usage_of(weights: Iterable[Tensor]) -> Usage:
     """The use of the codebook that weights (K, h, w) of one image or more were taken with."""
     return reduce(add, (UsageSum.of(each[None]) for each in weights)).usage()
+
+
+def bits_told(weights: Tensor, shares: Tensor) -> Tensor:
+    """The bits that each pixel's assignment tells, (h, w) fp64: how far weights (K, h, w) diverge from the shares (K,).
+
+    It is the Kullback-Leibler divergence of a pixel's weights from the shares. Its mean over the pixels is Usage.bits.
+    """
+    weights = weights.double()
+    cross = torch.special.xlogy(weights, shares.double()[:, None, None]).sum(0) / math.log(2)
+    return (-cross - _bits(weights, dim=0)).clamp_min(0)
 
 
 def _bits(weights: Tensor, dim: int) -> Tensor:

@@ -1,7 +1,10 @@
 """The health of codebooks in training: what it says of a network, where it is written, and how it is drawn."""
 
 import csv
+import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +14,22 @@ from accelerate import Accelerator
 from torch.utils.data import TensorDataset
 
 import ctxenc
+from ctxenc.__main__ import main
 from ctxenc.training import codebooks
-from ctxenc.training.codebooks import COLUMNS, IMAGES, codebook_health, draw_codebooks
+from ctxenc.training.checkpoint import write_rows
+from ctxenc.training.codebooks import (
+    COLUMNS,
+    FILE,
+    IMAGES,
+    codebook_health,
+    complete,
+    draw_codebooks,
+    name_idle_codebooks,
+)
 from ctxenc.training.data import LEFT_OUT
 from ctxenc.training.segmentation.pairs import IGNORED
 from ctxenc.viz import codebook_usage, encoding_blocks
+from tests.training.attacks import forge
 
 
 @pytest.fixture
@@ -39,16 +53,18 @@ def test_it_is_what_viz_says_of_these_images(network, samples, accelerator):
     with torch.no_grad():
         block = list(encoding_blocks(network).values())[-1].encoding
         block.codewords[2] = 1e3  # where no pixel is
-        block.smoothing.copy_(torch.tensor([0.5, 2.0, 1.0, 0.25, 1.0]))
+        block.smoothing.copy_(torch.tensor([500.0, 2000.0, 1000.0, 250.0, 1000.0]))
     rows = codebook_health(accelerator, network, samples, batch_size=7)
     assert [row["block"] for row in rows] == list(encoding_blocks(network))
     images = [samples[round(number * 99 / (IMAGES - 1))][0] for number in range(IMAGES)]
     for row in rows:
         usage = codebook_usage(network, images, row["block"])
         assert row["dead"] == len(usage.dead)
-        assert (row["entropy"], row["pixel_entropy"]) == pytest.approx((usage.entropy, usage.pixel_entropy), abs=1e-5)
+        numbers = (row["entropy"], row["pixel_entropy"], row["bits"])
+        assert numbers == pytest.approx((usage.entropy, usage.pixel_entropy, usage.bits), abs=1e-5)
+    assert rows[-1]["bits"] > 0.01  # of pixels that differ
     assert (rows[-1]["dead"], rows[-1]["codewords"]) == (1, 5)
-    assert (rows[-1]["smoothing_min"], rows[-1]["smoothing_max"]) == (0.25, 2.0)
+    assert (rows[-1]["smoothing_min"], rows[-1]["smoothing_max"]) == (250, 2000)
 
 
 def test_processes_share_the_images_and_add_up(network, samples, accelerator, monkeypatch):
@@ -105,18 +121,71 @@ def test_a_network_without_codebooks_has_no_row(samples, accelerator):
 
 def test_the_figure(network):
     rows = [
-        dict(zip(COLUMNS, (epoch, block, 8, dead, 2.5, 1.5, 0.1, 0.9), strict=True))
+        dict(zip(COLUMNS, (epoch, block, 8, dead, 2.5, 1.25, 1.25, 0.1, 0.9), strict=True))
         for epoch in (1, 2)
         for block, dead in (("first", 0), ("last", epoch))
     ]
-    dead, entropy, pixel, smoothing = draw_codebooks(rows).axes
+    dead, entropy, apart, smoothing = draw_codebooks(rows).axes
     assert {line.get_label(): list(line.get_ydata()) for line in dead.get_lines()} == {
         "first": [0, 0],
         "last": [12.5, 25],
     }
-    assert [set(line.get_ydata()) for line in (*entropy.get_lines(), *pixel.get_lines())] == [{2.5}] * 2 + [{1.5}] * 2
+    assert [set(line.get_ydata()) for line in entropy.get_lines()] == [{2.5}] * 2
+    assert [set(line.get_ydata()) for line in apart.get_lines()] == [{1.25}] * 2 + [{0.1}]  # the last is dashed
+    assert apart.get_ylim() == (0, 1.05 * 1.25)
     assert sorted(line.get_ydata()[0] for line in smoothing.get_lines()) == [0.1, 0.1, 0.9, 0.9]
     assert "of 3" in entropy.get_title()
+
+
+def write_bits(folder: Path, *rows: tuple[str, float]) -> None:
+    """A codebooks.csv in which each block has these bits, epoch after epoch."""
+    folder.mkdir()
+    table = [{"epoch": 1, "block": block, "bits": bits} for block, bits in rows]
+    write_rows(folder / FILE, ("epoch", "block", "bits"), table)
+
+
+def test_a_block_that_tells_less_than_a_tenth_of_a_bit_at_last_is_named(tmp_path):
+    write_bits(
+        tmp_path / "a-0",
+        ("first", 0.5),
+        ("second", 0.01),
+        ("third", 0.1),
+        ("first", 0.02),
+        ("second", 0.6),
+        ("third", 0.1),
+    )
+    (tmp_path / "se-0").mkdir()  # has no codebook
+    (line,) = name_idle_codebooks(tmp_path, {"se": "SE", "a": "Arm"}, [0])
+    assert line.startswith(
+        "Arm: after the last epoch the codebook of first (0.02) tells less than 0.1 bits about a pixel. "
+    )
+    assert line.endswith("; try --codebook-start spread.")
+
+
+def test_each_arm_has_one_sentence_over_its_seeds(tmp_path):
+    write_bits(tmp_path / "a-0", ("first", 0.02), ("second", 0.6), ("third", 0.0))
+    write_bits(tmp_path / "a-1", ("first", 0.3), ("second", 0.4), ("third", 0.001))
+    write_bits(tmp_path / "b-0", ("first", 0.01))
+    lines = name_idle_codebooks(tmp_path, {"a": "A", "b": "B"}, [0, 1])
+    assert [line.partition(" tells")[0] for line in lines] == [
+        "A: after the last epoch the codebook of first (0.02 to 0.30), third (0.00)",
+        "B: after the last epoch the codebook of first (0.01)",
+    ]
+
+
+def test_a_checkpoint_of_before_the_bits_is_completed(done, tmp_path, capsys):
+    run = shutil.copytree(done, tmp_path / "run")
+    arm = run / "context-0"
+    newest = arm / "checkpoints" / "epoch-00002-step-0000000"
+    progress = json.loads((newest / "progress.json").read_bytes())
+    for row in progress["codebooks"]:
+        del row["bits"]
+    forge(newest, {"progress.json": json.dumps(progress).encode()})
+    written = (arm / FILE).read_bytes()
+    (arm / FILE).unlink()
+    assert main(["finetune", "--resume", str(run)]) == 0
+    assert (arm / FILE).read_bytes() == written
+    assert complete({"entropy": 1.0, "pixel_entropy": 1.5}) == {"entropy": 1.0, "pixel_entropy": 1.5, "bits": 0}
 
 
 def test_a_run_writes_it_of_each_epoch(finetune, tmp_path, image_folder):
@@ -130,3 +199,8 @@ def test_a_run_writes_it_of_each_epoch(finetune, tmp_path, image_folder):
     smoothing = [block.encoding.smoothing for block in encoding_blocks(model).values()]
     assert [float(row["smoothing_max"]) for row in rows[len(blocks) :]] == [each.max().item() for each in smoothing]
     assert np.all(np.array([float(row["entropy"]) for row in rows]) <= 2 + 1e-9)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "run" / name).read_text()
+        for row in rows[len(blocks) :]:
+            assert float(row["bits"]) < 0.1
+            assert f"{row['block']} ({float(row['bits']):.2f})" in text

@@ -66,7 +66,8 @@ def test_a_run_of_finetune(look, run_folder, image_folder):
     images = [image_folder / "val" / "cat" / "0.png", image_folder / "val" / "newt" / "0.png"]
     for name, line in zip(BLOCKS, lines[3:5], strict=True):
         usage = codebook_usage(ctxenc.load(run_folder), images, name, mean=(0.5,) * 3, std=(0.5,) * 3)
-        assert line.split()[2:] == ["4", f"{usage.entropy:.2f}", f"{usage.pixel_entropy:.2f}", str(len(usage.dead))]
+        numbers = (f"{each:.2f}" for each in (usage.entropy, usage.pixel_entropy, usage.bits))
+        assert line.split()[2:] == ["4", *numbers, str(len(usage.dead))]
 
 
 def test_a_checkpoint_of_encnet_also_shows_presence(look, encnet, image_folder):

@@ -37,6 +37,9 @@ def test_train_writes_a_run_that_predict_takes(folder, tmp_path, capsys):
     with Image.open(out / "encnet-0" / "pictures" / "epoch-002.png") as picture:
         assert picture.width > 3 * 44
     assert "EncNet" in (out / "report.md").read_text()
+    health = read_rows_of(out / "encnet-0" / "codebooks.csv")[-1].split(",")
+    assert float(health[6]) < 0.1
+    assert f"EncNet: after the last epoch the codebook of {health[1]} (" in (out / "report.html").read_text()
     assert "mIoU" in capsys.readouterr().out
     image = folder / "images" / "val" / "1.png"
     masks = tmp_path / "masks"

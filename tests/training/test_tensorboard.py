@@ -34,8 +34,9 @@ def test_it_holds_what_the_files_hold(finetune, tmp_path):
     assert found["step/lr"][-1][1] == pytest.approx(rows[-1]["lr"])
     with open(arm / "codebooks.csv", newline="") as file:
         for row in csv.DictReader(file):
-            entropy = dict(found[f"codewords entropy/{row['block']}"])
-            assert entropy[STEPS * int(row["epoch"])] == pytest.approx(float(row["entropy"]), rel=1e-5)
+            for name in ("entropy", "bits"):
+                values = dict(found[f"codewords {name}/{row['block']}"])
+                assert values[STEPS * int(row["epoch"])] == pytest.approx(float(row[name]), rel=1e-5)
 
 
 def test_steps_that_are_done_again_are_logged_once(finetune, tmp_path, monkeypatch):

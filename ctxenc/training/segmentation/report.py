@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import SPEED, Row, read_results, write_rows
+from ctxenc.training.codebooks import name_idle_codebooks
 from ctxenc.training.config import atomic
 from ctxenc.training.console import text_table
 from ctxenc.training.page import write_page
@@ -52,7 +53,8 @@ def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: S
     with atomic(folder / "curves.png") as path:
         draw_curves(results).savefig(path, dpi=120)
     header, cells = table(results, configs, ambiguous_classes(settings.data))
-    notes = [*remarks(settings), *noted(folder)]
+    idle = name_idle_codebooks(folder, {arm: ARMS[arm][0] for arm in configs}, settings.seed_list)
+    notes = [*remarks(settings), *idle, *noted(folder)]
     config = next(iter(configs.values()))
     title, made = f"EncNet on {settings.data}", how_made(config.versions, seconds)
     with atomic(folder / "report.md") as path:
