@@ -52,8 +52,8 @@ def accelerator():
 def test_it_is_what_viz_says_of_these_images(network, samples, accelerator):
     with torch.no_grad():
         block = list(encoding_blocks(network).values())[-1].encoding
-        block.codewords[2] = 1e3  # where no pixel is
-        block.smoothing.copy_(torch.tensor([500.0, 2000.0, 1000.0, 250.0, 1000.0]))
+        block.codewords.mul_(0.03)[2] = 1e3  # where no pixel is
+        block.smoothing.copy_(torch.tensor([10000.0, 14000.0, 10000.0, 9000.0, 10000.0]))
     rows = codebook_health(accelerator, network, samples, batch_size=7)
     assert [row["block"] for row in rows] == list(encoding_blocks(network))
     images = [samples[round(number * 99 / (IMAGES - 1))][0] for number in range(IMAGES)]
@@ -64,7 +64,7 @@ def test_it_is_what_viz_says_of_these_images(network, samples, accelerator):
         assert numbers == pytest.approx((usage.entropy, usage.pixel_entropy, usage.bits), abs=1e-5)
     assert rows[-1]["bits"] > 0.01  # of pixels that differ
     assert (rows[-1]["dead"], rows[-1]["codewords"]) == (1, 5)
-    assert (rows[-1]["smoothing_min"], rows[-1]["smoothing_max"]) == (250, 2000)
+    assert (rows[-1]["smoothing_min"], rows[-1]["smoothing_max"]) == (9000, 14000)
 
 
 def test_processes_share_the_images_and_add_up(network, samples, accelerator, monkeypatch):
