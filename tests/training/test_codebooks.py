@@ -121,7 +121,7 @@ def test_a_network_without_codebooks_has_no_row(samples, accelerator):
 
 def test_the_figure(network):
     rows = [
-        dict(zip(COLUMNS, (epoch, block, 8, dead, 2.5, 1.25, 1.25, 0.1, 0.9), strict=True))
+        dict(zip(COLUMNS, (epoch, block, 8, dead, 2.5, 1.5, 1.0, 0.1, 0.9), strict=True))
         for epoch in (1, 2)
         for block, dead in (("first", 0), ("last", epoch))
     ]
@@ -131,8 +131,8 @@ def test_the_figure(network):
         "last": [12.5, 25],
     }
     assert [set(line.get_ydata()) for line in entropy.get_lines()] == [{2.5}] * 2
-    assert [set(line.get_ydata()) for line in apart.get_lines()] == [{1.25}] * 2 + [{0.1}]  # the last is dashed
-    assert apart.get_ylim() == (0, 1.05 * 1.25)
+    assert [set(line.get_ydata()) for line in apart.get_lines()] == [{1.0}] * 2 + [{0.1}]  # the last is dashed
+    assert apart.get_ylim() == (0, 1.05)
     assert sorted(line.get_ydata()[0] for line in smoothing.get_lines()) == [0.1, 0.1, 0.9, 0.9]
     assert "of 3" in entropy.get_title()
 
