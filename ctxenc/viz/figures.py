@@ -115,7 +115,7 @@ def overview(
     _draw_maps(figure, top, side, seen.photographs, weights, labels, followed, colours)
     _legend(figure, top + maps, weights, colours)
     top += maps + LEGEND
-    inner = WIDTH - LABELS - 0.7
+    inner = WIDTH - LABELS - 0.85  # room for three decimals beside the bar
     _draw_usage(_place(figure, LABELS, top + LINE, inner, USAGE - 3.2 * LINE), weights, colours)
     if observation.gates is not None:
         top += USAGE + LINE
