@@ -1,5 +1,6 @@
 """Conversion of checkpoints, judged by the logits of mmsegmentation's own code (tests/foreign.py)."""
 
+import json
 import os
 import pickle
 
@@ -206,6 +207,20 @@ def test_ours_goes_through_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"save_encnet_checkpoint: path must end in .safetensors, got '.*c.pth'"):
         save_encnet_checkpoint(network, tmp_path / "c.pth")
     assert not (tmp_path / "c.pth").exists()
+
+
+def test_files_of_others_and_of_before_there_was_a_choice_take_the_sum(tmp_path, small_state):
+    assert load_encnet_checkpoint(small_state).encoding.context.aggregation == "sum"
+    network = EncNet("resnet10t", 3, channels=16, num_codes=4).eval()
+    assert network.encoding.context.aggregation == "mean"
+    before = {name: value for name, value in network.config.items() if name not in ("aggregation", "start")}
+    network.save_pretrained(tmp_path)
+    assert EncNet.from_pretrained(tmp_path).config == network.config
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    assert EncNet.from_pretrained(tmp_path).encoding.context.aggregation == "sum"
+    network.config = before
+    save_encnet_checkpoint(network, tmp_path / "a.safetensors")
+    assert load_encnet_checkpoint(tmp_path / "a.safetensors").encoding.context.aggregation == "sum"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import json
 from dataclasses import fields
 
 import pytest
+import timm
 
+import ctxenc
 from ctxenc.training import settings as options
 from ctxenc.training.console import UserError
 from ctxenc.training.settings import EMBEDDED, Settings
@@ -37,6 +39,15 @@ def test_another_model_drops_the_arguments_of_the_embedded_one():
     assert settings.channels_last is False
 
 
+def test_the_swap_is_that_of_the_command_line():
+    chosen = ("--aggregation", "sum", "--max-size", "7", "--codebook-start", "spread", "--pool", "concat")
+    swap = options.resolve(parse("--data", "folder", *chosen)).swap
+    assert swap | {"aggregation": "sum", "max_size": 7, "start": "spread", "pool": "concat"} == swap
+    ctxenc.patch_se_blocks(model := timm.create_model("test_efficientnet"), **swap)
+    block = ctxenc.find_context_blocks(model)[0]
+    assert (block.aggregation, block.max_size, block.start, block.pool) == ("sum", 7, "spread", "concat")
+
+
 def test_every_setting_has_an_option():
     values = {
         **{str: "cifar10", float: "0.5", int: "3", dict: '{"drop_rate": 0.1}', bool: None},
@@ -48,6 +59,8 @@ def test_every_setting_has_an_option():
             "sched": "tanh",
             "amp": "bf16",
             "init": "neutral",
+            "aggregation": "sum",
+            "codebook_start": "spread",
             "on_bad_image": "skip",
         },
     }

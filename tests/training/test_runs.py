@@ -22,6 +22,12 @@ def rewrite(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+@pytest.mark.parametrize("swap", [{}, {"aggregation": "mean"}])
+def test_a_run_of_before_there_was_a_choice_took_the_sum(config, swap):
+    model = runs.build_model(replace(config, swap={"num_codes": 4} | swap))
+    assert {found.aggregation for found in ctxenc.find_context_blocks(model)} == {swap.get("aggregation", "sum")}
+
+
 class TestConfig:
     def test_comes_back_equal(self, config, tmp_path):
         runs.write_config(tmp_path, config)

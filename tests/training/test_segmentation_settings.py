@@ -52,7 +52,15 @@ def test_every_setting_has_an_option():
     values = {
         **{str: "name", float: "0.7", int: "3", bool: None},
         **{"opt": "adamw", "sched": "tanh", "amp": "bf16", "output_stride": "16", "smoothing": "0.5"},
-        **{"aux": "no", "se_loss": "no", "arms": "all", "keep": "5", "on_bad_image": "skip"},
+        **{
+            "aux": "no",
+            "se_loss": "no",
+            "arms": "all",
+            "keep": "5",
+            "aggregation": "sum",
+            "codebook_start": "spread",
+            "on_bad_image": "skip",
+        },
     }
     usual = SegmentSettings().as_dict()
     for field in fields(SegmentSettings):
