@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ctxenc.encoding import AGGREGATIONS, STARTS
 
 # C0, C1, line and paragraph separators, marks that turn the direction of text, and bytes of a name that are no text
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -150,7 +149,7 @@ def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pool", choices=("mean", "concat"), default="mean", help="over codewords (default: mean)")
     group.add_argument(
         "--aggregation",
-        choices=AGGREGATIONS,
+        choices=("mean", "sum"),
         default="mean",
         help="of residuals over the pixels; sum is the papers', and depends on the image's size (default: mean)",
     )
@@ -162,7 +161,7 @@ def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--codebook-start",
-        choices=STARTS,
+        choices=("paper", "spread"),
         default="paper",
         help="of codewords and smoothing: spread begins where the features are (default: paper)",
     )

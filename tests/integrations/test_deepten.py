@@ -59,6 +59,7 @@ def test_defaults_are_the_papers():
         "num_codes": 32,
         "rd_channels": 128,
         "smoothing": "learned",
+        "start": "paper",
         "global_pool": "encoding",
         "drop_rate": 0.0,
     }

@@ -13,7 +13,7 @@ def test_it_computes_what_the_paper_says():
     context.norm.running_var.uniform_(0.5, 2)
     context.norm_codes.running_mean.normal_()
     z = torch.relu(context.norm(context.conv(x)))
-    e = reference_encode(z.flatten(2), context.encoding.codewords, context.encoding.smoothing)
+    e = reference_encode(z.flatten(2), context.encoding.codewords, context.encoding.smoothing) / z[0, 0].numel()
     norm = context.norm_codes
     e = (e - norm.running_mean[:, None]) / (norm.running_var[:, None] + norm.eps).sqrt() * norm.weight[
         :, None

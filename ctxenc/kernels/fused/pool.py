@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ctxenc.kernels.backends import is_watched
 from ctxenc.kernels.fused import proof
 from ctxenc.kernels.fused.encode import differentiable, takes_formula
 from ctxenc.kernels.fused.steps import store_rounded
@@ -400,7 +399,7 @@ class _Pool(torch.autograd.Function):
         *inputs, statistics = ctx.saved_tensors
         if not takes_formula(dfeatures):
             arguments = dfeatures, *inputs, statistics, ctx.training
-            results = plain_backward(*arguments) if is_watched() else BACKWARD(ctx.strict, *arguments)
+            results = plain_backward(*arguments) if torch.compiler.is_compiling() else BACKWARD(ctx.strict, *arguments)
             return *results, None, None, None
 
         def plainly(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
