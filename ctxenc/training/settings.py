@@ -237,10 +237,12 @@ class Settings(TrainingSettings):
     }
 
     data: str = option(
-        PHOTOGRAPHS, "photographs (embedded), cifar10, cifar100, imagenet, or an image folder", metavar="DATA"
+        PHOTOGRAPHS,
+        "photographs (embedded), cifar10, cifar100, fashion_mnist, imagenet, or an image folder",
+        metavar="DATA",
     )
-    data_dir: str = option("data", "where cifar10, cifar100 or imagenet lies", metavar="DIR")
-    download: bool = flag("download cifar10 or cifar100 into --data-dir")
+    data_dir: str = option("data", "where cifar10, cifar100, fashion_mnist or imagenet lies", metavar="DIR")
+    download: bool = flag("download cifar10, cifar100 or fashion_mnist into --data-dir")
     val_fraction: float = option(0.2, "share of each class held out where a folder has no val/", type=float)
     image_size: int | None = option(None, "side in pixels (default: the model's own)", type=positive_int)
 
