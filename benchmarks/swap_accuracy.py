@@ -2,12 +2,12 @@
 
     python -m benchmarks.swap_accuracy [--quick] [--data digits fashion_mnist] [--data-dir PATH]
 
-Each arm of benchmarks.swap_training is a kind of block in a small residual network: by the start of the codebook, the pool, a coarser
-map, the aggregation and the number of codewords. In one seed all arms see the same images in the same order for as many steps, and
-start alike outside the blocks. Each arm takes the learning rate with the least cross entropy on images that are held out of the
-training set, over the first seeds. Written: every training with its curves, each arm minus SE of the same seed with 95 % intervals,
-accuracy at other sizes of the images, and a figure. Every training is a file in --runs: a run that is stopped goes on where it was,
-and arms and seeds can be added.
+Each arm of benchmarks.swap_training is a kind of block in a small residual network: by the start of the codebook, the pool, a
+coarser map, the aggregation and the number of codewords. In one seed all arms see the same images in the same order for as many
+steps, and start alike outside the blocks. Each arm takes the learning rate with the least cross entropy on images that are held out
+of the training set, over the first seeds. Written: every training with its curves, each arm minus SE of the same seed with 95 %
+intervals, accuracy at other sizes of the images, and a figure. Every training is a file in --runs: a run that is stopped goes on
+where it was, and arms and seeds can be added.
 """
 
 import argparse
@@ -169,7 +169,9 @@ def _draw_differences(ax: Axes, rows: list[Row]) -> None:
         mean, reach = interval(found)
         shown = reach if len(found) > 1 else 0
         ax.errorbar(mean, place, xerr=shown, color=colour, marker="o", markersize=5, capsize=3)
+    dots = [100 * value for name in names for value in differences(rows, name, SE.name)]
     ax.axvline(0, color="black", linewidth=1)
+    ax.set_xlim(min([-1.0, *dots]) * 1.1, max([1.0, *dots]) * 1.1)  # intervals of few seeds run out of it
     ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlabel="test accuracy minus SE's (C/4), points")
     ax.set_yticklabels(names, fontsize=8)
     ax.grid(axis="x", color="#EEEEEE")
@@ -212,6 +214,8 @@ def picture(result: Row) -> Figure:
         seeds = len({row["seed"] for row in rows})
         line[0].set_title(f"{data}, {rows[0]['budget']['train']:,} images, {seeds} seeds", fontsize=10)
         line[1].set(xlabel="epochs", ylabel="cross entropy, held-out images", yscale="log")
+        line[1].yaxis.set_major_formatter("{x:g}")
+        line[1].yaxis.set_minor_formatter("{x:g}")
         line[2].set(xlabel="size of the test images / size of training", ylabel="accuracy on test images, %")
         line[2].legend(frameon=False, fontsize=8)
         for ax in line:

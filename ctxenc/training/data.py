@@ -3,6 +3,7 @@
 import gzip
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ class FashionSource:
                 if file is None:
                     raise OSError(f"no {name} or {name}.gz there, nor in FashionMNIST/raw")
             images, labels = (_read_idx(file) for file in files if file is not None)
-        except (RuntimeError, OSError, EOFError) as error:  # EOFError is how gzip tells that a file is cut off
+        except (RuntimeError, OSError, EOFError, zlib.error) as error:  # the last two of a damaged gzip file
             hint = "" if download else "; --download fetches it"
             raise UserError(f"{FASHION_MNIST} cannot be had from {folder}{hint}: {one_line(error)}") from error
         self.classes = list(FashionMNIST.classes)
@@ -213,9 +214,11 @@ def _read_idx(path: Path) -> np.ndarray:
         count = int(np.prod(shape))
         if not 0 < count <= MOST_BYTES:
             raise OSError(f"{path} must hold 1 to {MOST_BYTES} bytes, got the shape {shape}")
-        values = file.read(count)
+        values = file.read(count + 1)  # one more, so that gzip reads on to its checksum
     if len(values) != count:
-        raise OSError(f"{path} holds {len(values)} of the {count} bytes that its header names")
+        raise OSError(
+            f"{path} must hold {count} values by its header, got {'more' if len(values) > count else len(values)}"
+        )
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 

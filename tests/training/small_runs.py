@@ -1,5 +1,6 @@
 """A fine-tuning that takes a second, and what two of them must have in common."""
 
+import gzip
 import pickle
 
 import numpy as np
@@ -69,6 +70,21 @@ def make_cifar(root):
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 2, 9]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {number}" for number in range(10)]}))
     return root
+
+
+def make_fashion(folder, zipped):
+    """Fashion-MNIST's four files with 20 images to train on and 10 to test on; image i is all i, its label i % 10."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for prefix, count in (("train", 20), ("t10k", 10)):
+        images = np.repeat(np.arange(count, dtype=np.uint8), 28 * 28).reshape(count, 28, 28)
+        for name, values in (
+            (f"{prefix}-images-idx3-ubyte", images),
+            (f"{prefix}-labels-idx1-ubyte", images[:, 0, 0] % 10),
+        ):
+            header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            content = header + values.tobytes()
+            (folder / f"{name}{'.gz' if zipped else ''}").write_bytes(gzip.compress(content) if zipped else content)
+    return folder
 
 
 def assert_same_run(one, other, arms):

@@ -1,6 +1,7 @@
 """Sources, splits, and samples that follow from (seed, epoch, index) alone."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +9,14 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import DataLoader
+from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ctxenc.training import data, finetune
 from ctxenc.training.console import UserError
 from ctxenc.training.predict import find_images
 from ctxenc.training.settings import Settings, resolve
-from tests.training.small_runs import DATA_CONFIG, make_cifar
+from tests.training.small_runs import DATA_CONFIG, make_cifar, make_fashion
 
 
 def make_folder(folder, counts):
@@ -306,6 +308,99 @@ class TestCifar:
         monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
         with pytest.raises(UserError, match="no route to host"):
             data.build_datasets(Settings(data="cifar10", data_dir=str(tmp_path), download=True))
+
+
+class TestFashionMnist:
+    @pytest.mark.parametrize("inner", ["", "FashionMNIST/raw"])  # Debian's layout, torchvision's
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_both_layouts(self, tmp_path, inner, zipped):
+        make_fashion(tmp_path / inner, zipped)
+        datasets = data.build_datasets(Settings(data="fashion_mnist", data_dir=str(tmp_path)))
+        assert (datasets.classes[0], len(datasets.classes)) == ("T-shirt/top", 10)
+        assert (datasets.train.targets, datasets.val.targets) == ([*range(10)] * 2, [*range(10)])
+        image = datasets.train.image(17)
+        assert (image.mode, image.size, image.getpixel((27, 0))) == ("RGB", (28, 28), (17, 17, 17))
+        assert datasets.val.name(3) == "val:3"
+        settings = Settings(data="fashion_mnist", data_dir=str(tmp_path))
+        for transform in (data.train_transform(settings, DATA_CONFIG), data.eval_transform(DATA_CONFIG)):
+            assert data.Samples(datasets.train, transform, 0)[0][0].shape == DATA_CONFIG["input_size"]
+
+    def test_torchvision_reads_the_same(self, tmp_path):
+        make_fashion(tmp_path / "FashionMNIST" / "raw", zipped=False)
+        source = data.FashionSource(str(tmp_path), "train", False)
+        for index, (image, target) in enumerate(FashionMNIST(str(tmp_path))):
+            assert (image.convert("RGB").tobytes(), target) == (source.image(index).tobytes(), source.targets[index])
+
+    @pytest.mark.parametrize("gone", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+    def test_a_file_that_is_missing(self, tmp_path, gone):
+        (make_fashion(tmp_path, False) / gone).unlink()
+        with pytest.raises(
+            UserError, match=f"fashion_mnist cannot be had from .*--download fetches it: no {gone}"
+        ) as error:
+            data.build_datasets(Settings(data="fashion_mnist", data_dir=str(tmp_path)))
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("content", "text"),
+        [
+            (b"", "is no IDX file"),
+            (b"GIF89a", "is no IDX file"),
+            (bytes([0, 0, 13, 3]) + bytes(12), "is no IDX file"),  # of floats
+            (bytes([0, 0, 8, 3]) + bytes(5), "must hold 1 to"),
+            (bytes([0, 0, 8, 3]) + b"\xff" * 12, "must hold 1 to"),
+            (
+                bytes([0, 0, 8, 3, 0, 0, 0, 20, 0, 0, 0, 28, 0, 0, 0, 28, 1]),
+                "must hold 15680 values by its header, got 1",
+            ),
+            (
+                bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(784),
+                "must hold images of 28 x 28 and as many",
+            ),
+            (bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(20), "must hold images of 28 x 28"),
+        ],
+    )
+    def test_a_file_of_something_else(self, tmp_path, content, text):
+        (make_fashion(tmp_path, False) / "train-images-idx3-ubyte").write_bytes(content)
+        with pytest.raises(UserError, match=text) as error:
+            data.build_datasets(Settings(data="fashion_mnist", data_dir=str(tmp_path)))
+        assert "\n" not in str(error.value)
+
+    def test_a_label_that_there_is_not(self, tmp_path):
+        path = make_fashion(tmp_path, False) / "t10k-labels-idx1-ubyte"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
+        with pytest.raises(UserError, match="labels under 10"):
+            data.build_datasets(Settings(data="fashion_mnist", data_dir=str(tmp_path)))
+
+    @pytest.mark.parametrize(
+        "damage", [lambda content: content[:-9], lambda content: content[:20] + b"damage" + content[26:]]
+    )
+    def test_a_gzipped_file_that_is_damaged(self, tmp_path, damage):
+        path = make_fashion(tmp_path, True) / "train-images-idx3-ubyte.gz"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(UserError, match="fashion_mnist cannot be had"):
+            data.build_datasets(Settings(data="fashion_mnist", data_dir=str(tmp_path)))
+
+    def test_download(self, tmp_path, monkeypatch):
+        def fetch(url, download_root, **_):
+            assert url.endswith(".gz")
+            make_fashion(Path(download_root), False)
+
+        monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
+        settings = Settings(data="fashion_mnist", data_dir=str(tmp_path), download=True)
+        assert len(data.build_datasets(settings).val.targets) == 10
+        monkeypatch.setattr(
+            "torchvision.datasets.mnist.download_and_extract_archive", None
+        )  # what is there is not fetched again
+        assert len(data.build_datasets(settings).val.targets) == 10
+
+    def test_download_without_a_network(self, tmp_path, monkeypatch):
+        def refuse(*_, **__):
+            raise RuntimeError("no route to host")
+
+        monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
+        with pytest.raises(UserError, match="no route to host") as error:
+            data.build_datasets(Settings(data="fashion_mnist", data_dir=str(tmp_path), download=True))
+        assert "\n" not in str(error.value)
 
 
 class TestValidationSource:
