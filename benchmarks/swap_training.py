@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ctxenc import ContextEncoding, assign
 from ctxenc.encoding import Encoding
-from ctxenc.training.data import FashionSource
+from ctxenc.training.fashion import FashionSource
 from ctxenc.viz.usage import UsageSum
 
 CHANNELS = (16, 32, 64)

@@ -1,9 +1,7 @@
 """The data sets: where images come from, how they are split, and the transforms that timm makes of a configuration."""
 
-import gzip
 import os
 import random
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +15,6 @@ from timm.data import create_dataset, create_transform
 from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Compose, RandomCrop, Resize
 from tqdm import tqdm
@@ -25,14 +22,13 @@ from tqdm import tqdm
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import BrokenImageError, check_share
 from ctxenc.training.console import UserError, one_line, printable
+from ctxenc.training.fashion import FASHION_MNIST, FashionSource
 from ctxenc.training.files import both, nfc, subfolder, unused, walk
 from ctxenc.training.images import open_image
 from ctxenc.training.settings import PHOTOGRAPHS, Settings
 
 CIFAR = ("cifar10", "cifar100")
-FASHION_MNIST = "fashion_mnist"
 IMAGENET = "imagenet"
-MOST_BYTES = 1 << 28  # of an IDX file; Fashion-MNIST's largest has 47 million
 VERIFIED_UP_TO = 2000  # images: about ten seconds of decoding; a larger set fails at the broken image
 LEFT_OUT = -1  # in the place of a target: counts nowhere
 TRAIN_NAMES = ("train", "training")
@@ -145,81 +141,6 @@ class CifarSource:
     def name(self, index: int) -> str:
         """The split and number of image ``index``."""
         return f"{self.split}:{index}"
-
-
-class FashionSource:
-    """Fashion-MNIST in torchvision's layout (FashionMNIST/raw), or in a folder of its four files, as Debian's package has it.
-
-    Args:
-        folder: Holds either; files may be gzipped.
-        split: "train" or "val", which is the test set.
-        download: Fetch what is missing through torchvision.
-
-    Raises:
-        UserError: A file is not there, is none of Fashion-MNIST's, or cannot be downloaded.
-    """
-
-    def __init__(self, folder: str, split: str, download: bool) -> None:
-        prefix = "train" if split == "train" else "t10k"
-        names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
-        try:
-            files = [_fashion_file(folder, name) for name in names]
-            if download and None in files:
-                FashionMNIST(folder, download=True)
-                files = [_fashion_file(folder, name) for name in names]
-            for name, file in zip(names, files, strict=True):
-                if file is None:
-                    raise OSError(f"no {name} or {name}.gz there, nor in FashionMNIST/raw")
-            images, labels = (_read_idx(file) for file in files if file is not None)
-        except (RuntimeError, OSError, EOFError, zlib.error) as error:  # the last two of a damaged gzip file
-            hint = "" if download else "; --download fetches it"
-            raise UserError(f"{FASHION_MNIST} cannot be had from {folder}{hint}: {one_line(error)}") from error
-        self.classes = list(FashionMNIST.classes)
-        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= len(self.classes):
-            raise UserError(
-                f"{files[0]} and {files[1]} must hold images of 28 x 28 and as many labels under 10,"
-                f" got shapes {images.shape} and {labels.shape}"
-            )
-        self.images, self.targets, self.split = images, labels.tolist(), split
-
-    def image(self, index: int) -> Image.Image:
-        """Image ``index``, as RGB."""
-        return Image.fromarray(self.images[index]).convert("RGB")
-
-    def name(self, index: int) -> str:
-        """The split and number of image ``index``."""
-        return f"{self.split}:{index}"
-
-
-def _fashion_file(folder: str, name: str) -> Path | None:
-    """Where a file of Fashion-MNIST lies, in torchvision's layout or Debian's."""
-    places = (Path(folder, "FashionMNIST", "raw"), Path(folder))
-    found = (place / file for place in places for file in (name, f"{name}.gz"))
-    return next((file for file in found if file.is_file()), None)
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """Read the array of bytes that an IDX file holds: two zeros, 8 for bytes, the number of dimensions, each size, the values.
-
-    Raises:
-        OSError: It is no such file, or shorter than its sizes say.
-        EOFError: The gzipped file is cut off.
-    """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        magic = file.read(4)
-        if len(magic) != 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 3:
-            raise OSError(f"{path} is no IDX file of bytes")
-        header = file.read(4 * magic[3])
-        shape = [int(size) for size in np.frombuffer(header, ">u4")] if len(header) == 4 * magic[3] else [0]
-        count = int(np.prod(shape))
-        if not 0 < count <= MOST_BYTES:
-            raise OSError(f"{path} must hold 1 to {MOST_BYTES} bytes, got the shape {shape}")
-        values = file.read(count + 1)  # one more, so that gzip reads on to its checksum
-    if len(values) != count:
-        raise OSError(
-            f"{path} must hold {count} values by its header, got {'more' if len(values) > count else len(values)}"
-        )
-    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 class Subset:

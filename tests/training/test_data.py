@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ctxenc.training import data, finetune
 from ctxenc.training.console import UserError
+from ctxenc.training.fashion import FashionSource
 from ctxenc.training.predict import find_images
 from ctxenc.training.settings import Settings, resolve
 from tests.training.small_runs import DATA_CONFIG, make_cifar, make_fashion
@@ -327,7 +328,7 @@ class TestFashionMnist:
 
     def test_torchvision_reads_the_same(self, tmp_path):
         make_fashion(tmp_path / "FashionMNIST" / "raw", zipped=False)
-        source = data.FashionSource(str(tmp_path), "train", False)
+        source = FashionSource(str(tmp_path), "train", False)
         for index, (image, target) in enumerate(FashionMNIST(str(tmp_path))):
             assert (image.convert("RGB").tobytes(), target) == (source.image(index).tobytes(), source.targets[index])
 
@@ -348,6 +349,11 @@ class TestFashionMnist:
             (bytes([0, 0, 13, 3]) + bytes(12), "is no IDX file"),  # of floats
             (bytes([0, 0, 8, 3]) + bytes(5), "must hold 1 to"),
             (bytes([0, 0, 8, 3]) + b"\xff" * 12, "must hold 1 to"),
+            (
+                bytes([0, 0, 8, 3]) + bytes([0, 64, 0, 0]) * 2 + bytes([1, 0, 0, 0]),
+                "must hold 1 to",
+            ),  # 2 ** 68 values, 0 in 64 bits
+            (bytes([0, 0, 8, 3]) + b"\x80\0\0\1" + b"\0\0\0\2" + b"\x80\0\0\0", "must hold 1 to"),  # 2 ** 32 in 64 bits
             (
                 bytes([0, 0, 8, 3, 0, 0, 0, 20, 0, 0, 0, 28, 0, 0, 0, 28, 1]),
                 "must hold 15680 values by its header, got 1",

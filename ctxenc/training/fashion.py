@@ -1,0 +1,90 @@
+"""Fashion-MNIST from its files on disk, which Debian packages and torchvision downloads."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import FashionMNIST
+
+from ctxenc.training.console import UserError, one_line
+
+FASHION_MNIST = "fashion_mnist"
+MOST_BYTES = 1 << 28  # of an IDX file; Fashion-MNIST's largest has 47 million
+
+
+class FashionSource:
+    """Fashion-MNIST in torchvision's layout (FashionMNIST/raw), or in a folder of its four files, as Debian's package has it.
+
+    Args:
+        folder: Holds either; files may be gzipped.
+        split: "train" or "val", which is the test set.
+        download: Fetch what is missing through torchvision.
+
+    Raises:
+        UserError: A file is not there, is none of Fashion-MNIST's, or cannot be downloaded.
+    """
+
+    def __init__(self, folder: str, split: str, download: bool) -> None:
+        prefix = "train" if split == "train" else "t10k"
+        names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+        try:
+            files = [_fashion_file(folder, name) for name in names]
+            if download and None in files:
+                FashionMNIST(folder, download=True)
+                files = [_fashion_file(folder, name) for name in names]
+            for name, file in zip(names, files, strict=True):
+                if file is None:
+                    raise OSError(f"no {name} or {name}.gz there, nor in FashionMNIST/raw")
+            images, labels = (_read_idx(file) for file in files if file is not None)
+        except (RuntimeError, OSError, EOFError, zlib.error) as error:  # the last two of a damaged gzip file
+            hint = "" if download else "; --download fetches it"
+            raise UserError(f"{FASHION_MNIST} cannot be had from {folder}{hint}: {one_line(error)}") from error
+        self.classes = list(FashionMNIST.classes)
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= len(self.classes):
+            raise UserError(
+                f"{files[0]} and {files[1]} must hold images of 28 x 28 and as many labels under 10,"
+                f" got shapes {images.shape} and {labels.shape}"
+            )
+        self.images, self.targets, self.split = images, labels.tolist(), split
+
+    def image(self, index: int) -> Image.Image:
+        """Image ``index``, as RGB."""
+        return Image.fromarray(self.images[index]).convert("RGB")
+
+    def name(self, index: int) -> str:
+        """The split and number of image ``index``."""
+        return f"{self.split}:{index}"
+
+
+def _fashion_file(folder: str, name: str) -> Path | None:
+    """Where a file of Fashion-MNIST lies, in torchvision's layout or Debian's."""
+    places = (Path(folder, "FashionMNIST", "raw"), Path(folder))
+    found = (place / file for place in places for file in (name, f"{name}.gz"))
+    return next((file for file in found if file.is_file()), None)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """Read the array of bytes that an IDX file holds: two zeros, 8 for bytes, the number of dimensions, each size, the values.
+
+    Raises:
+        OSError: It is no such file, or shorter than its sizes say.
+        EOFError: The gzipped file is cut off.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        magic = file.read(4)
+        if len(magic) != 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 3:
+            raise OSError(f"{path} is no IDX file of bytes")
+        header = file.read(4 * magic[3])
+        shape = [int(size) for size in np.frombuffer(header, ">u4")] if len(header) == 4 * magic[3] else [0]
+        count = math.prod(shape)
+        if not 0 < count <= MOST_BYTES:
+            raise OSError(f"{path} must hold 1 to {MOST_BYTES} bytes, got the shape {shape}")
+        values = file.read(count + 1)  # one more, so that gzip reads on to its checksum
+    if len(values) != count:
+        raise OSError(
+            f"{path} must hold {count} values by its header, got {'more' if len(values) > count else len(values)}"
+        )
+    return np.frombuffer(values, np.uint8).reshape(shape)
