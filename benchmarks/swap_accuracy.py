@@ -24,6 +24,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import t as student
 
 from benchmarks.forms import check_operator
@@ -157,7 +158,7 @@ def markdown(result: Row) -> str:
 
 
 def _draw_differences(ax: Axes, rows: list[Row]) -> None:
-    """A dot for each seed of each arm minus its reference, and the mean with its interval."""
+    """A dot for each seed of each arm minus SE, and the mean with its interval."""
     names = [name for name in dict.fromkeys(row["arm"] for row in rows) if name != SE.name]
     for place, name in enumerate(names):
         arm = ARMS[name]
@@ -214,8 +215,9 @@ def picture(result: Row) -> Figure:
         seeds = len({row["seed"] for row in rows})
         line[0].set_title(f"{data}, {rows[0]['budget']['train']:,} images, {seeds} seeds", fontsize=10)
         line[1].set(xlabel="epochs", ylabel="cross entropy, held-out images", yscale="log")
+        line[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         line[1].yaxis.set_major_formatter("{x:g}")
-        line[1].yaxis.set_minor_formatter("{x:g}")
+        line[1].yaxis.set_minor_formatter(NullFormatter())
         line[2].set(xlabel="size of the test images / size of training", ylabel="accuracy on test images, %")
         line[2].legend(frameon=False, fontsize=8)
         for ax in line:
