@@ -139,12 +139,16 @@ def accuracy_table(rows: list[Row]) -> str:
 
 
 def size_table(rows: list[Row]) -> str:
-    """Accuracy in per cent at other sizes of the test images, relative to the size of training."""
+    """Accuracy in per cent, and points minus SE, at other sizes of the test images, relative to the size of training."""
     scales = list(rows[0]["scales"])
     lines = []
     for name in dict.fromkeys(row["arm"] for row in rows):
-        own = of_arm(rows, name).values()
-        lines.append([name, *(spread([row["scales"][scale]["accuracy"] for row in own]) for scale in scales)])
+        line = [name]
+        for scale in scales:
+            score = statistics.mean(row["scales"][scale]["accuracy"] for row in of_arm(rows, name).values())
+            apart = show(differences(rows, name, SE.name, scale=scale), 100, 1) if name != SE.name else ""
+            line.append(f"{100 * score:.1f}" + (f"; {apart}" if apart else ""))
+        lines.append(line)
     return _table(["block", *scales], lines)
 
 
