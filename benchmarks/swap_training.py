@@ -1,6 +1,7 @@
 """The parts of benchmarks.swap_accuracy: arms, data, and the training of one network, whose result is one JSON file."""
 
 import json
+import math
 import os
 import re
 import statistics
@@ -351,7 +352,9 @@ def read_part(arm: Arm, budget: Budget, lr: float, seed: int, runs: Path) -> dic
 def choose_lr(parts: list[dict[str, Any]]) -> float:
     """The learning rate with the least cross entropy on held-out images, of parts that differ in seed and learning rate."""
     rates = dict.fromkeys(each["lr"] for each in parts)
-    return min(
-        rates,
-        key=lambda lr: statistics.mean(each["held_out"]["cross_entropy"] for each in parts if each["lr"] == lr),
-    )
+
+    def held_out(lr: float) -> float:
+        found = statistics.mean(each["held_out"]["cross_entropy"] for each in parts if each["lr"] == lr)
+        return found if math.isfinite(found) else math.inf
+
+    return min(rates, key=held_out)

@@ -35,6 +35,8 @@ GATES: dict[str, Layer] = {
     "identity": nn.Identity,
 }
 POOLS = ("mean", "concat")
+# Of the norm over the codewords. Means over N pixels have 1 / N^2 of the variance of sums: 1e-5 would hide it.
+MEAN_EPS = 1e-10
 
 
 def _gate(layer: str | Layer | nn.Module) -> nn.Module:
@@ -178,8 +180,8 @@ class ContextEncoding(nn.Module):
     pool: Final[str]
     channels_last: Final[bool]
     residual: Final[bool]
-    max_size: int | None = None  # of blocks that were pickled before there was a choice
-    start: str = "paper"
+    max_size: int | None
+    start: str
 
     def __init__(
         self,
@@ -237,12 +239,17 @@ class ContextEncoding(nn.Module):
         self.norm_codes: nn.Module = nn.Identity()
         if pool == "mean":
             half = (dtype or torch.get_default_dtype()).itemsize < 4
-            self.norm_codes = nn.BatchNorm2d(num_codes, device=device, dtype=torch.float32 if half else dtype)
+            eps = MEAN_EPS if aggregation == "mean" else 1e-5
+            self.norm_codes = nn.BatchNorm2d(num_codes, eps, device=device, dtype=torch.float32 if half else dtype)
         features = rd_channels if pool == "mean" else num_codes * rd_channels
         self.fc = nn.Linear(features, channels, **dd)
         self.gate = gate
         if start == "spread":
-            spread_codebook(self.encoding, self.norm, self.act)
+            spread_codebook("ContextEncoding", self.encoding, self.norm, self.act)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Of blocks that were pickled before there was a choice.
+        super().__setstate__({"max_size": None, "start": "paper"} | state)
 
     @classmethod
     def paper(cls, channels: int, num_codes: int, **kwargs: Any) -> "ContextEncoding":
@@ -261,7 +268,7 @@ class ContextEncoding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContextEncoding":
         """As nn.Module's, but the norm over the codewords stays fp32 where the rest becomes half.
 
-        Its running variance is that of sums over thousands of pixels, which half() would turn into infinities.
+        Its running variance may be that of sums over thousands of pixels, which half() would turn into infinities.
         """
 
         def keep_fp32(tensor: Tensor) -> Tensor:
@@ -320,9 +327,6 @@ class ContextEncoding(nn.Module):
         return self
 
     def _encode(self, x: Tensor) -> Tensor:
-        max_size = self.max_size
-        if max_size is not None:
-            x = _coarsen(x, max_size)
         if not torch.jit.is_scripting() and self._fuses_projection(x):
             shift: Any = self.conv.bias
             sums = fused_projection(x, self.conv.weight, shift, self.encoding.codewords, self.encoding.smoothing)
@@ -349,6 +353,9 @@ class ContextEncoding(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What the gate is computed from: (B, C') for "mean", (B, K * C') for "concat", of x (B, C, H, W); fp32 or x's dtype."""
+        max_size = self.max_size
+        if max_size is not None:
+            x = _coarsen(x, max_size)
         if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not is_traced(x):
             _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
         encoding = self._encode(x)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def _draw_smoothing(x: Tensor, like: Tensor, num_codes: int) -> Tensor:
     return torch.rand(num_codes, device=like.device, dtype=like.dtype)
 
 
-def _encode(x: Tensor, codewords: Tensor, smoothing: Tensor, aggregation: str) -> Tensor:
+def _encode(x: Tensor, codewords: Tensor, smoothing: Tensor, aggregation: str = "sum") -> Tensor:
     """Encode, as a node of a torch.fx graph that TorchScript can compile: it takes no keyword-only arguments."""
     if torch.jit.is_scripting():
         encoding = encode_plainly(x.flatten(2), codewords, smoothing)
@@ -91,7 +91,7 @@ class Encoding(nn.Module):
 
     smoothing: Tensor
     sampled: Final[bool]
-    aggregation: str = "sum"  # of layers that were pickled before there was a choice
+    aggregation: str
 
     def __init__(
         self,
@@ -117,6 +117,9 @@ class Encoding(nn.Module):
         else:
             self.register_buffer("smoothing", torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"aggregation": "sum"} | state)  # of layers that were pickled before there was a choice
 
     def reset_parameters(self) -> None:
         """Start the codewords and the smoothing afresh."""
@@ -144,15 +147,18 @@ class Encoding(nn.Module):
 
 
 @torch.no_grad()
-def spread_codebook(encoding: Encoding, norm: nn.Module, act: nn.Module) -> None:
+def spread_codebook(name: str, encoding: Encoding, norm: nn.Module, act: nn.Module) -> None:
     """Start a codebook where its features are: at act(norm(x)) of normal x, as a projection gives them.
 
     Codewords are drawn as such features. The smoothing is 2 / the deviation of |z - d_k|^2 over the codewords, for a feature z,
-    so that pixels differ in their assignment. One that is not learned stays: the norm is scaled instead.
+    so that pixels differ in their assignment. A fixed smoothing is kept: the norm's weight and bias are scaled instead.
+    A single codeword owns every pixel, and stays.
 
     Raises:
         ValueError: the smoothing is not learned, and the norm has nothing to scale.
     """
+    if encoding.num_codes == 1:
+        return
     codewords, norm_of_projection = encoding.codewords, norm
 
     def draw(pixels: int) -> Tensor:
@@ -164,15 +170,16 @@ def spread_codebook(encoding: Encoding, norm: nn.Module, act: nn.Module) -> None
     learned = isinstance(encoding.smoothing, nn.Parameter)
     scaled = [each for each in (getattr(norm, "weight", None), getattr(norm, "bias", None)) if each is not None]
     if not (learned or scaled):
-        raise ValueError(f"start must be 'paper' for a fixed smoothing behind {type(norm).__name__} without a weight")
-    if encoding.num_codes > 1:  # a single one owns every pixel
-        squares = (draw(SPREAD_PIXELS).unsqueeze(1) - draw(encoding.num_codes)).square().sum(2)
-        smoothing = 2 / squares.std(1, correction=0).mean().clamp(min=1e-6)
-        if learned:
-            encoding.smoothing.fill_(smoothing)
-        else:
-            for parameter in scaled:
-                parameter.mul_((smoothing / encoding.smoothing).sqrt())
+        what = f"{type(norm).__name__} without a weight"
+        raise ValueError(f"{name}: start must be 'paper' for a fixed smoothing behind {what}, got 'spread'")
+    pixels, started = draw(SPREAD_PIXELS), draw(encoding.num_codes)
+    distances = torch.cdist(pixels, started, compute_mode="donot_use_mm_for_euclid_dist")  # no (pixels, K, C)
+    smoothing = 2 / distances.square().std(1, correction=0).mean().clamp(min=1e-6)
+    if learned:
+        encoding.smoothing.fill_(smoothing)
+    else:
+        for parameter in scaled:
+            parameter.mul_((smoothing / encoding.smoothing).sqrt())
     codewords.copy_(draw(encoding.num_codes))
 
 

@@ -2,11 +2,13 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.export import Dim
 
 import ctxenc
 from ctxenc import ContextEncoding
@@ -406,6 +408,46 @@ def test_gates_do_not_depend_on_the_size_of_the_image(pool, times):
     if pool == "mean":
         block.encoding.aggregation = "sum"
         assert (block(x.repeat(1, 1, *times))[:, :, :6, :5] - block(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("start", ["paper", "spread"])
+def test_the_mean_is_normed_as_the_sum_is(start):
+    """Its variance is small, and the norm must not take it for nothing."""
+    torch.manual_seed(0)
+    block, x = ContextEncoding(64, 16, rd_channels=8, start=start).train(), torch.randn(4, 64, 14, 14)
+    features = block.features(x)
+    block.encoding.aggregation = "sum"
+    assert 0.97 < features.norm() / block.features(x).norm() < 1.01
+
+
+def test_a_map_that_is_pooled_to_a_pixel_has_no_statistics():
+    block = ContextEncoding(32, 4, max_size=1)
+    with pytest.raises(ValueError, match="training"):
+        block(torch.randn(1, 32, 8, 8))
+    assert block.norm.num_batches_tracked == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_pickle_from_before_there_was_a_choice():
+    block = ContextEncoding(16, 4, aggregation="sum").eval()
+    for module, names in ((block, ("max_size", "start")), (block.encoding, ("aggregation",))):
+        for name in names:
+            del module.__dict__[name]
+    again, x = pickle.loads(pickle.dumps(block)), torch.randn(2, 16, 5, 5)
+    assert (again.aggregation, again.max_size, again.start) == ("sum", None, "paper")
+    torch.testing.assert_close(torch.jit.script(again)(x), again(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("size", [(15, 9), (7, 3), (28, 28)])
+def test_a_pooled_map_in_graphs(size):
+    block, x = ContextEncoding(16, 4, max_size=7).eval(), torch.randn(2, 16, *size)
+    wanted = block(x)
+    dynamic = torch.export.export(
+        block, (torch.randn(2, 16, 16, 17),), dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},)
+    ).module()
+    for graph in (torch.jit.script(block), torch.fx.symbolic_trace(block), dynamic):
+        torch.testing.assert_close(graph(x), wanted, rtol=1e-4, atol=1e-5)
 
 
 @each_pool

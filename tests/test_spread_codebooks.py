@@ -43,7 +43,8 @@ def test_a_norm_without_a_weight():
     layers = {"norm_layer": lambda channels, **_: nn.BatchNorm2d(channels, affine=False), "start": "spread"}
     assert bits(ContextEncoding(32, 16, rd_channels=32, **layers)) > 0.4
     with pytest.raises(
-        ValueError, match="start must be 'paper' for a fixed smoothing behind BatchNorm2d without a weight"
+        ValueError,
+        match=r"^ContextEncoding: start must be 'paper' for a fixed smoothing behind BatchNorm2d without a weight, got",
     ):
         ContextEncoding(32, 16, smoothing=0.5, **layers)
 

@@ -110,7 +110,7 @@ class DeepTEN(
         self.act = nn.ReLU(inplace=True)
         self.encoding = Encoding(rd_channels, num_codes, smoothing)
         if start == "spread":
-            spread_codebook(self.encoding, self.norm, self.act)
+            spread_codebook("DeepTEN", self.encoding, self.norm, self.act)
         self.fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
         self.feature_info = [
             {**info, "module": f"backbone.{info['module']}"} for info in getattr(self.backbone, "feature_info", [])

@@ -162,7 +162,7 @@ def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
         "--codebook-start",
         choices=("paper", "spread"),
         default="paper",
-        help="of codewords and smoothing: spread begins where the features are (default: paper)",
+        help="of blocks that are not calibrated: spread begins with codewords where the features are (default: paper)",
     )
     group.add_argument("--fill-empty", action="store_true", help="put blocks into the empty slots of a plain ResNet")
 

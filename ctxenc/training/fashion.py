@@ -30,6 +30,7 @@ class FashionSource:
     def __init__(self, folder: str, split: str, download: bool) -> None:
         prefix = "train" if split == "train" else "t10k"
         names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+        files: list[Path | None] = []
         try:
             files = [_fashion_file(folder, name) for name in names]
             if download and None in files:
@@ -40,7 +41,7 @@ class FashionSource:
                     raise OSError(f"no {name} or {name}.gz there, nor in FashionMNIST/raw")
             images, labels = (_read_idx(file) for file in files if file is not None)
         except (RuntimeError, OSError, EOFError, zlib.error) as error:  # the last two of a damaged gzip file
-            hint = "" if download else "; --download fetches it"
+            hint = "; --download fetches it" if None in files and not download else ""
             raise UserError(f"{FASHION_MNIST} cannot be had from {folder}{hint}: {one_line(error)}") from error
         self.classes = list(FashionMNIST.classes)
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= len(self.classes):

@@ -223,7 +223,8 @@ class Loop(ABC):
         batches = -(-len(samples) // (batch_size or self.settings.batch_size))  # type: ignore[arg-type]
         workers = min(self.settings.workers, batches)
         # Threads of gloo and NCCL run in these processes, and a fork while one of them holds a lock may hang.
-        apart = workers > 0 and self.accelerator.num_processes > 1
+        together = workers > 0 and self.accelerator.num_processes > 1
+        apart = together and "forkserver" in multiprocessing.get_all_start_methods()  # Windows forks nothing
         if apart:
             multiprocessing.set_forkserver_preload([__name__])
         return DataLoader(

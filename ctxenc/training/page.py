@@ -68,11 +68,13 @@ def _arm(folder: Path) -> str:
     captions = {
         pictures.CONFUSION: "Classes that are taken for others: the share of each true class, after the last epoch",
         pictures.WORST: "The worst images after the last epoch (in brackets the loss; of a segmentation mask and prediction)",
-        pictures.CODEBOOKS: "The health of the codebooks by epoch (dashed: a block below it tells pixels apart hardly at all)",
+        pictures.CODEBOOKS: "The health of the codebooks by epoch (dashed line: a block below it assigns all pixels almost alike)",
     }
     parts = [_picture(folder / name, caption) for name, caption in captions.items() if (folder / name).is_file()]
     for path in sorted(folder.glob(pictures.ASSIGNMENT.format("*"))):
-        parts.append(_picture(path, "Which codeword owns which pixel (grey: none), and what the gates let through"))
+        parts.append(
+            _picture(path, "Which codeword owns which pixel (no colour: none), and what the gates let through")
+        )
     return "".join(parts)
 
 

@@ -285,7 +285,7 @@ def _legend(figure: Figure, top: float, weights: Sequence[Tensor], colours: Mapp
         bbox_to_anchor=(0.5, 1 - top / figure.get_figheight()),
         ncols=6,
         fontsize=FONT,
-        title="codeword: share of the pixels that it owns. The paler an owner, the nearer the pixel's assignment to the mean.",
+        title="codeword: share of the pixels that it owns. Pale: the pixel is assigned almost like the average pixel.",
         title_fontsize=FONT,
         frameon=False,
         handlelength=1.2,

@@ -48,6 +48,17 @@ def test_the_swap_is_that_of_the_command_line():
     assert (block.aggregation, block.max_size, block.start, block.pool) == ("sum", 7, "spread", "concat")
 
 
+def test_a_run_of_before_there_was_a_choice_goes_on_with_the_sum():
+    stored = Settings(data="x").as_dict()
+    for name in ("aggregation", "max_size", "codebook_start"):
+        del stored[name]
+    assert options.resumed(stored, {}).swap["aggregation"] == "sum"
+    assert options.resumed(stored, {"aggregation": "sum"}).swap["aggregation"] == "sum"
+    assert options.resumed(Settings(data="x").as_dict(), {}).swap["aggregation"] == "mean"
+    with pytest.raises(UserError, match="--aggregation was sum in this run, got mean"):
+        options.resumed(stored, {"aggregation": "mean"})
+
+
 def test_every_setting_has_an_option():
     values = {
         **{str: "cifar10", float: "0.5", int: "3", dict: '{"drop_rate": 0.1}', bool: None},

@@ -42,9 +42,7 @@ def _plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
 
 def takes_formula(grad: Tensor) -> bool:
     """Whether a backward must be made of PyTorch's own operations: it is differentiated again, vectorised or given tangents."""
-    if (
-        torch.compiler.is_dynamo_compiling()
-    ):  # compiled autograd; it knows no second derivative, and Dynamo reads the rest wrongly
+    if torch.compiler.is_dynamo_compiling():  # compiled autograd, in which Dynamo reads the rest wrongly
         return False
     return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
