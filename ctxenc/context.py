@@ -248,7 +248,7 @@ class ContextEncoding(nn.Module):
             spread_codebook("ContextEncoding", self.encoding, self.norm, self.act)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Of blocks that were pickled before there was a choice.
+        # Pickled blocks may be older than these options.
         super().__setstate__({"max_size": None, "start": "paper"} | state)
 
     @classmethod
@@ -261,9 +261,8 @@ class ContextEncoding(nn.Module):
             **kwargs: any other argument of ContextEncoding.
         """
         check_sizes("ContextEncoding.paper", channels=channels, num_codes=num_codes)
-        defaults: dict[str, Any] = {"rd_channels": max(1, channels // 4), "pool": "concat", "smoothing": "sampled"}
-        defaults |= {"start": "paper"}
-        return cls(channels, num_codes, **(defaults | kwargs))
+        layers: dict[str, Any] = {"pool": "concat", "smoothing": "sampled", "start": "paper"}
+        return cls(channels, num_codes, **({"rd_channels": max(1, channels // 4)} | layers | kwargs))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContextEncoding":
         """As nn.Module's, but the norm over the codewords stays fp32 where the rest becomes half.

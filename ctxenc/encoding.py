@@ -119,7 +119,7 @@ class Encoding(nn.Module):
         self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"aggregation": "sum"} | state)  # of layers that were pickled before there was a choice
+        super().__setstate__({"aggregation": "sum"} | state)  # pickled layers may be older than this option
 
     def reset_parameters(self) -> None:
         """Start the codewords and the smoothing afresh."""

@@ -185,7 +185,7 @@ def patch_se_blocks(
         rd_ratio: C' / C, rounded to a multiple of 8. By default C' is what the SE block reduces to (C / 16 where it does not).
         pool: "mean" or "concat"; see ContextEncoding.
         aggregation: "mean" or "sum"; see ContextEncoding.
-        max_size: average-pool larger maps to max_size x max_size at most before they are projected, which makes the blocks cheaper.
+        max_size: average-pool larger maps to max_size x max_size at most before they are projected.
         start: of the codebook, "paper" or "spread"; see ContextEncoding.
         filter_fn: takes the name and the module of each block and tells whether to replace it; for an empty slot, the name of the
             slot and the convolution whose output it would gate. Stages with settings of their own are patched one after the other.

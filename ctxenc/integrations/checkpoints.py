@@ -157,7 +157,7 @@ def _built(config: Any) -> EncNet:
     if not isinstance(config, dict):
         raise ValueError(f"{NAME}: the arguments of EncNet must be a table, got {config!r}")
     try:
-        # Networks of others take the sum over the pixels, and so did ours before there was a choice.
+        # Networks of others take the sum over the pixels, and so do ours that are older than this option.
         arguments: dict[str, Any] = {"aggregation": "sum"} | config | {"pretrained_backbone": False}
         return EncNet(**arguments)
     except NotImplementedError:  # for without_memory

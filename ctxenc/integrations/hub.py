@@ -93,7 +93,6 @@ class Saved(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
-        before = (
-            {"aggregation": "sum"} if "aggregation" in signature(cls).parameters else {}
-        )  # of networks saved without it
+        # Networks that were saved without an aggregation took the sum.
+        before = {"aggregation": "sum"} if "aggregation" in signature(cls).parameters else {}
         return super()._from_pretrained(strict=strict, **(before | kwargs | {"pretrained_backbone": False}))

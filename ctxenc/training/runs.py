@@ -94,7 +94,7 @@ def build_model(config: RunConfig, pretrained: bool = False, initial: str | None
         load_initial(model, Path(initial))
     if config.swap is not None:
         try:
-            # A run of before there was a choice took the sum.
+            # Runs older than this option took the sum.
             patch_se_blocks(model, **({"aggregation": "sum"} | config.swap))
         except (ValueError, TypeError, RuntimeError) as error:  # the last where the memory does not hold the codewords
             raise UserError(f"{config.model}: {one_line(error)}") from error

@@ -406,7 +406,7 @@ def resumed(stored: dict[str, Any], chosen: dict[str, Any]) -> Settings:
 
 def resumed_as(kind: Callable[..., Kind], stored: dict[str, Any], chosen: dict[str, Any]) -> Kind:
     """What ``resumed`` does, for the settings of any command: those of the dataclass ``kind``."""
-    stored = {"aggregation": "sum"} | stored  # of runs from before there was a choice
+    stored = {"aggregation": "sum"} | stored  # of runs older than this option
     for name, value in chosen.items():
         if name not in MOVABLE and value != stored.get(name):
             raise UserError(f"--resume: {option_name(name)} was {stored.get(name)} in this run, got {value}")

@@ -143,7 +143,7 @@ def build_network(config: SegmentConfig, pretrained: bool = False) -> EncNet:
         UserError: It cannot be built, or there are no weights to be had.
     """
     try:
-        # A run of before there was a choice took the sum.
+        # Runs older than this option took the sum.
         network = EncNet(**({"aggregation": "sum"} | config.network), pretrained_backbone=pretrained)
     except Exception as error:  # timm's builders and the hub raise a dozen kinds
         raise UserError(f"cannot build the network: {one_line(error)}") from error
