@@ -1,11 +1,11 @@
-"""Everything that is measured on one device, in one command: is it right, the layer, whole networks, pictures.
+"""Measure everything on one device in one command: correctness, the layer, whole networks, and plots.
 
     python -m benchmarks.all [--device cuda] [--out FOLDER] [--seconds 520] [--keep-going]
 
-Runs `ctxenc doctor` on a GPU, the tests of the kernels (there tests/gpu, else tests/test_operator.py), then benchmarks.encode,
-benchmarks.swap and benchmarks.plot, each in a process of its own, and leaves their JSON and PNGs in one folder. What is wrong is
-not timed: where a test fails nothing else runs, unless --keep-going leaves it to the benchmarks, which check every row of theirs.
-Tests that did not end in their time hold nothing up. The whole takes under nine minutes on a GPU, an hour on two cores of a CPU.
+Runs `ctxenc doctor` on a GPU, the tests of the kernels (on a GPU tests/gpu, else tests/test_operator.py), then benchmarks.encode,
+benchmarks.swap and benchmarks.plot, each in its own process, and puts their JSON and PNGs into one folder. After a failed test
+nothing is timed, unless --keep-going is given; the benchmarks then still check every row. Tests that run out of time do not stop
+the rest. The whole takes under nine minutes on a GPU, an hour on two cores of a CPU.
 """
 
 import argparse
@@ -27,16 +27,16 @@ SHARES = {
     "tests": 0.3,
     "encode": 0.3,
     "swap": 0.25,
-}  # of the seconds; the rest is for starting and the pictures
+}  # of the seconds; the rest is for start-up and plots
 TESTS = {
-    # Warnings of a driver or a compiler that was not seen before are none of the kernels' faults.
+    # A new driver's or compiler's warnings are not the kernels' faults.
     "cuda": ["tests/gpu", "--ignore", "tests/gpu/training", "-m", "gpu", "-n", "8", "-W", "default"],
     "cpu": ["tests/test_operator.py"],
 }
 
 
 def run(name: str, command: Sequence[str], seconds: float | None) -> int:
-    """One step; what it prints is seen as it comes. A step that does not end in time is ended, and counts as failed."""
+    """Run one step and stream its output. A step out of time is killed and counts as failed."""
     print(f"\n== {name}: {' '.join(command)}", flush=True)
     began = time.monotonic()
     try:
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("encode", "swap"):
         results.append(str(out / default_path({"gpu": gpu}, name).name))
         command = [f"benchmarks.{name}", "--device", args.device, "--out", results[-1]]
-        if limit := parts[name]:  # a table that has begun is ended: the benchmark's own limit is lower
+        if limit := parts[name]:  # the benchmark's own limit is lower, so that it can finish a started table
             command += ["--seconds", f"{0.8 * limit:.0f}"]
         if run(name, command + (["--quick"] if args.quick else []), parts[name]):
             failed.append(name)

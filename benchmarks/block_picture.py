@@ -1,8 +1,8 @@
-"""The picture of the block: Squeeze-and-Excitation beside ContextEncoding, with shapes, and what an encoding is.
+"""Draw the block: Squeeze-and-Excitation beside ContextEncoding, with shapes, and an explanation of the encoding.
 
     python -m benchmarks.block_picture [--out FILE]
 
-Nothing is measured. The pixels of the inset are drawn at random; their assignment and their encoding are the library's.
+Nothing is measured. The pixels of the inset are random; the library computes their assignment and encoding.
 """
 
 import argparse
@@ -19,16 +19,20 @@ import ctxenc
 from benchmarks.record import RESULTS
 from ctxenc.viz.palette import PALETTE
 
-WIDTH, HEIGHT, DPI = 12.0, 7.5, 100  # inches, as the lengths below
-FONT = 14.0  # points: 19 pixels, 13 where 1200 pixels are shown at 800
+WIDTH, HEIGHT, DPI = 12.0, 7.5, 100  # inches, like the lengths below
+FONT = 14.0  # points: 19 pixels, or 13 if 1200 pixels are shown at 800
 INK, PALE = "#222222", "#666666"
-PLAIN, ENCODING, GATE = "#F2F2F2", "#FBE8C6", "#D6E8F4"  # colours of boxes: grey, and tints of the palette's first two
+PLAIN, ENCODING, GATE = (
+    "#F2F2F2",
+    "#FBE8C6",
+    "#D6E8F4",
+)  # box colours: grey, and tints of the palette's first two colours
 BOX_WIDTH, BOX, MAP_WIDTH = 2.75, 0.6, 1.75
-INPUT, GATES, PRODUCT, OUTPUT = 6.35, 2.1, 1.25, 0.45  # heights of what the two blocks share
+INPUT, GATES, PRODUCT, OUTPUT = 6.35, 2.1, 1.25, 0.45  # heights of the parts that the blocks share
 LEFT, RIGHT = 1.85, 5.75  # their centres
 PANEL = (7.95, 0.75, 3.8, 5.9)  # of the inset: left, bottom, width, height
 
-Step = tuple[float, str, str, str]  # height of a box, its text, its colour, and the shape of what it gives
+Step = tuple[float, str, str, str]  # height of a box, its text, its colour, and its output shape
 SQUEEZE: list[Step] = [
     (4.95, "mean over pixels", PLAIN, "(B, C)"),
     (3.52, "linear, ReLU", PLAIN, "(B, C/16)"),
@@ -44,11 +48,11 @@ CODEWORDS = torch.tensor([[0.26, 0.64], [0.64, 0.80], [0.40, 0.24], [0.78, 0.38]
 CENTRES = torch.tensor([[0.17, 0.76], [0.76, 0.84], [0.30, 0.16], [0.85, 0.26]])  # of the pixels' clusters
 SMOOTHING = torch.full((len(CODEWORDS),), 30.0)
 PIXELS_A_CLUSTER, PIXELS_BETWEEN = 20, 12
-ARROW = 1.3 / PIXELS_A_CLUSTER  # of the sums of residuals, which would leave the picture
+ARROW = 1.3 / PIXELS_A_CLUSTER  # scales the sums of residuals, which would leave the picture
 
 
 def picture() -> Figure:
-    """Both blocks side by side, and an inset that looks into the encoding."""
+    """Draw both blocks side by side, and an inset with the encoding."""
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
@@ -73,7 +77,7 @@ def picture() -> Figure:
 
 
 def _block(axes: Axes, x: float, title: str, steps: Sequence[Step]) -> None:
-    """A block from top to bottom about x, and the map that goes past it to be gated."""
+    """Draw a block from top to bottom at x, and the bypass of the map to the gate."""
     axes.text(x, HEIGHT - 0.35, title, fontsize=FONT + 4, weight="bold", color=INK, ha="center", va="center")
     ends = [(INPUT, BOX), *((y, BOX) for y, *_ in steps), (PRODUCT, 0.44)]
     _box(axes, x, INPUT, MAP_WIDTH, BOX, "x (B, C, H, W)", "white")
@@ -108,7 +112,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 
 
 def _pixels() -> Tensor:
-    """The features of some pixels, (N, C'): clusters off the codewords, whose residuals do not cancel, and a few in between."""
+    """Return features of some pixels, (N, C'): clusters off the codewords, so that residuals do not cancel, and a few between."""
     generator = torch.Generator().manual_seed(4)
     spread = 0.055 * torch.randn(len(CENTRES), PIXELS_A_CLUSTER, 2, generator=generator)
     between = 0.25 + 0.5 * torch.rand(PIXELS_BETWEEN, 2, generator=generator)
@@ -116,7 +120,7 @@ def _pixels() -> Tensor:
 
 
 def _encoding(axes: Axes) -> None:
-    """Pixels in the colours of their codewords, as strong as their weight, and each codeword's sum of residuals."""
+    """Draw pixels in their codewords' colours, with the weight as opacity, and each codeword's sum of residuals."""
     x = _pixels()
     weights = ctxenc.assign(x.T[None], CODEWORDS, SMOOTHING)[0]  # (K, N)
     sums = ctxenc.encode(x.T[None], CODEWORDS, SMOOTHING)[0]  # (K, C')

@@ -1,7 +1,7 @@
-"""The bytes and products of a call of the Triton kernels, counted from its launches. Nothing is run.
+"""Count the bytes and products of a call of the Triton kernels from its launches. Nothing runs.
 
-This file knows what each kernel does with its arguments; tests/interpreted/test_bytes.py counts the same in Triton's interpreter.
-Codewords and gradients that a program reads again are counted apart: 8 KB at most for a block of channels, they are found in L1.
+This file knows each kernel's use of its arguments; tests/interpreted/test_bytes.py counts the same in Triton's interpreter.
+Repeated reads of codewords and gradients are counted apart: at most 8 KB for a block of channels, they are found in L1.
 """
 
 import math
@@ -13,24 +13,24 @@ from torch import Tensor
 from benchmarks.compiled import Launch
 from ctxenc.kernels.fused.tiles import ceil_div
 
-UNROLLED = 4  # rounds of a loop that NVIDIA's assembler loads at a time where the loop only adds up
+UNROLLED = 4  # loop rounds that NVIDIA's assembler loads at a time, if the loop only adds
 
 
 class Work(NamedTuple):
-    """What the programs of a launch do, all together."""
+    """Describe the work of all programs of a launch together."""
 
-    reads: dict[str, int]  # bytes that L2 gives them, by argument
+    reads: dict[str, int]  # bytes from L2, by argument
     writes: dict[str, int]
-    memory_waits: int  # loads of a program from memory that wait for one another
-    l2_waits: int  # the same from L2
-    tiles: int  # that could each have a program of its own
-    share: int = 1  # of them for one program, at most
-    flops: int = 0  # on the tensor cores, those of rows and columns of zeros among them
+    memory_waits: int  # dependent loads of a program from memory
+    l2_waits: int  # dependent loads of a program from L2
+    tiles: int  # units of work that could each have a program
+    share: int = 1  # most tiles per program
+    flops: int = 0  # on the tensor cores, including rows and columns of zeros
     again: dict[str, int] = {}  # noqa: RUF012 - bytes that L1 gives them
 
 
 class _Launch:
-    """The arguments of a launch, and what its kernels have in common."""
+    """Hold the arguments of a launch, and its kernels' shared counts."""
 
     def __init__(self, launch: Launch) -> None:
         self.programs, self.a = launch.programs, launch.arguments
@@ -40,7 +40,7 @@ class _Launch:
         self.codewords, self.other = (3, 3) if dot == "tf32x3" else (2, 1) if dot in ("bf16", "fp16") else (1, 1)
 
     def read(self, **times: int) -> dict[str, int]:
-        """Bytes of arguments that are read so many times, of x once, and of the parameters once for each program."""
+        """Count the bytes of arguments read so many times, of x once, and of the parameters once for each program."""
         in_run = self.a.get("LAYOUT") == "run"  # each tile of an image reads all of it
         times = {
             "p_x": self.a["tiles"] if in_run else 1,
@@ -50,11 +50,11 @@ class _Launch:
         return {name: many * self.a[name].nbytes for name, many in times.items()}
 
     def prepared(self, rows: int) -> int:
-        """Bytes of the codewords that are read again after the center has been found, by the programs of all blocks."""
+        """Count the bytes of the codewords that all blocks' programs read again after finding the center."""
         return 4 * rows * (self.K + 1) * self.D
 
     def product(self) -> int:
-        """Flops of one product of a tile, one block of channels and all codewords."""
+        """Count the flops of one product of a tile, one block of channels and all codewords."""
         return 2 * self.a["BLOCK_N"] * self.a["BLOCK_D"] * self.a["BLOCK_K"]
 
 
@@ -89,7 +89,7 @@ def _forward(of: _Launch) -> Work:
 def _backward(of: _Launch) -> Work:
     a, wide = of.a, of.a["WIDE"]
     rows, all_tiles, codebook = of.programs // of.blocks, a["B"] * a["tiles"], 4 * of.K * of.D
-    # A program reads the gradient of an image once for each of its tiles, from L2 the first time.
+    # A program reads an image's gradient once for each of its tiles, from L2 the first time.
     images = rows + a["B"] - ceil_div(all_tiles, math.lcm(a["share"], a["tiles"]))
     products = of.other + 2 * of.other * a["DX"] + (of.codewords + of.other) * (not wide)
     return Work(
@@ -185,19 +185,19 @@ def by_storage(launch: Launch, moved: dict[str, int]) -> dict[int, int]:
 
 
 class Traffic(NamedTuple):
-    """What a launch moves, in bytes."""
+    """Hold the bytes that a launch moves."""
 
     memory: int
-    l2: int  # between the multiprocessors and L2: all that comes from memory passes it too
+    l2: int  # between the multiprocessors and L2, including everything from memory
 
 
 def traffic(launches: Sequence[Launch], l2_bytes: float) -> list[Traffic]:
-    """Count what the launches of a call move.
+    """Count the bytes that the launches of a call move.
 
     Args:
         launches: All of a call, in their order.
-        l2_bytes: Size of the GPU's L2 cache. What an earlier launch of the call touched is found there if it takes half of it at
-            most, and partial results of such a size never reach memory.
+        l2_bytes: Size of the GPU's L2 cache. Data of an earlier launch is found there if it fills at most half of it,
+            and partial results of this size never reach memory.
     """
     each = [tuple(by_storage(launch, moved) for moved in work_of(launch)[:2]) for launch in launches]
     partial = {storage for read, _ in each for storage in read} & {

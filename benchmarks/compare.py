@@ -1,4 +1,4 @@
-"""Two results of one benchmark, side by side: how many times as long, or as large, each row of B is as the same row of A.
+"""Compare two results of one benchmark: the ratio of each row's time or size in B to the same row in A.
 
     python -m benchmarks.compare A.json B.json
 
@@ -9,8 +9,8 @@ To judge a change against a git ref, run the benchmark in both on one machine, o
     python -m benchmarks.encode --out after.json
     python -m benchmarks.compare ../before/before.json after.json
 
-A ratio of times is marked "slower" or "faster" where the spreads (20th to 80th percentile) of the two do not overlap; without a
-mark the difference is within what the machine does by itself. Machines and versions that differ are named first.
+A ratio of times is marked "slower" or "faster" if the spreads (20th to 80th percentile) do not overlap; unmarked
+differences are within the machine's noise. Differences in machine and versions are listed first.
 """
 
 import argparse
@@ -28,11 +28,11 @@ COMPARED = (
     "_parameters",
     "_macs",
     "error",
-)  # what a ratio says something of; rates are times once more
+)  # measures with a meaningful ratio; rates would repeat the times
 
 
 class Change(NamedTuple):
-    """One measure of one row."""
+    """Hold one measure of one row."""
 
     row: str
     measure: str
@@ -46,7 +46,7 @@ class Change(NamedTuple):
 
 
 def identity(row: dict[str, Any]) -> str:
-    """What tells a row from the others."""
+    """Return the entries that identify a row."""
     chosen = {key: value for key, value in row.items() if not is_measured(key, value) and not key.endswith("timed_by")}
     return ", ".join(str(value) if isinstance(value, str) else f"{key} {value}" for key, value in chosen.items())
 
@@ -60,7 +60,7 @@ def _mark(before: Any, after: Any) -> str:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Every measure of the rows that both results have."""
+    """List every measure of the rows that both results have."""
     known = {identity(row): row for row in before["rows"]}
     found = []
     for row in after["rows"]:
@@ -73,7 +73,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What is not the same in the two processes: machine, threads, versions, seed."""
+    """List the differences between the two processes: machine, threads, versions, seed."""
 
     def flat(result: dict[str, Any]) -> dict[str, Any]:
         environment = {**result["environment"]}

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that need not be there: a launch is made as at run time, on tensors without memory, and compiled."""
+"""Compile kernels for GPUs that need not be present: a launch is made as at run time, on tensors without memory."""
 
 import math
 import re
@@ -33,7 +33,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class Launch(NamedTuple):
-    """A kernel and what it was called with."""
+    """Hold a kernel and the arguments of its call."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
@@ -42,19 +42,19 @@ class Launch(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """Programs of the launch."""
+        """Return the number of programs of the launch."""
         return math.prod(self.grid)
 
 
 def launches(direction: str, x: Tensor, K: int, gpu: Gpu) -> list[Launch]:
-    """All kernels of a call on a GPU, in their order.
+    """Return all kernels of a call on a GPU, in order.
 
     Args:
         direction: "forward" or "backward" of encode; "project": C / 16 channels, projected and encoded in one kernel; "gate":
             forward and backward of the block's gate; "pool": of the norm and mean over the K codewords of C channels.
         x: (B, C, N), without memory.
         K: Codewords.
-        gpu: Where the call is to run.
+        gpu: The GPU of the call.
     """
     made: list[Launch] = []
 
@@ -98,12 +98,12 @@ def _call(direction: str, x: Tensor, K: int) -> None:
 
 
 def main_launch(direction: str, x: Tensor, K: int, gpu: Gpu) -> Launch:
-    """The kernel of a call that reads x."""
+    """Return the kernel of a call that reads x."""
     return next(each for each in launches(direction, x, K, gpu) if "p_x" in each.arguments)
 
 
 def source(launch: Launch) -> ASTSource:
-    """The kernel specialised as Triton's own launcher would."""
+    """Return the kernel, specialised as by Triton's own launcher."""
     signature, constants, attributes = {}, {}, {}
     for parameter in launch.kernel.params:
         value, name = launch.arguments[parameter.name], parameter.name
@@ -122,16 +122,16 @@ def source(launch: Launch) -> ASTSource:
 
 
 def compiled(launch: Launch, gpu: Gpu) -> Any:
-    """What Triton makes of a launch; its own cache on disk keeps it for later processes."""
+    """Compile a launch with Triton; its cache on disk keeps the result for later processes."""
     target = GPUTarget(gpu.backend, gpu.arch, gpu.threads)
     return triton.compile(source(launch), target=target, options=launch.options)
 
 
 class Resources(NamedTuple):
-    """What one program takes."""
+    """Hold the resources of one program."""
 
-    registers: int  # of a thread
-    stack: int  # bytes of a thread: spills
+    registers: int  # per thread
+    stack: int  # bytes per thread: spills
     shared: int  # bytes
     warps: int
 
@@ -140,7 +140,7 @@ _resources: dict[str, Resources] = {}
 
 
 def resources(launch: Launch, gpu: Gpu) -> Resources:
-    """Registers and memory that a launch on an NVIDIA GPU takes; each kind of kernel is compiled once in a process."""
+    """Return the registers and memory of a launch on an NVIDIA GPU; each kind of kernel is compiled once per process."""
     made = source(launch)
     kind = gpu.arch, launch.kernel.fn.__name__, made.signature, made.constants, made.attrs, launch.options
     if (key := str(kind)) not in _resources:
@@ -151,7 +151,7 @@ def resources(launch: Launch, gpu: Gpu) -> Resources:
 
 
 def room(launch: Launch, gpu: Gpu) -> Any:
-    """What a launcher asks of a kernel that it has compiled but not run, to choose the number of programs."""
+    """Answer a launcher that asks for a kernel's resources to choose the number of programs; the kernel is compiled but not run."""
     taken = resources(launch, gpu)
     return SimpleNamespace(run=None, n_regs=taken.registers, metadata=SimpleNamespace(shared=taken.shared))
 
@@ -164,13 +164,13 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack a thread."""
+    """Return registers and bytes of stack per thread."""
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(cubin, "-res-usage")).groups()  # type: ignore[union-attr]
     return int(registers), int(stack)
 
 
 def disassemble(cubin: bytes) -> dict[str, int]:
-    """Resources and instructions of a binary for NVIDIA."""
+    """Return resources and instructions of an NVIDIA binary."""
     registers, stack = usage(cubin)
     operations = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", _cuobjdump(cubin, "-sass")))
 
@@ -189,7 +189,7 @@ def disassemble(cubin: bytes) -> dict[str, int]:
 
 
 def read_amdgcn(text: str) -> dict[str, int]:
-    """Resources and instructions of a binary for AMD, from its assembly and the metadata in it."""
+    """Return resources and instructions of an AMD binary, from its assembly and metadata."""
 
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]

@@ -1,12 +1,13 @@
-"""Does context encoding do what the paper says? EncNet and its ablations on the embedded scenes.
+"""Test the paper's claim about context encoding: EncNet and its ablations on the embedded scenes.
 
     python -m benchmarks.context_scenes [--full] [--out benchmarks/results/context_scenes.json]
 
-In the scenes (ctxenc.training.segmentation.scenes) two pairs of classes are drawn from one pool of textures each, and only a
-region that lies farther away than the backbone sees tells which class it is. The networks are those of the ablation in EncNet
-(arXiv 1803.08904), section 4: FCN, FCN with global pooling (SE), EncNet without and with its SE-loss. --full trains five seeds, and
-also K in {8, 16, 32} and SE-loss weights in {0.1, 0.2, 0.4} (K = 0 is the FCN, weight 0 EncNet without SE-loss). Written: a JSON
-file with every seed, and beside it a figure with predictions. A run that is stopped goes on where it was, from the folder --runs.
+The scenes (ctxenc.training.segmentation.scenes) have two pairs of classes. The classes of a pair share one pool of
+textures, and only a region beyond the backbone's receptive field decides between them. The networks follow EncNet's
+ablation (arXiv 1803.08904), section 4: FCN, FCN with global pooling (SE), EncNet without and with its SE-loss. --full
+trains five seeds, and also EncNet with the spread start and with sums over the pixels, K in {8, 16, 32} and SE-loss
+weights in {0.1, 0.2, 0.4} (K = 0 is the FCN, weight 0 EncNet without SE-loss). It writes a JSON file with every seed,
+and a figure with predictions. A stopped run resumes from the folder --runs.
 """
 
 import argparse
@@ -17,42 +18,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import colormaps
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from benchmarks.environment import describe
+from benchmarks.local_patches import local_patch_accuracy
+from ctxenc.runs.config import read_config, write_config
+from ctxenc.runs.errors import UserError
+from ctxenc.runs.folders import load_weights
+from ctxenc.runs.segment_config import SegmentConfig, build_network
 from ctxenc.training.checkpoint import read_rows
-from ctxenc.training.config import read_config, write_config
-from ctxenc.training.console import UserError, text_table
-from ctxenc.training.runs import load_weights
-from ctxenc.training.segmentation.data import build_datasets
-from ctxenc.training.segmentation.local_patches import local_patch_accuracy
-from ctxenc.training.segmentation.networks import ARMS, SegmentConfig, arm_configs, build_network
-from ctxenc.training.segmentation.report import mean_iou, spread
-from ctxenc.training.segmentation.scenes import AMBIGUOUS, CLASSES, IGNORED, MEAN, SCENES, STD, Scenes
-from ctxenc.training.segmentation.settings import SegmentSettings, resolve
-from ctxenc.training.segmentation.trainer import SegmentTrainer
+from ctxenc.training.console import text_table
+from ctxenc.training.segmentation.arms import ARMS, arm_configs
+from ctxenc.training.segmentation.datasets import build_datasets
+from ctxenc.training.segmentation.scenes import AMBIGUOUS, CLASSES, draw_predictions
+from ctxenc.training.segmentation.segment_report import column_title, mean_iou, spread
+from ctxenc.training.segmentation.segment_settings import SegmentSettings, resolve
+from ctxenc.training.segmentation.segment_trainer import SegmentTrainer
 
 RESULTS = Path(__file__).parent / "results"
 PAIRED = [name for pair in AMBIGUOUS for name in pair]
 
 
 def variants(full: bool) -> dict[str, tuple[str, dict[str, Any]]]:
-    """What is trained: a name, the arm, and the settings that differ from those of `ctxenc segment train`."""
+    """Return the runs: a name, the arm, and the settings that differ from `ctxenc segment train`'s."""
     found: dict[str, tuple[str, dict[str, Any]]] = {arm: (arm, {}) for arm in ARMS}
     if full:
         found |= {f"encnet, K = {codes}": ("encnet", {"num_codes": codes}) for codes in (8, 32)}
+        found |= {"encnet, spread": ("encnet", {"codebook_start": "spread"})}
+        found |= {"encnet, sum": ("encnet", {"aggregation": "sum"})}
         found |= {f"encnet, SE-loss {weight}": ("encnet", {"se_weight": weight}) for weight in (0.1, 0.4)}
     return found
 
 
 def train(name: str, arm: str, settings: SegmentSettings, seed: int, runs: Path) -> dict[str, Any]:
-    """Trains one network; gives what the last epoch measured."""
+    """Train one network; return the last epoch's measures."""
     folder = runs / f"{name.replace(' ', '').replace(',', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    config = arm_configs(settings, list(CLASSES))[arm]
+    config = arm_configs(replace(settings, arms="all"), list(CLASSES))[arm]
     if (folder / "config.json").is_file() and read_config(folder, SegmentConfig) != config:
         raise UserError(f"{folder} holds a run of other settings or versions: remove it, or name another --runs")
     write_config(folder, config)
@@ -73,7 +75,7 @@ def train(name: str, arm: str, settings: SegmentSettings, seed: int, runs: Path)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Mean and deviation over seeds of each variant."""
+    """Return mean and deviation over seeds of each variant."""
     header = ("network", "mIoU", "mIoU, ambiguous", "mIoU, others", "pixel accuracy", "seeds")
     cells = []
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -85,50 +87,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table as the README has it."""
+    """Return the table in the README's format."""
     lines = table(result["rows"]).splitlines()
     cells = [[each.strip() for each in line.split("  ") if each.strip()] for line in (lines[0], *lines[2:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
 
 
-def picture(settings: SegmentSettings, rows: list[dict[str, Any]], runs: Path, scenes: int = 1) -> Figure:
-    """Test scenes of every type, a row each: image, truth, and what each arm's first seed predicts."""
-    arms = {row["arm"]: row for row in reversed(rows) if row["name"] == row["arm"]}
+def picture(settings: SegmentSettings, rows: list[dict[str, Any]], runs: Path) -> Figure:
+    """Draw test scenes and the prediction of each arm's first seed."""
     networks = {}
-    for arm in [each for each in ARMS if each in arms]:
-        networks[arm] = build_network(arm_configs(settings, list(CLASSES))[arm]).eval()
-        load_weights(networks[arm], runs / arms[arm]["folder"] / "last.safetensors")
-    test = Scenes(False, scenes * len(SCENES))
-    figure = Figure(figsize=(1.5 * (2 + len(networks)) + 1.6, 1.45 * len(test)), layout="constrained")
-    axes = figure.subplots(len(test), 2 + len(networks), squeeze=False)
-    colours = ListedColormap([colormaps["tab10"](number) for number in range(len(CLASSES))])
-    shown = {"vmin": 0, "vmax": len(CLASSES) - 1, "interpolation": "nearest"}
-    for index in range(len(test)):
-        image, mask = test[index]
-        ignored = mask == IGNORED
-        row = axes[index % len(SCENES) * scenes + index // len(SCENES)]
-        row[0].imshow(image[0] * STD[0] + MEAN[0], cmap="gray", vmin=0, vmax=1)
-        row[1].imshow(mask.masked_fill(ignored, 0).numpy(), colours, **shown, alpha=(~ignored).float().numpy())
-        for axis, network in zip(row[2:], networks.values(), strict=True):
-            with torch.no_grad():
-                prediction = network(image[None])["out"][0].argmax(0)
-            axis.imshow(prediction.numpy(), colours, **shown, alpha=(~ignored).float().numpy())
-    titles = [
-        "scene",
-        "truth",
-        *(ARMS[arm][0].replace(" + ", "\n+ ").replace(" without", "\nwithout") for arm in networks),
-    ]
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize="small")
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    patches = [Patch(color=colours(number), label=name) for number, name in enumerate(CLASSES)]
-    figure.legend(handles=patches, loc="outside right upper", frameon=False)
-    return figure
+    for row in [row for row in rows if row["name"] == row["arm"] and row["seed"] == 0]:
+        network = build_network(arm_configs(replace(settings, arms="all"), list(CLASSES))[row["arm"]]).eval()
+        load_weights(network, runs / row["folder"] / "last.safetensors")
+        networks[column_title(row["arm"], row["mean_iou"])] = network
+    return draw_predictions(networks)
 
 
 def control(full: bool) -> dict[str, Any]:
-    """What a classifier that sees a patch alone gets right."""
+    """Measure a classifier that sees a patch alone."""
     found = local_patch_accuracy() if full else local_patch_accuracy(400, 400, 200)
     return {
         "in_pair": {" or ".join(pair): right / count for pair, (right, count) in found.in_pair.items()},
@@ -141,6 +117,7 @@ def control(full: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="five seeds, and K and SE-loss weights")
+    parser.add_argument("--only", nargs="+", choices=list(variants(True)), metavar="NETWORK", help="train these alone")
     parser.add_argument("--seeds", type=int, help="how many (default: 1, with --full 5)")
     parser.add_argument("--epochs", type=int, help="passes of each training (default: those of ctxenc segment train)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
@@ -153,15 +130,19 @@ def main() -> None:
     local = control(args.full)
     print("A classifier of patches alone:", json.dumps(local, indent=1))
     rows = []
+    chosen = {
+        name: each for name, each in variants(args.full or bool(args.only)).items() if name in (args.only or [name])
+    }
     for seed in range(args.seeds or (5 if args.full else 1)):
-        for name, (arm, own) in variants(args.full).items():
+        for name, (arm, own) in chosen.items():
             rows.append(train(name, arm, replace(settings, **own), seed, args.runs))
     print(table(rows))
     result = {"environment": describe(), "settings": settings.as_dict(), "local_patches": local, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    picture(settings, rows, args.runs).savefig(args.out.with_suffix(".png"), dpi=100)
-    print(f"written: {args.out} and {args.out.with_suffix('.png').name}")
+    print(f"written: {args.out}")
+    if any(row["name"] == row["arm"] for row in rows):
+        picture(settings, rows, args.runs).savefig(args.out.with_suffix(".png"), dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,26 @@
-"""The encode operator against what one would write instead, on a CPU or a GPU, in one run.
+"""Compare the encode operator with its alternatives, on a CPU or a GPU, in one run.
 
     python -m benchmarks.encode [--device cuda] [--dtype bf16] [--groups facts] [--seconds 300]
 
-Rows: ctxenc's paths that can run; the matmul form shifted by the mean codeword, which is as safe under offsets as ours, with
-autograd; torch.compile of it, for half precision under autocast too; the expanded form (B x N x K x D, as mmsegmentation and
-PyTorch-Encoding's CPU path compute it), and torch.compile of it for a few shapes; mmsegmentation's own Encoding where its wheel is
-installed. Shapes: benchmarks/shapes.py; on a CPU three of them with saturated assignments too, whose weights an Intel processor may
-multiply 20 times as slowly. Nothing is measured where the operator is wrong in this process; then each row is checked
-against fp64 at its own shape, and no time is reported of one of ours that is wrong, nor of a peer in fp32 that is far off.
+Rows: ctxenc's available paths; the matmul form shifted by the mean codeword, as safe under offsets as ours, with autograd;
+torch.compile of it, for half precision under autocast too; the expanded form (B x N x K x D, as in mmsegmentation and
+PyTorch-Encoding's CPU path), and torch.compile of it for a few shapes; mmsegmentation's own Encoding if its wheel is installed.
+Shapes: benchmarks/shapes.py; on a CPU three of them with saturated assignments too, whose weights an Intel processor may multiply
+20 times as slowly. Nothing is measured if the operator is wrong in this process. Otherwise each row is checked against fp64 at its
+own shape; a wrong row of ours gets no time, nor does a peer in fp32 that is far off.
 
 Every call takes another copy of x, and the copies together exceed the last-level cache four times. The rows of a table are timed
-in random order in every round: single calls on a CPU, replays of a CUDA graph on a GPU. Columns, in both directions: milliseconds;
-"_ratio", how many times ctxenc's own time that is; "_floor", the part of it that the roofline takes, which is the greater of the
-bytes of x (once in forward; twice, and its gradient, in forward + backward) at the copy bandwidth and the products (2, 6) at the
-rate of a large square product, both measured in the same run; "_products", the part of it that the row "products alone" takes,
-which is torch.bmm of the same sizes; "_peak_bytes" above the inputs. "error" is relative to the largest value. Rows are written
-after every table, the most important first.
+in random order in every round: single calls on a CPU, replays of a CUDA graph on a GPU. Columns, in both directions:
+
+- milliseconds;
+- "_ratio": the time relative to ctxenc's;
+- "_floor": the roofline as a part of the time. The roofline is the greater of two times: the bytes of x (once in forward; twice,
+  and its gradient, in forward + backward) at the copy bandwidth, and the products (2, 6) at the rate of a large square product.
+  Both rates are measured in the same run;
+- "_products": the time of the row "products alone" as a part of the time; it runs torch.bmm of the same sizes;
+- "_peak_bytes": memory above the inputs.
+
+"error" is relative to the largest value. Rows are written after every table, the most important first.
 """
 
 import argparse
@@ -36,10 +41,10 @@ from benchmarks.record import RESULTS, Record
 from benchmarks.shapes import Problem, problems
 from benchmarks.timing import cache_bytes, copy_bandwidth, matmul_rate
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # in order of importance
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # most important first
 GROUPS = ["facts", "saturated", "networks", "sweep"]  # of benchmarks.shapes
 ROUNDS = {"cpu": 100, "cuda": 25}
-PEERS = {  # in the README
+PEERS = {  # shown in the README
     COMPILED: "torch.compile of the shifted matmul form",
     "expanded": "expanded form",
     "mmsegmentation": "mmsegmentation's Encoding",
@@ -47,13 +52,13 @@ PEERS = {  # in the README
 
 
 def tables(todo: Sequence[Problem], dtypes: Sequence[torch.dtype], device: str) -> list[Table]:
-    """All tables, the most important first; a sweep on a CPU in one layout."""
+    """Return all tables, the most important first; a sweep on a CPU in one layout."""
     order = list(DTYPES.values())
 
     def importance(table: Table) -> float:
         of_group = {"facts": 0.1, "saturated": 0.2, "sweep": 1.2, "networks": 1.5}[table.group]
         first = 0.0 if table.source.startswith("EncNet") and table.group != "saturated" else of_group
-        return first + order.index(table.dtype)  # a sweep takes little time on a GPU
+        return first + order.index(table.dtype)  # a sweep is quick on a GPU
 
     every = [
         Table(*problem, layout, dtype)
@@ -65,7 +70,7 @@ def tables(todo: Sequence[Problem], dtypes: Sequence[torch.dtype], device: str) 
 
 
 def line(row: Row) -> str:
-    """A row for reading."""
+    """Format a row."""
     head = f"{', '.join(map(str, row['shape'])):<20} {row['layout'][9:]:<6} {row['dtype']:<9} {row['form']:<40}"
     parts = [f"{row['error']:>8.0e}" if "error" in row else f"{'':>8}"]
     for direction in WORK:
@@ -89,7 +94,7 @@ def _short(number: float) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of a result on a CPU, as the README shows it: ratios, since times on a shared machine mean little."""
+    """Return a CPU result's table for the README: ratios, as times on a shared machine mean little."""
     rows = [row for row in result["rows"] if row["group"] != "sweep" and "forward_backward_ratio" in row]
     at = {(row["source"], row["layout"], row["form"]): row for row in rows}
     peers = {form: title for form, title in PEERS.items() if any(row["form"] == form for row in rows)}
@@ -127,7 +132,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def default_path(environment: dict[str, Any], benchmark: str = "encode") -> Path:
-    """Named after the GPU; "cpu" where none was measured."""
+    """Return the file name, after the GPU, or "cpu"."""
     name = re.sub(r"[^a-z0-9]+", "_", (environment["gpu"] or "cpu").lower()).strip("_")
     return RESULTS / f"{benchmark}_{name}.json"
 
@@ -154,7 +159,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Run, Record]:
-    """What the machine can do, and where the rows go.
+    """Measure the machine's rates, and open the file for the rows.
 
     Raises:
         SystemExit: the operator is wrong in this process.

@@ -1,4 +1,4 @@
-"""One table of benchmarks.encode: every row at one shape, layout and dtype, first checked, then timed."""
+"""Measure one table of benchmarks.encode: check, then time, every row at one shape, layout and dtype."""
 
 import itertools
 import math
@@ -33,19 +33,22 @@ from benchmarks.shapes import Shape
 from benchmarks.timing import Timer, copies_beyond_cache, cpu_timer, cuda_timer, first_line, interleaved, spread
 
 COMPILED = "torch.compile(shifted matmul)"
-PEER_TOLERANCE = 1e-2  # in fp32, for a peer that is wrong; one that is only less precise is timed, and its error shown
+PEER_TOLERANCE = 1e-2  # limit for a wrong peer in fp32; a merely less precise one is timed, and its error shown
 EXPANDING = {"expanded", "mmsegmentation", "torch.compile(expanded)"}
-SLOW_ROUNDS = {"cpu": 3, "cuda": 5}  # in which these are timed: seconds a call on a CPU
-EXPANDED_PART = 0.1  # of what is free, for one tensor of B x N x K x D: autograd takes five or six of them
+SLOW_ROUNDS = {"cpu": 3, "cuda": 5}  # rounds for slow rows: seconds a call on a CPU
+EXPANDED_PART = 0.1  # of free memory, for one B x N x K x D tensor: autograd takes five or six of them
 PRODUCTS = "products alone"
-WORK = {"forward": (1, 2), "forward_backward": (3, 6)}  # times that the bytes of x must move; products of B x N x K x D
+WORK = {
+    "forward": (1, 2),
+    "forward_backward": (3, 6),
+}  # least traffic as a multiple of x's bytes; products of B x N x K x D
 
 Row = dict[str, Any]
-Pass = Callable[[tuple[Tensor, ...]], Any]  # one direction of a row, of x, codewords and smoothing
+Pass = Callable[[tuple[Tensor, ...]], Any]  # one direction of a row, on x, codewords and smoothing
 
 
 class Table(NamedTuple):
-    """What one table of rows is about."""
+    """Describe one table of rows."""
 
     group: str
     source: str
@@ -55,21 +58,21 @@ class Table(NamedTuple):
     dtype: torch.dtype
 
     def row(self, form: str) -> Row:
-        """A row of it, with nothing measured."""
+        """Make a row without measures."""
         return self._asdict() | {"dtype": str(self.dtype).removeprefix("torch."), "form": form}
 
 
 class Run(NamedTuple):
-    """What holds for all tables."""
+    """Hold settings of all tables."""
 
     device: str
     seed: int
     rounds: int
-    bandwidth: float  # bytes a second, read and written
-    rates: dict[torch.dtype, float]  # flops a second of a large product
+    bandwidth: float  # bytes per second, read and written
+    rates: dict[torch.dtype, float]  # flops per second of a large product
 
     def roofline_ms(self, table: Table, direction: str) -> float:
-        """No call is faster that has x in memory, and takes every product."""
+        """Return the time bound of a call that has x in memory and computes every product."""
         B, N, D, K = table.shape
         passes, products = WORK[direction]
         moving = passes * B * N * D * table.dtype.itemsize / self.bandwidth
@@ -77,12 +80,12 @@ class Run(NamedTuple):
 
 
 def forms_of(table: Table, device: str) -> dict[str, Encode]:
-    """The rows of a table."""
+    """Return the rows of a table."""
     forms: dict[str, Encode] = {"ctxenc, torch": partial(ctxenc.encode, backend="torch")}
-    if device == "cuda":  # Triton's interpreter has no speed
+    if device == "cuda":  # Triton's interpreter has no meaningful speed
         forms["ctxenc, triton"] = partial(ctxenc.encode, backend="triton")
     forms["shifted matmul"] = shifted_matmul
-    if table.group != "sweep" or device == "cpu":  # it takes most of the time of a table
+    if table.group != "sweep" or device == "cpu":  # it takes most of a table's time
         forms[COMPILED] = torch.compile(shifted_matmul)
         if table.dtype != torch.float32:
             forms[f"{COMPILED}, autocast"] = torch.compile(shifted_under_autocast)
@@ -95,7 +98,7 @@ def forms_of(table: Table, device: str) -> dict[str, Encode]:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that can be taken."""
+    """Return the free memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
@@ -104,7 +107,7 @@ def free_bytes(device: str) -> int:
 
 
 def check(table: Table, forms: dict[str, Encode], tensors: tuple[Tensor, ...], grad: Tensor, free: int) -> list[Row]:
-    """A row for each form: its error, or why there is none."""
+    """Make a row for each form: its error, or the reason why it has no error."""
     wanted = exact(shifted_matmul, tensors, grad)  # in fp64, where the expanded form would not fit
     nbytes, rows = 4 * math.prod(table.shape), []
     for name, form in forms.items():
@@ -119,8 +122,8 @@ def check(table: Table, forms: dict[str, Encode], tensors: tuple[Tensor, ...], g
             continue
         try:
             row["error"] = error(form, tensors, grad, wanted)
-        except Exception as failure:  # a compiler's own error is of any type, and the other rows are worth having
-            if "CUDA error" in str(failure):  # after which this process can use the GPU no more
+        except Exception as failure:  # a compiler raises any type, and the other rows should go on
+            if "CUDA error" in str(failure):  # the process can no longer use the GPU after it
                 raise RuntimeError(f"{name} at {table}") from failure
             row["failed"] = first_line(failure)
             if ours and "cannot run" not in row["failed"]:
@@ -132,7 +135,7 @@ def check(table: Table, forms: dict[str, Encode], tensors: tuple[Tensor, ...], g
 
 
 def passes_of(form: Encode, grad: Tensor) -> dict[str, Pass]:
-    """Both directions of a form."""
+    """Return both directions of a form."""
     return {
         "forward": lambda tensors: forward(form, tensors),
         "forward_backward": lambda tensors: gradients(form, tensors, grad),
@@ -142,23 +145,23 @@ def passes_of(form: Encode, grad: Tensor) -> dict[str, Pass]:
 def timer_of(
     row: Row, direction: str, call: Pass, sets: list[tuple[Tensor, ...]], turns: Iterator[tuple[Tensor, ...]]
 ) -> Timer | None:
-    """The timer of a row in one direction; None where it fails, which the row then tells.
+    """Make the timer of a row in one direction; None if it fails, with the reason in the row.
 
     Args:
-        row: is told what memory the call takes.
+        row: gets the memory of the call.
         direction: a key of WORK.
-        call: what is timed.
+        call: the timed call.
         sets: its inputs, with copies of x that together exceed the cache.
-        turns: over them without end, and shared by all rows, so that a CPU's cache holds no copy that another row has just read.
+        turns: cycles over the sets, shared by all rows, so that a CPU's cache never holds a copy just read by another row.
     """
     device = sets[0][0].device.type
     try:
-        call(sets[0])  # compiles, which takes memory of its own
+        call(sets[0])  # compiles, which takes extra memory
         row[f"{direction}_peak_bytes"] = peak_bytes(partial(call, sets[0]), device)
         if device == "cpu":
             return cpu_timer(lambda: call(next(turns)), 0 if row["form"] in EXPANDING else 5)
         timer, row[f"{direction}_timed_by"] = cuda_timer([partial(call, tensors) for tensors in sets])
-    except Exception as failure:  # out of memory most of all
+    except Exception as failure:  # mostly out of memory
         row["failed"] = first_line(failure)
         return None
     return timer
@@ -167,7 +170,7 @@ def timer_of(
 def add_times(
     run: Run, table: Table, rows: list[Row], calls: dict[str, dict[str, Pass]], sets: list[tuple[Tensor, ...]]
 ) -> None:
-    """Times of all rows that are right, in both directions, and how they compare."""
+    """Add times and ratios to all correct rows, in both directions."""
     every = math.ceil(run.rounds / SLOW_ROUNDS[run.device])
     for direction in WORK:
         turns, timers = itertools.cycle(sets), {}
@@ -191,7 +194,7 @@ def add_times(
 
 
 def measure(table: Table, run: Run) -> list[Row]:
-    """One table: every row at one shape, layout and dtype."""
+    """Measure one table: every row at one shape, layout and dtype."""
     torch._dynamo.reset()
     torch.manual_seed(run.seed)
     B, _, D, K = table.shape

@@ -1,4 +1,4 @@
-"""What a result must carry to be worth keeping: the machine, the versions, the commit."""
+"""Describe the environment of a result: the machine, the versions, the commit."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 
 
 def _processor() -> str:
-    """The model of the processor; "unknown" where the system does not tell."""
+    """Return the processor model; "unknown" if the system does not report it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -21,7 +21,7 @@ def _processor() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; nothing where there is no such command."""
+    """Return the output of a command; empty if there is no such command."""
     try:
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:
@@ -29,7 +29,7 @@ def _output(command: list[str]) -> str:
 
 
 def _gpu() -> dict[str, Any]:
-    """What a time on a GPU depends on besides its name."""
+    """Return the GPU settings that affect times."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return {
@@ -60,7 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """Machine, versions and commit of this process, ready for JSON."""
+    """Return machine, versions and commit of this process, ready for JSON."""
     cuda = torch.cuda.is_available()
     return {
         "processor": _processor(),

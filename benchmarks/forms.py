@@ -1,4 +1,4 @@
-"""The forms of the operator that are compared, their inputs, and how far each is from fp64."""
+"""Define the compared forms of the operator, their inputs, and their errors against fp64."""
 
 import importlib
 import importlib.util
@@ -15,7 +15,7 @@ from benchmarks.shapes import Shape
 from ctxenc.kernels import reference
 
 LAYOUTS = ("channels_first", "channels_last")
-# Relative to the largest value; half precision rounds the products too. A form that is wrong is off by far more.
+# Relative to the largest value; half precision rounds the products too. A wrong form is off by far more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 CHECKED: list[Shape] = [(2, 49, 16, 8), (3, 196, 24, 16), (1, 900, 128, 32)]
 
@@ -23,12 +23,12 @@ Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def expanded(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Residuals of every pixel to every codeword, held in memory twice."""
+    """Encode with the residuals of every pixel to every codeword, held in memory twice."""
     return reference.encode(x, codewords, smoothing)
 
 
 def shifted_matmul(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """The matmul form that is safe under offsets, left to autograd."""
+    """Encode in the matmul form that is safe under offsets, with autograd."""
     center = codewords.mean(0)
     x, codewords = x - center[:, None], codewords - center
     distance = x.square().sum(1, keepdim=True) - 2 * (codewords @ x) + codewords.square().sum(1)[:, None]
@@ -37,13 +37,13 @@ def shifted_matmul(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
 
 
 def shifted_under_autocast(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """The shifted matmul form as a network in mixed precision runs it; without the cache of casts, which no CUDA graph can hold."""
+    """Run the shifted matmul form in mixed precision; without the cast cache, which a CUDA graph cannot hold."""
     with torch.autocast(x.device.type, x.dtype, cache_enabled=False):
         return shifted_matmul(x, codewords, smoothing)
 
 
 class _NoOps(ModuleType):
-    """Stands in for the compiled operators of mmcv, which mmcv-lite lacks, mmsegmentation imports, and Encoding does not call."""
+    """Replace mmcv's compiled operators: mmcv-lite lacks them, mmsegmentation imports them, and Encoding does not call them."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -59,21 +59,21 @@ def _mmseg_encoding(channels: int, num_codes: int) -> nn.Module:
 
 
 def has_mmsegmentation() -> bool:
-    """Whether its wheel is installed; whether that imports is seen at the first call."""
+    """Return whether its wheel is installed; the first call shows whether it imports."""
     return importlib.util.find_spec("mmseg") is not None
 
 
 def mmsegmentation(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """The expanded form by mmsegmentation's own class, which holds scale = -smoothing; handing it these takes 0.1 ms."""
+    """Encode with mmsegmentation's own class, which holds scale = -smoothing; passing the parameters takes 0.1 ms."""
     K, D = codewords.shape
     parameters = {"codewords": codewords, "scale": -smoothing}
     return torch.func.functional_call(_mmseg_encoding(D, K), parameters, (x.unsqueeze(2),))
 
 
 class Products:
-    """The matrix products of the operator alone, into memory that is there: what torch.bmm takes for them, not a bound.
+    """Run only the matrix products of the operator, into allocated memory: the time of torch.bmm, not a bound.
 
-    No softmax, norm, sum, shift nor new memory. Forward takes two; backward three, of which the last, dx, sums over 2 K.
+    No softmax, norm, sum, shift or new memory. Forward takes two; backward three, and the last one, dx, sums over 2 K.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], grad: Tensor) -> None:
@@ -94,12 +94,12 @@ class Products:
 
     @torch.no_grad()
     def forward(self, tensors: tuple[Tensor, ...]) -> None:
-        """Those of forward."""
+        """Run the products of forward."""
         self._pass(self.codewords, tensors[0])
 
     @torch.no_grad()
     def forward_backward(self, tensors: tuple[Tensor, ...]) -> None:
-        """Those of forward and backward."""
+        """Run the products of forward and backward."""
         self._pass(self.codewords, tensors[0])
         self._pass(self.grad, tensors[0])
         if self.dx.stride(1) == 1:
@@ -113,7 +113,8 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random x (B, D, N) in a dtype, codewords (K, D) and learned smoothing (K,) in fp32, all with gradients.
 
-    saturated: each pixel belongs to one codeword or two, and 7 to 10 % of the weights lie below the smallest normal number.
+    saturated: each pixel belongs to one or two codewords, and 7 to 10 % of the weights are below the smallest normal
+    number.
     """
     B, N, D, K = shape
     if layout == "channels_last":
@@ -121,35 +122,35 @@ def inputs(
     else:
         x = torch.randn(B, D, N, dtype=dtype, device=device)
     codewords, smoothing = torch.randn(K, D, device=device) / 4, torch.rand(K, device=device) / D
-    if saturated:  # logits of a pixel that differ by 28 in the root mean square
+    if saturated:  # a pixel's logits then differ by 28 in the root mean square
         smoothing = 56 * (1 + smoothing) / D**0.5
     tensors = x, codewords, smoothing
     return tuple(tensor.requires_grad_() for tensor in tensors)  # type: ignore[return-value]
 
 
 def forward(encode: Encode, tensors: tuple[Tensor, ...]) -> Tensor:
-    """Without a graph for backward."""
+    """Run without a graph for backward."""
     with torch.no_grad():
         return encode(*tensors)
 
 
 def gradients(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward."""
+    """Run forward and backward."""
     return torch.autograd.grad(encode(*tensors), tensors, grad)
 
 
 def results(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """The encoding and its three gradients."""
+    """Return the encoding and its three gradients."""
     return encode(*tensors).detach(), *gradients(encode, tensors, grad)
 
 
 def exact(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """The results of a form in fp64."""
+    """Return a form's results in fp64."""
     return results(encode, tuple(tensor.detach().double().requires_grad_() for tensor in tensors), grad.double())
 
 
 def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor, wanted: tuple[Tensor, ...]) -> float:
-    """Largest error of the results, each relative to its own largest value; NaN stays NaN."""
+    """Return the largest error of the results, each relative to its own largest value; NaN stays NaN."""
     errors = [
         (g.double() - w).abs().max() / w.abs().max()
         for g, w in zip(results(encode, tensors, grad), wanted, strict=True)
@@ -158,14 +159,14 @@ def error(encode: Encode, tensors: tuple[Tensor, ...], grad: Tensor, wanted: tup
 
 
 def check_operator(device: str) -> float:
-    """Refuse to go on where ctxenc's operator is wrong in this process; a result is not to be had without it.
+    """Exit if ctxenc's operator is wrong in this process; every result needs this check.
 
     Returns:
         The largest error in fp32 of the encoding and the gradients over some shapes, both layouts, with and without an offset,
         relative to the largest value of each.
 
     Raises:
-        SystemExit: it is over TOLERANCE.
+        SystemExit: the error exceeds TOLERANCE.
     """
     errors = {}
     for shape in CHECKED:

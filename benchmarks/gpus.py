@@ -1,11 +1,12 @@
-"""GPUs that need not be there: targets of the compiler, their limits, and the figures that estimates divide by.
+"""Describe GPUs that need not be present: compiler targets, their limits, and the figures behind estimates.
 
-Sources. Multiprocessors, bandwidth, size of the L2 cache and rates of the tensor cores (dense, with fp32 sums): NVIDIA's data
-sheets of the A100 80GB SXM, A40, L40, H200 and HGX B200, and the paper on the RTX Blackwell architecture for the RTX 5090.
-Registers, threads and shared memory of a multiprocessor: the table of compute capabilities in the CUDA programming guide. L2
-bandwidth: measured in the public repository te42kyfo/gpu-benches (gpu-l2-cache for the A100, L40 and H200, gpu-cache for the A40);
-none was found for the B200 and the RTX 5090, so theirs is that of the H200 and the L40 times the ratio of multiprocessors.
-Latencies, unloaded: measured there for an A100, an H100 (taken for the H200 and B200) and an L40 (taken for the A40 and RTX 5090).
+Sources. Multiprocessors, bandwidth, size of the L2 cache and rates of the tensor cores (dense, with fp32 sums):
+NVIDIA's data sheets of the A100 80GB SXM, A40, L40, H200 and HGX B200, and the paper on the RTX Blackwell architecture
+for the RTX 5090. Registers, threads and shared memory of a multiprocessor: the table of compute capabilities in the
+CUDA programming guide. L2 bandwidth: measured in the public repository te42kyfo/gpu-benches (gpu-l2-cache for the A100,
+L40 and H200, gpu-cache for the A40); no measurement was found for the B200 and the RTX 5090, so they take the H200's
+and the L40's times the ratio of multiprocessors. Latencies, unloaded: measured there for an A100, an H100 (taken for
+the H200 and B200) and an L40 (taken for the A40 and RTX 5090).
 """
 
 from typing import Any, NamedTuple
@@ -16,31 +17,31 @@ KB = 1024
 
 
 class Figures(NamedTuple):
-    """Speed of a board, as the sources above give it."""
+    """Hold the speed of a board, from the sources above."""
 
     board: str
-    bandwidth: float  # bytes a second of memory
-    l2_bandwidth: float  # bytes a second
+    bandwidth: float  # bytes per second of memory
+    l2_bandwidth: float  # bytes per second
     l2_bytes: float
-    half_rate: float  # flops a second of the tensor cores in bf16 and fp16
+    half_rate: float  # flops per second of the tensor cores in bf16 and fp16
     tf32_rate: float
-    latency: float  # seconds that a load from memory takes
+    latency: float  # seconds of a load from memory
     l2_latency: float
 
 
 class Gpu(NamedTuple):
-    """A target of the compiler."""
+    """Describe a compiler target."""
 
     backend: str
     arch: int | str
-    threads: int  # in a warp
-    target: GPU  # as the choice of tiles sees it
-    shared: int  # bytes of shared memory that a program may take
-    figures: Figures | None = None  # None: no estimate is made
+    threads: int  # per warp
+    target: GPU  # for the choice of tiles
+    shared: int  # most bytes of shared memory per program
+    figures: Figures | None = None  # None: no estimate
 
 
 def _nvidia(capability: int, multiprocessors: int, shared_kb: int, threads: int, *figures: Any) -> Gpu:
-    """A GPU with 64 K registers a multiprocessor, and 1 KB of shared memory more than a program may take."""
+    """Build a GPU with 64 K registers a multiprocessor; its shared memory is 1 KB more than a program may take."""
     target = GPU(capability, multiprocessors, 64 * KB, (shared_kb + 1) * KB, threads)
     return Gpu("cuda", capability, 32, target, shared_kb * KB, Figures(*figures))
 

@@ -1,13 +1,13 @@
-"""What the compiler makes of the Triton kernels, for GPUs that need not be there.
+"""Report the compiled Triton kernels, for GPUs that need not be present.
 
     python -m benchmarks.kernel_report [--targets sm_90 ...] [--codes 16 ...] [--quick] [--report-spills] [--out PATH]
 
-Every kernel of a call is launched as for tensors of the given dtype, layout, alignment, K and D, so that tiles are chosen as at run
-time, but compiled instead of run. Columns: registers and bytes of stack a thread, shared memory, matrix instructions, loads from
+Every kernel of a call is launched for tensors of the given dtype, layout, alignment, K and D, so that tiles are chosen as at run
+time, but it is compiled and not run. Columns: registers and bytes of stack a thread, shared memory, matrix instructions, loads from
 global memory and how many of them take 16 and 8 bytes, instructions in all. It ends with an error if a kernel does not compile,
-spills more than a few bytes, takes more shared memory than the target has, multiplies without matrix instructions, or loads nothing
-by as many bytes as the rows of x are aligned to. With --report-spills a spill is told and no error: for other versions of Triton
-than the tiles' own.
+spills more than a few bytes, takes more shared memory than the target has, multiplies without matrix instructions, or has no load
+as wide as the alignment of x's rows. --report-spills reports a spill without an error: use it for versions of Triton for which the
+tiles were not chosen.
 """
 
 import argparse
@@ -27,23 +27,23 @@ from benchmarks.environment import describe
 from benchmarks.gpus import GPUS, Gpu
 from ctxenc.kernels.fused.project import may_project
 
-FEW = 64  # bytes of stack a thread, 16 registers of 255: what one version of Triton spills, another does not
+FEW = 64  # bytes of stack a thread, 16 registers of 255: versions of Triton differ by this much
 IMAGES, PIXELS = 3, 4096  # several programs share an image, so that a kernel adds up their sums
 
 
 class Case(NamedTuple):
-    """What a launch depends on."""
+    """Describe the inputs of a launch."""
 
     chip: str
-    direction: str  # as benchmarks.compiled.launches takes it
+    direction: str  # for benchmarks.compiled.launches
     dtype: str
     channels_last: bool
-    align: int  # bytes at whose multiples the rows of x begin: 16, 8, or 1 for an odd number of elements
+    align: int  # alignment of the rows of x in bytes: 16, 8, or 1 for an odd number of elements
     D: int
     K: int
 
     def x(self) -> Tensor:
-        """An input without memory."""
+        """Return an input without memory."""
         dtype, C = DTYPES[self.dtype], 16 * self.D if self.direction == "project" else self.D
         beyond = {16: 0, 8: 8 // dtype.itemsize, 1: 1}[self.align]
         if not self.channels_last:
@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 def cases(chips: list[str], codes: list[int], quick: bool) -> list[Case]:
-    """All that is reported; the quick ones leave out what differs least."""
+    """Return all cases; the quick ones leave out the smallest differences."""
     sizes = (64, 512) if quick else (16, 32, 64, 100, 128, 256, 512, 1024, 2048)
     directions = ("forward", "backward", "project", "gate", "pool")
     every = product(chips, directions, DTYPES, (False, True), (16, 8) if quick else (16, 8, 1), sizes, codes)
@@ -62,11 +62,11 @@ def cases(chips: list[str], codes: list[int], quick: bool) -> list[Case]:
 def _is_there(case: Case, first: int, quick: bool) -> bool:
     if case.direction == "project" and not may_project(DTYPES[case.dtype], case.D, case.K):
         return False
-    if case.direction == "gate" and (first != case.K or (quick and case.D == 64)):  # which knows no codewords
+    if case.direction == "gate" and (first != case.K or (quick and case.D == 64)):  # the gate has no codewords
         return False
-    if case.direction == "pool" and (case.channels_last or case.align < 16):  # which sees encodings alone
+    if case.direction == "pool" and (case.channels_last or case.align < 16):  # the pool sees only encodings
         return False
-    # As half-precision maps of 14 x 14 lie.
+    # The alignment of half-precision 14 x 14 maps.
     return not quick or case.align == 16 or (first == case.K and case.dtype != "fp32" and not case.channels_last)
 
 
@@ -75,7 +75,7 @@ SHARED = ("finish_fwd_kernel", "finish_bwd_kernel", "add_splits_kernel", "pool_m
 
 
 def report(case: Case) -> list[dict[str, Any]]:
-    """A row for each kernel of a call."""
+    """Return a row for each kernel of a call."""
     gpu = GPUS[case.chip]
     first = case.dtype == "bf16" and not case.channels_last and case.align == 16
     made = launches(case.direction, case.x(), case.K, gpu)
@@ -92,7 +92,7 @@ def _row(case: Case, launch: Launch, gpu: Gpu) -> dict[str, Any]:
     }
     try:
         kernel = compiled(launch, gpu)
-    except Exception as error:  # of Triton, LLVM or ptxas
+    except Exception as error:  # from Triton, LLVM or ptxas
         return (
             row
             | dict.fromkeys(("shared", *FOUND), 0)
@@ -103,7 +103,7 @@ def _row(case: Case, launch: Launch, gpu: Gpu) -> dict[str, Any]:
 
 
 def faults(row: dict[str, Any], spills_allowed: bool = False) -> str | None:
-    """Why a row may not be shipped."""
+    """Return the reasons why a row must not ship."""
     if row["error"]:
         return f"does not compile: {row['error']}"
     limit, width = GPUS[row["chip"]].shared, row["vector_bytes"]
@@ -118,7 +118,7 @@ def faults(row: dict[str, Any], spills_allowed: bool = False) -> str | None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     layout = f"{'last' if row['channels_last'] else 'first'}, {row['align']}"
     tiles = f"{row['BLOCK_N']} x {row['BLOCK_D']}, {row['warps']} warps" if row["BLOCK_N"] else ""
     loads = f"{row['loads']} {row['loads_16_bytes']} {row['loads_8_bytes']}"
@@ -130,7 +130,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each target: how many kernels, and the most that one of them takes."""
+    """Return a line for each target: the number of kernels, and the largest resources of any."""
     lines = []
     for chip in dict.fromkeys(row["chip"] for row in rows):
         of_chip = [row for row in rows if row["chip"] == chip]
@@ -144,7 +144,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """JSON: the names of the columns, then a line for each row."""
+    """Write JSON: the names of the columns, then a line for each row."""
     columns = json.dumps(list(rows[0]))
     values = ",\n".join(json.dumps(list(row.values())) for row in rows)
     head = f'"environment": {json.dumps(describe())},\n"columns": {columns}'

@@ -1,4 +1,4 @@
-"""Bytes that a call takes at its peak, above what was there before it."""
+"""Measure the peak memory of a call, above the memory before it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """Peak of the memory that a call takes from PyTorch's allocator, its results and temporaries included.
+    """Return the peak memory of a call from PyTorch's allocator, including its results and temporaries.
 
-    On a CPU the profiler sees every allocation; what a library takes past PyTorch (oneDNN's scratch, a compiler) is not in it.
+    On a CPU the profiler sees every allocation; memory outside PyTorch (oneDNN's scratch, a compiler) is not counted.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The networks whose cost benchmarks.swap compares, and what makes each variant of a copy of the network as it is shipped."""
+"""Define the networks of benchmarks.swap, and the changes that make their variants."""
 
 import copy
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.layers import SEModule
+from timm.layers import SEModule, get_attn
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,9 +19,9 @@ from torchvision.models import segmentation
 import ctxenc
 from ctxenc.context import reduced_channels
 from ctxenc.integrations import EncNet, EncNetLoss
-from ctxenc.patching import find_context_blocks
-from ctxenc.se_blocks import empty_slots, find_se_blocks
-from ctxenc.training.segmentation.networks import NoContext
+from ctxenc.runs.segment_config import NoContext
+from ctxenc.swap.patching import find_context_blocks
+from ctxenc.swap.se_classes import empty_slots, find_se_blocks
 
 CLASSIFIERS = (
     "seresnet50",
@@ -29,38 +29,55 @@ CLASSIFIERS = (
     "seresnext50_32x4d",
     "regnety_032",
     "efficientnet_b0",
+    "mobilenetv3_large_100",
     "nfnet_f0",
     "resnet50",  # its slots are empty
 )
 ENCNET = "EncNet-R50"
-NETWORKS = (CLASSIFIERS[0], ENCNET, *CLASSIFIERS[1:])  # the most important first
+NETWORKS = (CLASSIFIERS[0], ENCNET, *CLASSIFIERS[1:])  # most important first
 
 SWAPS: dict[str, dict[str, Any]] = {
     "own, mean": {},
     "own, concat": {"pool": "concat"},
+    "own, mean, 14": {"max_size": 14},
+    "own, mean, 7": {"max_size": 7},
     "1/16, mean": {"rd_ratio": 1 / 16},
     "1/16, concat": {"rd_ratio": 1 / 16, "pool": "concat"},
     "1/4, mean": {"rd_ratio": 1 / 4},
     "1/4, concat": {"rd_ratio": 1 / 4, "pool": "concat"},
 }
-# What tells most, for the settings in which all variants would take too long.
-MAIN = ("shipped", "no SE", "SE", "own, mean", "1/4, mean", "FCN-R50", "EncNet-R50", "torchvision DeepLabV3-R50")
+# Other attention layers of timm, by their names there, in place of a seresnet50's SE blocks and with their reduction.
+OTHERS = {"ECA": "eca", "GlobalContext": "gc", "CBAM": "cbam"}
+# The most informative variants, for settings in which all would take too long.
+MAIN = (
+    "shipped",
+    "no SE",
+    *OTHERS,
+    "SE",
+    "own, mean",
+    "own, mean, 14",
+    "own, mean, 7",
+    "1/4, mean",
+    "FCN-R50",
+    "EncNet-R50",
+    "torchvision DeepLabV3-R50",
+)
 
 Change = Callable[[nn.Module], nn.Module]
 
 
 def build(network: str) -> nn.Module:
-    """The network as it is shipped, with random weights.
+    """Build the original network, with random weights.
 
-    EncNet is here without the auxiliary head, which the networks of torchvision that it stands beside have not either.
+    EncNet has no auxiliary head here, like the torchvision networks in the same table.
     """
     return EncNet("resnet50", aux=False) if network == ENCNET else timm.create_model(network)
 
 
 def changes(model: nn.Module) -> dict[str, Change]:
-    """What makes the variants of a network that build() gave, by their names; the first is what the others are compared with.
+    """Return the changes that make the variants of a network from build(), by name; the first variant is the baseline.
 
-    C' = C / 16 is left out where it is the SE blocks' own.
+    C' = C / 16 is left out if the SE blocks have it themselves.
     """
     if isinstance(model, EncNet):
         return {
@@ -78,12 +95,14 @@ def changes(model: nn.Module) -> dict[str, Change]:
         usual = all(block.rd_channels == reduced_channels(block.channels, 1 / 16, rd_divisor=8) for block in blocks)
         names = [name for name in SWAPS if not (usual and name.startswith("1/16"))]
         other = {"no SE": _without_se}
+        if model.default_cfg.get("architecture") == CLASSIFIERS[0]:
+            other |= {name: partial(_with_attention, kind) for name, kind in OTHERS.items()}
     swaps = {name: partial(ctxenc.patch_se_blocks, fill_empty=not blocks, **SWAPS[name]) for name in names}
     return {"shipped": _as_it_is, **other, **swaps}
 
 
 def variant(model: nn.Module, change: Change) -> nn.Module:
-    """A changed copy; what the change leaves has the same weights in all of them."""
+    """Return a changed copy; unchanged parts have the same weights in all variants."""
     return change(copy.deepcopy(model))
 
 
@@ -94,6 +113,12 @@ def _as_it_is(model: nn.Module) -> nn.Module:
 def _without_se(model: nn.Module) -> nn.Module:
     for block in find_se_blocks(model):
         model.set_submodule(block.name, nn.Identity())
+    return model
+
+
+def _with_attention(kind: str, model: nn.Module) -> nn.Module:
+    for block in find_se_blocks(model):
+        model.set_submodule(block.name, get_attn(kind)(block.channels, rd_channels=block.rd_channels))
     return model
 
 
@@ -119,7 +144,7 @@ def _torchvision(make: Callable[..., nn.Module], _: nn.Module) -> nn.Module:
 
 
 def reduction(model: nn.Module) -> str:
-    """C' of the blocks that gate channels, as parts of C: "C/16", "C/4 to C/24", or "" where there are none."""
+    """Return C' of the channel-gating blocks, as parts of C: "C/16", "C/4 to C/24", or "" without such blocks."""
     gated = [(block.channels, block.rd_channels) for block in find_se_blocks(model)]
     gated += [(block.replaced.channels, block.rd_channels) for block in find_context_blocks(model)]
     parts = sorted({round(channels / rd_channels) for channels, rd_channels in gated if rd_channels})
@@ -127,7 +152,7 @@ def reduction(model: nn.Module) -> str:
 
 
 def image_size(network: str) -> int:
-    """Pixels a side: timm's own, at most 224; 480 for EncNet, as in its paper."""
+    """Return pixels per side: timm's own, at most 224; 480 for EncNet, as in its paper."""
     if network == ENCNET:
         return 480
     with torch.device("meta"):
@@ -136,18 +161,18 @@ def image_size(network: str) -> int:
 
 
 def batch_of(network: str, batch: int, size: int) -> tuple[Tensor, Tensor]:
-    """Random images and their targets."""
+    """Make random images and their targets."""
     shape = (batch, size, size) if network == ENCNET else (batch,)
     return torch.randn(batch, 3, size, size), torch.randint(21 if network == ENCNET else 1000, shape)
 
 
 def loss_of(network: str) -> Callable[[Any, Tensor], Tensor]:
-    """What training minimises, of outputs and targets."""
+    """Return the training loss of outputs and targets."""
     return EncNetLoss() if network == ENCNET else F.cross_entropy
 
 
 def macs(model: nn.Module, size: int) -> int:
-    """Multiply-adds of convolutions and matrix products in the inference of one image; counted on the meta device, not run."""
+    """Count multiply-adds of convolutions and matrix products in the inference of one image, on the meta device without running."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     with torch.no_grad(), ctxenc.use_backend("torch"), FlopCounterMode(display=False) as counter:
@@ -156,10 +181,10 @@ def macs(model: nn.Module, size: int) -> int:
 
 
 def fuses(model: nn.Module) -> bool:
-    """Whether a network has blocks that fused() makes faster in inference."""
+    """Return whether a network has blocks that fused() makes faster in inference."""
     return any(isinstance(module, ctxenc.ContextEncoding) and hasattr(module, "fuse") for module in model.modules())
 
 
 def fused(model: nn.Module) -> nn.Module:
-    """A copy for inference, its ContextEncoding blocks fused as timm's own models are."""
+    """Return a copy for inference, its ContextEncoding blocks fused like timm's own models."""
     return reparameterize_model(model.eval())

@@ -1,26 +1,27 @@
-"""How well the launches of the operator fill a GPU, and what bounds them, on paper: kernels are compiled, and nothing is run.
+"""Estimate how well the operator's launches fill a GPU, and their bottlenecks: kernels are compiled, and nothing runs.
 
     python -m benchmarks.occupancy [--targets sm_90 ...] [--batch 1 16 64 256] [--dtype bf16] [--layout channels_first]
                                    [--check] [--quick] [--out FILE]
 
-A row is a call of forward or of backward, at a shape that a known network feeds it. Columns:
+A row is a call of forward or of backward, at the shape of a known network. Columns:
 
 - kernels: launches of the call;
-- programs of the kernel that reads x, how many of them a multiprocessor has room for (from the registers and shared memory that it
-  compiles to), and the waves that they take;
-- at work: the part of the GPU that has a tile to work on, averaged over the time of the busiest multiprocessor;
-- memory, L2: bytes in times of x, from benchmarks.bytes;
-- us: the sum of the kernels' times. A kernel's is the greatest of four: bytes by bandwidth; bytes by that of L2; products by the
-  rate of the tensor cores; and latency, the loads of a program that wait for one another, times the waves. L2 and tensor cores are
-  those of the multiprocessors at work. Left out are gaps between kernels, instructions outside the tensor cores and bank conflicts:
-  it is an estimate to compare launches by, and no speed;
-- floor: the part of that time in which memory could move the call's inputs and results once;
-- bound: what takes the time of the longest kernel.
+- programs of the kernel that reads x, the number that fits on a multiprocessor (from its compiled registers and shared memory), and
+  their waves;
+- at work: the part of the GPU with a tile to work on, averaged over the time of the busiest multiprocessor;
+- memory, L2: bytes relative to x, from benchmarks.bytes;
+- us: the sum of the kernels' times. A kernel's time is the greatest of four: bytes by memory bandwidth; bytes by L2 bandwidth;
+  products by the rate of the tensor cores; and latency, a program's dependent loads times the waves. L2 and tensor cores count only
+  for multiprocessors at work. The sum omits gaps between kernels, instructions outside the tensor cores and bank conflicts: use it
+  to compare launches, not as a speed;
+- floor: the part of this time in which memory could move the call's inputs and results once;
+- bound: the bottleneck of the longest kernel.
 
---check ends with an error where the aims do not hold. A kernel that reads x gives 90 % of the multiprocessors a tile at once where
-x has that many, but where fewer end as soon. Up to 128 channels, and where x has four tiles for each program that the GPU has room
-for, L2 moves at most twice the call's inputs and results in forward, and 1.5 times in backward: on large maps twice and three times
-x. With fewer tiles the codewords and partial sums of a program weigh as much as its tiles.
+--check ends with an error if an aim fails. The first aim: a kernel that reads x gives 90 % of the multiprocessors a tile at once,
+provided x has as many tiles and fewer multiprocessors would not end as soon. The second aim holds up to 128 channels, if x has four
+tiles for each program that fits on the GPU: L2 moves at most twice the call's inputs and results in forward, and 1.5 times in
+backward, so on large maps twice and three times x. With fewer tiles a program's codewords and partial sums weigh as much as its
+tiles.
 """
 
 import argparse
@@ -48,18 +49,18 @@ NARROW = 128  # channels up to which the aim for L2 holds
 
 
 class Kernel(NamedTuple):
-    """One launch of a call on paper."""
+    """Hold the estimate of one launch."""
 
     name: str
     reads_x: bool
     programs: int
-    programs_at_a_time: int  # on a multiprocessor
+    programs_at_a_time: int  # per multiprocessor
     waves: float
-    is_full: bool  # it reads x, and has four tiles for each program that the GPU has room for
+    is_full: bool  # it reads x, and has four tiles for each program that fits on the GPU
     at_work: float
-    best_at_work: float  # had each tile a program of its own
-    busy: float  # part of the multiprocessors that have a program in the first wave
-    could_be_busy: float  # had each tile a program of its own
+    best_at_work: float  # if each tile had its own program
+    busy: float  # part of the multiprocessors with a program in the first wave
+    could_be_busy: float  # if each tile had its own program
     memory_seconds: float
     l2_seconds: float
     product_seconds: float
@@ -67,24 +68,24 @@ class Kernel(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The greatest of its times."""
+        """Return the greatest of its times."""
         return max(self[-4:])
 
     @property
     def bound(self) -> str:
-        """What takes that time."""
+        """Return the bottleneck."""
         return ("memory", "L2", "tensor", "latency")[self[-4:].index(self.seconds)]
 
 
 def estimate(launch: Launch, work: Work, moved: Traffic, gpu: Gpu) -> Kernel:
-    """Estimate a launch on a GPU whose figures are known."""
+    """Estimate a launch on a GPU with known figures."""
     figures, multiprocessors = gpu.figures, gpu.target.multiprocessors
     assert figures
     a, programs, reads_x = launch.arguments, launch.programs, "p_x" in work.reads
     if reads_x:
         taken = resources(launch, gpu)
         room = programs_per_multiprocessor(gpu.target, taken.registers, taken.shared, taken.warps)
-    else:  # a finishing kernel, which needs little
+    else:  # a finishing kernel has little traffic
         room = gpu.target.threads // (32 * launch.options.get("num_warps", 4))
     on_busiest = ceil_div(programs, multiprocessors) * work.share
     at_work = work.tiles / (multiprocessors * on_busiest)
@@ -109,7 +110,7 @@ def estimate(launch: Launch, work: Work, moved: Traffic, gpu: Gpu) -> Kernel:
 
 
 class Row(NamedTuple):
-    """A call on paper."""
+    """Hold the estimate of a call."""
 
     target: str
     source: str
@@ -117,25 +118,25 @@ class Row(NamedTuple):
     dtype: str
     channels_last: bool
     direction: str
-    memory: float  # bytes in times of x
+    memory: float  # bytes relative to x
     l2: float
-    least_l2: float  # the call's inputs and results, in times of x
+    least_l2: float  # the call's inputs and results, relative to x
     seconds: float
     floor_seconds: float
     kernels: list[Kernel]
 
     @property
     def main(self) -> Kernel:
-        """The kernel that reads x and leaves most of the GPU idle."""
+        """Return the kernel that reads x and leaves most of the GPU idle."""
         return min((kernel for kernel in self.kernels if kernel.reads_x), key=lambda kernel: kernel.at_work)
 
     @property
     def bound(self) -> str:
-        """What bounds the longest kernel."""
+        """Return the bottleneck of the longest kernel."""
         return max(self.kernels, key=lambda kernel: kernel.seconds).bound
 
     def faults(self) -> list[str]:
-        """The aims that do not hold."""
+        """Return the failed aims."""
         found = [
             f"{kernel.name} gives {kernel.busy:.0%} of the multiprocessors a tile where {kernel.could_be_busy:.0%} could have one"
             for kernel in self.kernels
@@ -150,14 +151,14 @@ class Row(NamedTuple):
 
 
 def dense(B: int, D: int, N: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """An x (B, D, N) without memory."""
+    """Return an x (B, D, N) without memory."""
     if channels_last:
         return torch.empty((B, N, D), dtype=dtype, device="meta").transpose(1, 2)
     return torch.empty((B, D, N), dtype=dtype, device="meta")
 
 
 def row(target: str, feed: Feed, B: int, direction: str, dtype: str, channels_last: bool) -> Row:
-    """Put a call on paper."""
+    """Estimate a call."""
     gpu, D, N, K = GPUS[target], feed.channels, feed.spatial[0] * feed.spatial[1], feed.num_codes
     x = dense(B, D, N, DTYPES[dtype], channels_last)
     made = launches(direction, x, K, gpu)
@@ -179,7 +180,7 @@ def row(target: str, feed: Feed, B: int, direction: str, dtype: str, channels_la
 
 
 def rows(target: str, feed: Feed, batches: Sequence[int], dtype: str, channels_last: bool) -> list[Row]:
-    """All rows of a shape on a GPU, which share their kernels."""
+    """Return all rows of a shape on a GPU; they share their kernels."""
     return [row(target, feed, B, direction, dtype, channels_last) for direction in DIRECTIONS for B in batches]
 
 
@@ -190,7 +191,7 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     main = row.main
     return (
         f"{', '.join(map(str, row.shape)):<18} {row.direction:<8} {len(row.kernels):>7} {main.programs:>8}"
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _mapped(task: Any, feeds: Sequence[Feed], jobs: int) -> Iterator[list[Row]]:
-    if jobs == 1:  # a test can then replace what it looks at
+    if jobs == 1:  # so that a test can replace module attributes
         yield from map(task, feeds)
         return
     with ProcessPoolExecutor(jobs) as pool:

@@ -1,9 +1,9 @@
-"""The tables of README.md and docs/, from the committed results.
+"""Write the tables of README.md and docs/ from the committed results.
 
     python -m benchmarks.pages
 
-A table stands between two marks that name its file in benchmarks/results/, `<!-- swap_cpu -->` and `<!-- /swap_cpu -->`. After a
-colon the first mark may say how the rows begin that are to be shown, several with semicolons: all others are left out.
+A table stands between two marks with the name of its file in benchmarks/results/, `<!-- swap_cpu -->` and `<!-- /swap_cpu -->`.
+After a colon the first mark may list the beginnings of the rows to show, separated by semicolons; all others are left out.
 """
 
 import json
@@ -15,7 +15,7 @@ from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# By how the names of files begin; the longer of two beginnings first.
+# Keyed by the beginnings of file names; the longer of two beginnings first.
 WRITERS = {
     "encode": encode,
     "swap_accuracy": swap_accuracy,
@@ -27,10 +27,10 @@ MARKED = re.compile(r"<!-- (?P<name>\w+)(?:: (?P<rows>[^>]*))? -->\n(?P<table>.*
 
 
 def table(name: str, rows: list[str] | None = None) -> str:
-    """The table of a result, whole or the rows that begin with one of these.
+    """Return a result's table, whole or only the rows with one of these beginnings.
 
     Raises:
-        ValueError: no row begins so.
+        ValueError: no row has this beginning.
     """
     writer = next(module for start, module in WRITERS.items() if name.startswith(start))
     lines = writer.markdown(json.loads((RESULTS / f"{name}.json").read_text())).split("\n")
@@ -45,7 +45,7 @@ def table(name: str, rows: list[str] | None = None) -> str:
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the committed results have them."""
+    """Fill a page's tables from the committed results."""
 
     def fill(found: re.Match[str]) -> str:
         rows = found["rows"].split("; ") if found["rows"] else None

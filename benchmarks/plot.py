@@ -1,4 +1,4 @@
-"""Pictures of results: speed against peers, the roofline, growth with each size, and the cost of the swap.
+"""Plot results: speed against peers, the roofline, growth with each size, and the cost of the swap.
 
     python -m benchmarks.plot [RESULT.json ...] [--out FOLDER]
 
@@ -23,7 +23,8 @@ from benchmarks.swap_rows import of_first_setting
 
 Row = dict[str, Any]
 
-# The forms that a reader would choose between, each in one colour (Okabe and Ito's, told apart by everyone) and with one mark.
+# The forms that a reader would choose between, each with one mark and one colour (from Okabe and Ito, distinguishable
+# by everyone).
 FORMS = {
     "ctxenc, triton": ("ctxenc, Triton", "#D55E00", "o"),
     "ctxenc, torch": ("ctxenc", "#0072B2", "o"),
@@ -53,24 +54,24 @@ def _figure(result: dict[str, Any], panels: int, width: float, height: float, ti
 
 
 def _first_dtype(rows: Sequence[Row]) -> list[Row]:
-    """Rows of one dtype alone: the one that matters most of those measured."""
+    """Select the rows of one dtype: the most important measured one."""
     dtype = min((row["dtype"] for row in rows), key=DTYPE_ORDER.index)
     return [row for row in rows if row["dtype"] == dtype]
 
 
 def _measured(result: dict[str, Any], sweep: bool) -> list[Row]:
-    """Rows of a result of benchmarks.encode that have both times, in the first layout."""
+    """Select the rows of a benchmarks.encode result with both times, in the first layout."""
     rows = [row for row in result["rows"] if "forward_backward_ms" in row and (row["group"] == "sweep") is sweep]
     return _first_dtype([row for row in rows if row["layout"] == "channels_first"]) if rows else []
 
 
 def _source(row: Row) -> str:
-    """What a row is about, for an axis."""
+    """Label a row's network and shape for an axis."""
     return f"{row['source']}\nB, N, D, K = {', '.join(map(str, row['shape']))}"
 
 
 def _by_shape(result: dict[str, Any], title: str, entry: str, mark_of_ours: bool) -> Figure | None:
-    """One entry of every form at the shapes that networks feed, a line a shape, a panel a direction."""
+    """Draw one entry of every form at the networks' shapes: a line per shape, a panel per direction."""
     rows = _measured(result, sweep=False)
     if not rows:
         return None
@@ -94,21 +95,21 @@ def _by_shape(result: dict[str, Any], title: str, entry: str, mark_of_ours: bool
 
 
 def speed(result: dict[str, Any]) -> Figure | None:
-    """How many times as long as ctxenc each other form takes."""
+    """Draw each form's time relative to ctxenc's."""
     return _by_shape(result, "Time of other forms, in times of ctxenc's", "ratio", mark_of_ours=False)
 
 
 def roofline(result: dict[str, Any]) -> Figure | None:
-    """The part of each form's time that x at the copy bandwidth, or the products at the rate of a large one, would take.
+    """Draw the bound as a part of each form's time: x at the copy bandwidth, or the products at the rate of a large one.
 
-    Over 1 is possible where the cache serves x, which the bandwidth of a large copy does not know of.
+    It can exceed 1 if the cache serves x, as the bandwidth of a large copy does not include the cache.
     """
     title = "Part of the time that the roofline takes (copy bandwidth and matmul rate of the same run)"
     return _by_shape(result, title, "floor", mark_of_ours=True)
 
 
 def growth(result: dict[str, Any]) -> Figure | None:
-    """Time against N, K and D, one at a time."""
+    """Draw time against N, K and D, one at a time."""
     rows = _measured(result, sweep=True)
     if not rows:
         return None
@@ -135,12 +136,12 @@ def growth(result: dict[str, Any]) -> Figure | None:
 
 
 def _is_ours(row: Row) -> bool:
-    """Whether a network of benchmarks.swap has context encoding: swaps are named "own, mean" and the like."""
+    """Return whether a network of benchmarks.swap has context encoding: swaps have names like "own, mean"."""
     return "," in row["variant"] or row["variant"].startswith("EncNet")
 
 
 def cost(result: dict[str, Any]) -> Figure | None:
-    """What each variant of each network costs in times of the network as it is shipped, at the result's first setting."""
+    """Draw the cost of each network's variants relative to the original network, at the result's first setting."""
     rows = [row for row in of_first_setting(result) if "memory_ratio" in row]
     if not rows:
         return None
@@ -183,10 +184,10 @@ PICTURES: dict[str, dict[str, Callable[[dict[str, Any]], Figure | None]]] = {
 
 
 def draw(path: Path, folder: Path) -> list[Path]:
-    """Every picture that a result has the rows for.
+    """Draw every picture for which a result has rows.
 
     Raises:
-        SystemExit: the file is no result, or of a benchmark that has no pictures here.
+        SystemExit: the file is not a result, or its benchmark has no pictures here.
     """
     result = read(path)
     if (benchmark := result.get("benchmark")) not in PICTURES:

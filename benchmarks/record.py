@@ -1,4 +1,4 @@
-"""Results as files: JSON with what makes them worth keeping, and nothing of a process in which the operator is wrong."""
+"""Store results in JSON files with their environment; a process with a wrong operator stores nothing."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Record:
-    """The rows of one benchmark in one process, written to a file after every table, so that what was measured is never lost.
+    """Hold the rows of one benchmark in one process, and write them to a file after every table, so that no measurement is lost.
 
-    A row is a flat dict. What identifies it are its strings, booleans, integers and lists (network, shape, layout, ...); what was
-    measured are floats, spreads {"median", "p20", "p80"}, and whatever ends in "_bytes", "_parameters" or "_macs".
+    A row is a flat dict. Strings, booleans, integers and lists identify it (network, shape, layout, ...). Floats, spreads
+    {"median", "p20", "p80"}, and keys that end in "_bytes", "_parameters" or "_macs" are measurements.
 
     Args:
         benchmark: its name.
@@ -21,13 +21,13 @@ class Record:
         correctness: the largest error of the operator in this process, from benchmarks.forms.check_operator.
         seed: of the inputs.
         device: "cpu" or "cuda".
-        facts: what else holds for all rows.
+        facts: other facts that hold for all rows.
     """
 
     def __init__(self, benchmark: str, path: Path, correctness: float, seed: int, device: str, **facts: Any) -> None:
         environment = describe()
         if device == "cpu":
-            environment["gpu"] = None  # not what was measured
+            environment["gpu"] = None  # it was not measured
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.head = {"benchmark": benchmark, "environment": environment, "seed": seed, "device": device}
@@ -41,7 +41,7 @@ class Record:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result that a Record wrote.
+    """Read a result written by a Record.
 
     Raises:
         SystemExit: the file is not one.
@@ -56,5 +56,5 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def is_measured(key: str, value: Any) -> bool:
-    """Whether a row's entry was measured, not chosen."""
+    """Return whether a row's entry is a measurement, not a setting."""
     return isinstance(value, float | dict) or key.endswith(("_bytes", "_parameters", "_macs"))

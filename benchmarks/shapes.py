@@ -1,4 +1,4 @@
-"""The shapes at which the operator is measured: what networks feed it, and a sweep over each size."""
+"""Define the shapes for measuring the operator: inputs from networks, and a sweep over each size."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,7 @@ from ctxenc.diagnosis.feeds import Feed
 Shape = tuple[int, int, int, int]  # B, N, D, K
 
 
-# Those of networks, the first of which is the most important, and two at which the operator was measured from the start; their C'
-# is C / 4.
+# Shapes of networks, the most important first, and two shapes measured from the start; their C' is C / 4.
 FEEDS = {
     "facts": [
         NETWORKS[0],
@@ -19,7 +18,7 @@ FEEDS = {
     "networks": NETWORKS[1:],
 }
 QUICK = {"facts": [Feed("small", 16, (14, 14), 8, 2)]}
-CPU_BATCH = {  # of the others 16
+CPU_BATCH = {  # 16 for the others
     "EncNet-R50 at 480": 2,
     "EncNet-R50 at 769": 2,
     "seresnet50, stage 2, C / 4": 32,
@@ -29,7 +28,7 @@ CPU_BATCH = {  # of the others 16
 
 
 class Sweep(NamedTuple):
-    """One size at a time about a middle."""
+    """Vary one size at a time about a middle."""
 
     batch: int
     middle: tuple[int, int, int]  # side of the map, D, K
@@ -46,7 +45,7 @@ QUICK_SWEEP = Sweep(3, (9, 16, 4), (9,), (16,), (4,))
 
 
 class Problem(NamedTuple):
-    """A shape, and why it is measured."""
+    """Hold a shape, and the reason to measure it."""
 
     group: str
     source: str
@@ -55,14 +54,14 @@ class Problem(NamedTuple):
 
 
 def problems(device: str, quick: bool = False) -> list[Problem]:
-    """All shapes for a device, each once; on a CPU the first three with saturated assignments too."""
+    """Return all shapes for a device, each once; on a CPU the first three with saturated assignments too."""
     found = []
     for group, feeds in (QUICK if quick else FEEDS).items():
         for feed in feeds:
             batch = CPU_BATCH.get(feed.source, 16) if device == "cpu" else feed.batch
             shape = batch, feed.spatial[0] * feed.spatial[1], feed.channels, feed.num_codes
             found.append(Problem(group, feed.source, shape, feed.spatial))
-    if device == "cpu" and not quick:  # where a product with a subnormal number can take 20 times as long
+    if device == "cpu" and not quick:  # a product with a subnormal number can take 20 times as long on a CPU
         found += [each._replace(group="saturated", source=f"{each.source}, saturated") for each in found[:3]]
     batch, (side, D, K), sides, channels, num_codes = QUICK_SWEEP if quick else SWEEPS[device]
     sizes = [(other, D, K) for other in sides] + [(side, other, K) for other in channels]

@@ -1,18 +1,18 @@
-"""What the swap costs whole networks: shipped, swapped, and without their SE blocks; and EncNet against FCN and DeepLabV3.
+"""Measure the swap's cost for whole networks: original, swapped, and without SE blocks; and EncNet against FCN and DeepLabV3.
 
     python -m benchmarks.swap [--device cuda] [--networks seresnet50 ...] [--seconds 300] [--out results/swap_<device>.json]
 
 Training is a step of forward, loss, backward and SGD with momentum; inference is forward in eval mode, and once more with the
 ContextEncoding blocks fused by timm's reparameterize_model. AMP (bf16, fp16) is autocast, without a gradient scaler. All variants
 of a network start from the same weights and take the same images; their calls are interleaved, in random order in every round.
-Memory is the peak of a step or a forward: parameters, buffers, momentum and the batch, and what PyTorch's allocator gave on top of
-them. Ratios are to the network as it is shipped, for EncNet to the FCN with a head of the same width; above 1 costs more. MACs are
-those of convolutions and matrix products in the inference of one image.
+Memory is the peak of a step or a forward: parameters, buffers, momentum and the batch, plus the allocations of PyTorch's
+allocator. Ratios are relative to the original network, for EncNet to the FCN with a head of the same width; above 1 costs more.
+MACs count convolutions and matrix products in the inference of one image.
 
-On a GPU a time is that of replays of a CUDA graph, where one can be captured, and ContextEncoding takes the Triton kernels unless
---backend says otherwise. No table is begun that may end after --seconds; the most important come first. The default on a CPU (about
-20 minutes on two cores) has every network in eager mode, fp32 and channels last, and the other settings for the main variants of
-the first network alone.
+On a GPU a time is that of CUDA graph replays, if a graph can be captured, and ContextEncoding takes the Triton kernels unless
+--backend says otherwise. A table starts only if it should end within --seconds; the most important come first. The default on a CPU
+(about 20 minutes on two cores) has every network in eager mode, fp32 and channels last, and the other settings only for the main
+variants of the first network.
 """
 
 import argparse
@@ -38,20 +38,20 @@ from benchmarks.record import Record
 from benchmarks.swap_rows import Row, Setting, add_ratios, line, markdown, title
 from benchmarks.timing import Call, Timer, cpu_timer, cuda_timer, first_line, interleaved, spread
 
-__all__ = ["markdown"]  # what shows a result of this benchmark
+__all__ = ["markdown"]  # formats a result of this benchmark
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("eager", "compile")
 LAYOUTS = {"channels_last": True, "contiguous": False}
 BATCH = {"cpu": 4, "cuda": 64}
-ENCNET_BATCH = {"cpu": 2, "cuda": 8}  # of training steps five graphs are held at once, each with its own memory
+ENCNET_BATCH = {"cpu": 2, "cuda": 8}  # five training graphs are held at once, each with its own memory
 SECONDS = {"cpu": 1800, "cuda": 300}
-COMPILING = 100.0  # seconds of a table; for three variants of test_efficientnet on two busy cores
-LEARNING_RATE = 1e-4  # low enough that the weights of hundreds of steps stay finite
+COMPILING = 100.0  # seconds per table; for three variants of test_efficientnet on two busy cores
+LEARNING_RATE = 1e-4  # low enough to keep the weights finite over hundreds of steps
 
 
 class Table(NamedTuple):
-    """All variants of a network at one setting, or those named."""
+    """Name the variants of a network at one setting; None for all."""
 
     network: str
     setting: Setting
@@ -59,7 +59,7 @@ class Table(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A row, the network that it is about, and what is called to run it."""
+    """Hold a row, its network, and the function that runs it."""
 
     row: Row
     model: nn.Module
@@ -75,7 +75,7 @@ IMPORTANCE = {
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
-    """What was asked for by name, the most important first; nothing where no name was given."""
+    """Return the requested settings, the most important first; empty without a request."""
     if not (args.modes or args.precisions or args.layouts):
         return []
     layouts = [LAYOUTS[name] for name in args.layouts or ["channels_last"]]
@@ -85,10 +85,10 @@ def settings(args: argparse.Namespace) -> list[Setting]:
 
 
 def tables(args: argparse.Namespace) -> list[Table]:
-    """All tables, the most important first."""
+    """Return all tables, the most important first."""
 
     def table(network: str, setting: Setting, names: Sequence[str] | None = None) -> Table:
-        main = networks.MAIN if setting.mode == "compile" else None  # all would be minutes of compilation
+        main = networks.MAIN if setting.mode == "compile" else None  # all would take minutes to compile
         return Table(network, setting, args.variants or names or main)
 
     if chosen := settings(args):
@@ -111,28 +111,28 @@ def tables(args: argparse.Namespace) -> list[Table]:
 
 @contextmanager
 def failing_alone(row: Row) -> Iterator[None]:
-    """What goes wrong with a row is told in the row, and the others go on."""
+    """Write a row's failure into the row, and go on with the others."""
     try:
         yield
-    except Exception as failure:  # a compiler's own error is of any type
-        if "CUDA error" in str(failure):  # after which this process can use the GPU no more
+    except Exception as failure:  # a compiler raises any type
+        if "CUDA error" in str(failure):  # the process can no longer use the GPU after it
             raise
         row["failed"] = first_line(failure)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all of them."""
+    """Return the bytes of all tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
-    """The precision's autocast; without the cache of casts, which no CUDA graph can hold."""
+    """Return the precision's autocast; without the cast cache, which a CUDA graph cannot hold."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
 
 
 def training(entry: Entry, images: Tensor, targets: Tensor) -> tuple[Call, int]:
-    """A step, and the bytes that are there before it and after it; the step has run once."""
+    """Make a training step, and return it with the bytes before and after it; the step has run once."""
     model, precision = entry.model.train(), entry.row["precision"]
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     loss = networks.loss_of(entry.row["network"])
@@ -150,7 +150,7 @@ def training(entry: Entry, images: Tensor, targets: Tensor) -> tuple[Call, int]:
 
 
 def inference(entry: Entry, images: Tensor, _: Tensor) -> tuple[Call, int]:
-    """A forward, and the bytes that are there before it and after it; it has run once."""
+    """Make a forward, and return it with the bytes before and after it; it has run once."""
     model, precision = entry.model.eval(), entry.row["precision"]
 
     def forward() -> Any:
@@ -165,7 +165,7 @@ CALLS = {"training": training, "inference": inference}
 
 
 def timer_of(entry: Entry, direction: str, batch: tuple[Tensor, Tensor], device: str) -> Timer:
-    """The timer of a row in one direction; what it takes of memory goes into the row."""
+    """Make the timer of a row in one direction, and add its memory to the row."""
     call, held = CALLS[direction](entry, *batch)
     entry.row[f"{direction}_peak_bytes"] = held + peak_bytes(call, device)
     if device == "cpu":
@@ -175,7 +175,7 @@ def timer_of(entry: Entry, direction: str, batch: tuple[Tensor, Tensor], device:
 
 
 def add_times(entries: list[Entry], direction: str, batch: tuple[Tensor, Tensor], device: str, rounds: int) -> None:
-    """Times and memory of all rows in one direction."""
+    """Measure times and memory of all rows in one direction."""
     timers: dict[str, Timer] = {}
     rows = {title(entry.row): entry.row for entry in entries}
     for entry in entries:
@@ -188,7 +188,7 @@ def add_times(entries: list[Entry], direction: str, batch: tuple[Tensor, Tensor]
 
 
 def enter(row: Row, make: Callable[[], nn.Module], device: str) -> Entry | None:
-    """A network on its device, in its layout and, where asked for, compiled; None where that fails."""
+    """Move a network to its device and layout and, on request, compile it; None if this fails."""
     with failing_alone(row):
         model = make()
         row["reduction"] = networks.reduction(model)
@@ -198,13 +198,14 @@ def enter(row: Row, make: Callable[[], nn.Module], device: str) -> Entry | None:
         model = model.to(device, memory_format=layout)
         if row["mode"] == "eager":
             return Entry(row, model, model)
-        # As the first network in a process is compiled: else sizes in which the variants differ would be taken for dynamic ones.
+        # Compile like the first network in a process: otherwise sizes that differ between variants would become
+        # dynamic.
         return Entry(row, model, torch.compile(model, dynamic=False))
     return None
 
 
 def measure(table: Table, args: argparse.Namespace) -> list[Row]:
-    """One table: every variant of a network at one setting."""
+    """Measure one table: every variant of a network at one setting."""
     torch._dynamo.reset()
     torch.manual_seed(args.seed)
     size = args.size or networks.image_size(table.network)
@@ -226,7 +227,9 @@ def measure(table: Table, args: argparse.Namespace) -> list[Row]:
     for place, (name, change) in enumerate(networks.changes(first).items()):
         if not place or not table.names or name in table.names:
             add(name, False, partial(networks.variant, first, change))
-    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):  # never eager in silence
+    with torch._dynamo.config.patch(
+        recompile_limit=256, fail_on_recompile_limit_hit=True
+    ):  # never fall back to eager silently
         add_times([entry for _, entry in made if entry], "training", (images, targets), args.device, rounds)
         for row, entry in list(made):
             if entry and "failed" not in row and networks.fuses(entry.model):
@@ -287,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, start: float) -> None:
-    """All tables that fit into the time, from start on."""
+    """Measure all tables that fit into the time, from start on."""
     correctness = check_operator(args.device)
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     record = Record(

@@ -1,13 +1,13 @@
-"""Does context encoding in place of SE make a classifier better? Networks trained from the start, at equal parameters.
+"""Test whether context encoding in place of SE improves a classifier: networks trained from scratch, at equal parameters.
 
     python -m benchmarks.swap_accuracy [--quick] [--data digits fashion_mnist] [--data-dir PATH]
 
-Each arm of benchmarks.swap_training is a kind of block in a small residual network: by the start of the codebook, the pool, a
-coarser map, the aggregation and the number of codewords. In one seed all arms see the same images in the same order for as many
-steps, and start alike outside the blocks. Each arm takes the learning rate with the least cross entropy on images that are held out
-of the training set, over the first seeds. Written: every training with its curves, each arm minus SE of the same seed with 95 %
-intervals, accuracy at other sizes of the images, and a figure. Every training is a file in --runs: a run that is stopped goes on
-where it was, and arms and seeds can be added.
+Each arm of benchmarks.swap_training is a kind of block in a small residual network: by the start of the codebook, the
+pool, a coarser map, the aggregation and the number of codewords. For one seed, all arms see the same images in the same
+order for as many steps, and have the same initial weights outside the blocks. Each arm takes the learning rate with the
+least cross entropy on images held out of the training set, over the first seeds. It writes every training with its
+curves, each arm minus SE of the same seed with 95 % intervals, accuracy at other image sizes, and a figure. Every
+training is a file in --runs: a stopped run resumes, and arms and seeds can be added.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from scipy.stats import t as student
 from benchmarks.forms import check_operator
 from benchmarks.record import RESULTS, Record, read
 from benchmarks.swap_training import ARMS, BUDGETS, QUICK, SE, Arm, Budget, choose_lr, part, read_part
-from ctxenc.training.segmentation.report import spread
+from ctxenc.training.segmentation.segment_report import spread
 
 Row = dict[str, Any]
 
 LRS = (0.003, 0.01, 0.03)
 SEEDS = {"digits": 10, "fashion_mnist": 5}
-TUNED = {"digits": 2, "fashion_mnist": 1}  # seeds that the learning rate is chosen on
+TUNED = {"digits": 2, "fashion_mnist": 1}  # seeds for choosing the learning rate
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 COLOURS = {"none": "#999999", "se": "#000000", "paper": "#E69F00", "spread": "#0072B2"}
 DASHES = {"paper": "--", "spread": "-"}
@@ -45,7 +45,7 @@ DASHES = {"paper": "--", "spread": "-"}
 def train_arms(
     arms: Iterable[Arm], budget: Budget, seeds: int, lrs: tuple[float, ...], folder: str, runs: Path
 ) -> list[Row]:
-    """Choose the learning rate of every arm, then train every seed; give the parts at the chosen learning rates."""
+    """Choose the learning rate of every arm, then train every seed; return the parts at the chosen learning rates."""
     arms = list(arms)
     tuned = range(min(seeds, TUNED[budget.data]))
     chosen: dict[str, float] = {}
@@ -62,7 +62,7 @@ def train_arms(
 
 
 def finished(arms: Iterable[Arm], budget: Budget, seeds: int, lrs: tuple[float, ...], runs: Path) -> list[Row]:
-    """The rows of what train_arms has trained so far: arms with all of their learning rates, seeds as they are there."""
+    """Return the finished rows of train_arms: arms with all of their learning rates, and the seeds present so far."""
     rows = []
     for arm in arms:
         rates = [(lr, seed) for seed in range(min(seeds, TUNED[budget.data])) for lr in lrs]
@@ -75,12 +75,12 @@ def finished(arms: Iterable[Arm], budget: Budget, seeds: int, lrs: tuple[float, 
 
 
 def of_arm(rows: list[Row], name: str) -> dict[int, Row]:
-    """The rows of an arm by seed."""
+    """Return the rows of an arm by seed."""
     return {row["seed"]: row for row in rows if row["arm"] == name}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and the reach of its 95 % interval of Student's t to either side; infinite for one value."""
+    """Return the mean, and the half-width of its 95 % interval of Student's t; infinite for one value."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, float("inf")
@@ -88,7 +88,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def differences(rows: list[Row], name: str, reference: str, key: str = "accuracy", scale: str = "") -> list[float]:
-    """An arm minus another, seed by seed, on the test images; at another size of them where `scale` names it."""
+    """Subtract one arm from another, seed by seed, on the test images, or at their size `scale`."""
     own, other = of_arm(rows, name), of_arm(rows, reference)
 
     def measure(row: Row) -> float:
@@ -98,7 +98,7 @@ def differences(rows: list[Row], name: str, reference: str, key: str = "accuracy
 
 
 def show(values: list[float], unit: float, digits: int) -> str:
-    """Mean and 95 % interval in words."""
+    """Format mean and 95 % interval."""
     if not values:
         return ""
     mean, reach = interval([unit * value for value in values])
@@ -111,7 +111,7 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def accuracy_table(rows: list[Row]) -> str:
-    """Every arm of one data set: test accuracy, and minus SE of C / 4 and the SE of about as many parameters."""
+    """Return every arm of one data set: test accuracy, and its difference to SE of C / 4 and to SE of about as many parameters."""
     header = [
         "block",
         "parameters",
@@ -139,7 +139,7 @@ def accuracy_table(rows: list[Row]) -> str:
 
 
 def size_table(rows: list[Row]) -> str:
-    """Accuracy in per cent, and points minus SE, at other sizes of the test images, relative to the size of training."""
+    """Return accuracy in per cent, and points minus SE, at other sizes of the test images, relative to the size of training."""
     scales = list(rows[0]["scales"])
     lines = []
     for name in dict.fromkeys(row["arm"] for row in rows):
@@ -153,7 +153,7 @@ def size_table(rows: list[Row]) -> str:
 
 
 def markdown(result: Row) -> str:
-    """The tables of every data set."""
+    """Return the tables of every data set."""
     texts = []
     for data in dict.fromkeys(row["data"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["data"] == data]
@@ -162,7 +162,7 @@ def markdown(result: Row) -> str:
 
 
 def _draw_differences(ax: Axes, rows: list[Row]) -> None:
-    """A dot for each seed of each arm minus SE, and the mean with its interval."""
+    """Draw a dot for each seed of each arm minus SE, and the mean with its interval."""
     names = [name for name in dict.fromkeys(row["arm"] for row in rows) if name != SE.name]
     for place, name in enumerate(names):
         arm = ARMS[name]
@@ -176,14 +176,14 @@ def _draw_differences(ax: Axes, rows: list[Row]) -> None:
         ax.errorbar(mean, place, xerr=shown, color=colour, marker="o", markersize=5, capsize=3)
     dots = [100 * value for name in names for value in differences(rows, name, SE.name)]
     ax.axvline(0, color="black", linewidth=1)
-    ax.set_xlim(min([-1.0, *dots]) * 1.1, max([1.0, *dots]) * 1.1)  # intervals of few seeds run out of it
+    ax.set_xlim(min([-1.0, *dots]) * 1.1, max([1.0, *dots]) * 1.1)  # intervals of few seeds exceed it
     ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlabel="test accuracy minus SE's (C/4), points")
     ax.set_yticklabels(names, fontsize=8)
     ax.grid(axis="x", color="#EEEEEE")
 
 
 def _shown(rows: list[Row]) -> list[str]:
-    """The arms whose lines are drawn: SE, and equal parameters with the whole map."""
+    """Return the arms with a drawn line: SE, and equal parameters with the whole map."""
     names = dict.fromkeys(row["arm"] for row in rows)
     return [name for name in names if name == SE.name or (ARMS[name].width == "equal" and not ARMS[name].coarse)]
 
@@ -200,7 +200,7 @@ def _line(ax: Axes, name: str, xs: list[float], ys: list[float]) -> None:
 
 
 def picture(result: Row) -> Figure:
-    """A row a data set: differences to SE, curves of the held-out images, and accuracy against the size of the images."""
+    """Draw a row per data set: differences to SE, curves of the held-out images, and accuracy against image size."""
     names = list(dict.fromkeys(row["data"] for row in result["rows"]))
     figure, axes = plt.subplots(len(names), 3, figsize=(15, 5 * len(names)), squeeze=False, layout="constrained")
     for line, data in zip(axes, names, strict=True):

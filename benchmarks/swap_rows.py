@@ -1,4 +1,4 @@
-"""The rows of benchmarks.swap: the settings that they are of, their ratios, and how they are shown."""
+"""Describe the rows of benchmarks.swap: their settings, their ratios, and their display."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """How networks are run."""
+    """Hold a network's run settings."""
 
     mode: str = "eager"
     precision: str = "fp32"
@@ -18,33 +18,41 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Describe the setting in words."""
         mode = {"compile": "torch.compile"}.get(self.mode, self.mode)
         return f"{mode}, {self.precision}, channels {'last' if self.channels_last else 'first'}"
 
 
 def setting_of(row: Row) -> Setting:
-    """The setting of a row."""
+    """Return the setting of a row."""
     return Setting(row["mode"], row["precision"], row["channels_last"])
 
 
 def of_first_setting(result: dict[str, Any]) -> list[Row]:
-    """The rows at the setting that a result begins with: that of its pictures and of its table."""
+    """Select the rows at a result's first setting, used for its pictures and table."""
     return [row for row in result["rows"] if setting_of(row) == setting_of(result["rows"][0])]
 
 
 def title(row: Row) -> str:
-    """A row's name within its table."""
+    """Return a row's name within its table."""
     return row["variant"] + (", fused" if row["fused"] else "")
 
 
+def named(row: Row) -> str:
+    """Name the variant for readers: "own, mean, 14" is "ContextEncoding (C/16), max_size 14"."""
+    width, _, rest = row["variant"].partition(", mean")
+    if width not in ("own", "1/4"):
+        return row["variant"]
+    return f"ContextEncoding ({row['reduction']}){rest.replace(', ', ', max_size ')}"
+
+
 def peak_of(row: Row) -> str:
-    """The memory by which rows are compared: that of training, of inference for fused ones, which are not trained."""
+    """Return the memory for comparing rows: of training, or of inference for fused ones, which are not trained."""
     return "inference_peak_bytes" if row["fused"] else "training_peak_bytes"
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """How the rows compare with the first of them."""
+    """Add the ratios of the rows to the first row."""
     base = rows[0]
     for row in rows:
         row["compared_with"] = base["variant"]
@@ -56,7 +64,7 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def line(row: Row) -> str:
-    """A row for reading."""
+    """Format a row."""
     head = f"{row['network']:<18} {row['mode']:<7} {row['precision']} {'last ' if row['channels_last'] else 'first'}"
     parts = [f"{head} {title(row):<30}"]
     if "n_macs" in row:
@@ -72,7 +80,7 @@ def line(row: Row) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of a result, as the README shows it: the main variants, at the setting that it begins with."""
+    """Return a result's table for the README: the main variants, at its first setting."""
     rows = [row for row in of_first_setting(result) if row["variant"] in networks.MAIN]
     fused = {(row["network"], row["variant"]): row for row in rows if row["fused"]}
     lines = []
@@ -84,7 +92,7 @@ def markdown(result: dict[str, Any]) -> str:
             inference += f", fused {other['inference_ratio']:.2f}"
         cells = [
             f"{row['network']}, {row['batch']} at {row['size']}",
-            row["variant"].replace("own", f"own ({row['reduction']})"),
+            named(row),
             f"{row['n_parameters'] / 1e6:.1f} M",
             f"{row['n_macs'] / 1e9:.2f} G",
             f"{row['training_ratio']:.2f}",
@@ -94,7 +102,10 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     environment = result["environment"]
     versions = environment["versions"]
-    machine = environment["gpu"] or f"{environment['processor']}, {environment['threads']} threads"
+    machine = (
+        environment["gpu"]
+        or f"{environment['processor']}, {environment['threads']} thread{'s' * (environment['threads'] > 1)}"
+    )
     return "\n".join(
         [
             "| network, batch | variant | parameters | MACs | training | inference | memory of training |",

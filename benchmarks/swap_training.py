@@ -1,4 +1,4 @@
-"""The parts of benchmarks.swap_accuracy: arms, data, and the training of one network, whose result is one JSON file."""
+"""Define the parts of benchmarks.swap_accuracy: arms, data, and the training of one network, with a JSON file as its result."""
 
 import json
 import math
@@ -28,22 +28,22 @@ from ctxenc.viz.usage import UsageSum
 CHANNELS = (16, 32, 64)
 BATCH = 64
 SCALES = (0.75, 1.0, 1.25, 1.5, 2.0)
-AT_SCALES = 1000  # test images at each size at most: size 2 takes four times as long as size 1
+AT_SCALES = 1000  # most test images per size: size 2 takes four times as long as size 1
 WEIGHT_DECAY = 0.05
-AGREEMENT = 0.03  # by which parameters of arms at equal parameters may differ
+AGREEMENT = 0.03  # most difference in parameters between arms at equal parameters
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A kind of block.
+    """Describe a kind of block.
 
     Attributes:
         block: "none", "se" or "context".
-        width: "quarter": C' = C / 4. "equal": the width at which the network has about as many parameters as with SE of C / 4.
-            "wide": of SE alone, as many as the "concat" block at C / 4.
-        start: of ContextEncoding, and so are the others.
-        pool: likewise.
-        aggregation: likewise.
+        width: "quarter": C' = C / 4. "equal": the network has about as many parameters as with SE of C / 4. "wide", for SE alone:
+            as many as the "concat" block at C / 4.
+        start: argument of ContextEncoding.
+        pool: argument of ContextEncoding.
+        aggregation: argument of ContextEncoding.
         coarse: max_size is a quarter of the images' side.
     """
 
@@ -57,7 +57,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As it is called in tables and file names."""
+        """Return its name in tables and file names."""
         if self.block != "context":
             return {"none": "no attention", "se": "SE"}[self.block] + (", wide" if self.width == "wide" else "")
         parts = [self.pool, self.start, *(["sum"] if self.aggregation == "sum" else [])]
@@ -67,7 +67,7 @@ class Arm:
 
     @property
     def reference(self) -> str:
-        """The SE arm that it is compared with: the one of as many parameters where there is one, else that of C / 4."""
+        """Return the SE arm for comparison: of as many parameters if there is one, else of C / 4."""
         return SE_WIDE.name if self.pool == "concat" and self.width == "quarter" else SE.name
 
 
@@ -75,16 +75,16 @@ NONE, SE, SE_WIDE = Arm("none"), Arm("se"), Arm("se", "wide")
 EQUAL = [Arm("context", "equal", start, pool) for pool in ("mean", "concat") for start in ("paper", "spread")]
 QUARTER = [replace(arm, width="quarter") for arm in EQUAL]
 COARSE = [replace(arm, coarse=True) for arm in (*EQUAL, *QUARTER)]
-SUM = [replace(arm, aggregation="sum") for arm in EQUAL[:2]]  # concat normalises: a sum is the same there
+SUM = [replace(arm, aggregation="sum") for arm in EQUAL[:2]]  # concat normalises, so a sum gives the same there
 FEWER = [replace(arm, num_codes=4) for arm in EQUAL[2:]]  # the same parameters in fewer codewords of more channels
-# In the order in which they are trained.
+# In training order.
 ARMS = {arm.name: arm for arm in (SE, *EQUAL, SE_WIDE, *QUARTER[2:], *SUM, *FEWER, NONE, *QUARTER[:2], *COARSE)}
 QUICK = (SE.name, EQUAL[1].name, EQUAL[3].name)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a network is trained on a data set, and on how many of its images."""
+    """Set the length of training on a data set, and the number of images."""
 
     data: str
     train: int
@@ -94,7 +94,7 @@ class Budget:
 
     @property
     def name(self) -> str:
-        """Of the folder of its parts."""
+        """Name the folder of its parts."""
         return f"{self.data}-{self.train}-{self.epochs}"
 
 
@@ -106,7 +106,7 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Task:
-    """Images (N, 1, H, W) and labels of three disjoint sets."""
+    """Hold images (N, 1, H, W) and labels of three disjoint sets."""
 
     train: tuple[Tensor, Tensor]
     held_out: tuple[Tensor, Tensor]
@@ -114,7 +114,7 @@ class Task:
 
 
 def digits(budget: Budget, seed: int, folder: str = "") -> Task:
-    """1797 handwritten digits, enlarged to 16 x 16; every seed draws another two fifths as the test set."""
+    """Load 1797 handwritten digits, enlarged to 16 x 16; every seed draws another two fifths as the test set."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     images = F.interpolate(images, budget.size, mode="bilinear", antialias=True)
@@ -123,7 +123,7 @@ def digits(budget: Budget, seed: int, folder: str = "") -> Task:
 
 
 def fashion_mnist(budget: Budget, seed: int, folder: str) -> Task:
-    """Fashion-MNIST: every seed draws its training and held-out images of the 60,000; the test set is the 10,000."""
+    """Load Fashion-MNIST: every seed draws its training and held-out images of the 60,000; the test set is the 10,000."""
     (images, labels), test = (_fashion(folder, split) for split in ("train", "val"))
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
     task = _task(images[order], labels[order], budget, len(images))
@@ -149,18 +149,19 @@ TASKS: dict[str, Callable[[Budget, int, str], Task]] = {"digits": digits, "fashi
 
 
 def parameters(network: nn.Module) -> int:
-    """The number of trained values."""
+    """Count the trained values."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def build(make: Callable[..., nn.Module] | None) -> ResNet:
-    """A residual network for small grey images: three stages of two basic blocks, widths 16, 32 and 64, strides 1, 2 and 2.
+    """Build a residual network for small grey images: three stages of two basic blocks, widths 16, 32 and 64, strides 1, 2
+    and 2.
 
     Args:
-        make: Makes the attention block of its channels; None for none.
+        make: Makes the attention block from its channels; None for no attention.
     """
     layer = None if make is None else (lambda channels, **_: make(channels))
-    # A deep stem of width 8 ends in 16 channels; one convolution takes the place of its three.
+    # A deep stem of width 8 ends in 16 channels; one convolution replaces its three.
     shape = {"channels": (*CHANNELS, CHANNELS[-1]), "stem_type": "deep", "stem_width": CHANNELS[0] // 2}
     network = ResNet(BasicBlock, (2, 2, 2, 0), 10, 1, **shape, block_args={"attn_layer": layer})
     network.conv1 = nn.Conv2d(1, CHANNELS[0], 3, padding=1, bias=False)
@@ -169,7 +170,7 @@ def build(make: Callable[..., nn.Module] | None) -> ResNet:
 
 
 def maker(arm: Arm, size: int, share: float) -> Callable[..., nn.Module] | None:
-    """Makes an arm's block, of C' = C * share."""
+    """Return a function that makes an arm's block, with C' = C * share."""
     if arm.block == "none":
         return None
     if arm.block == "se":
@@ -183,7 +184,7 @@ def maker(arm: Arm, size: int, share: float) -> Callable[..., nn.Module] | None:
 
 
 def count_parameters(arm: Arm, share: float) -> int:
-    """The parameters of the network of an arm whose blocks have C' = C * share."""
+    """Count the parameters of an arm's network with blocks of C' = C * share."""
     make = maker(replace(arm, start="paper"), 28, share)
     with torch.device("meta"):
         blocks = [] if make is None else [make(channels) for channels in CHANNELS]
@@ -197,10 +198,10 @@ def _parameters_outside() -> int:
 
 @cache
 def solve_share(arm: Arm) -> float:
-    """C' / C of an arm: 1/4, or that at which its network comes nearest to the parameters that its width names.
+    """Return C' / C of an arm: 1/4, or the share at which its network is nearest to the parameter count of its width.
 
     Raises:
-        AssertionError: None comes within 3 %.
+        AssertionError: No share comes within 3 %.
     """
     if arm.width == "quarter" or arm.block == "none":
         return 1 / 4
@@ -215,7 +216,7 @@ def solve_share(arm: Arm) -> float:
 
 
 def start_network(arm: Arm, size: int, seed: int) -> ResNet:
-    """The network of an arm; its layers outside the blocks start alike in all arms of one seed."""
+    """Build an arm's network; all arms of one seed have the same initial layers outside the blocks."""
     torch.manual_seed(seed)
     plain = build(None).state_dict()
     network = build(maker(arm, size, solve_share(arm)))
@@ -224,7 +225,7 @@ def start_network(arm: Arm, size: int, seed: int) -> ResNet:
 
 
 def evaluate(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and cross entropy."""
+    """Return accuracy and cross entropy."""
     network.eval()
     with torch.inference_mode():
         logits = torch.cat([network(batch) for batch in images.split(250)])
@@ -233,7 +234,7 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, fl
 
 
 def at_scales(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
-    """What evaluate() gives at each size of the images."""
+    """Run evaluate() at each image size."""
     images, labels = images[:AT_SCALES], labels[:AT_SCALES]
     resize = partial(F.interpolate, images, mode="bilinear", antialias=True)
     sized = {scale: images if scale == 1 else resize(round(scale * images.shape[-1])) for scale in SCALES}
@@ -241,7 +242,7 @@ def at_scales(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, d
 
 
 def codebook_bits(network: nn.Module, images: Tensor) -> list[float]:
-    """The bits that each codebook tells pixels apart by: usage entropy minus the mean entropy of a pixel's weights."""
+    """Return the bits by which each codebook tells pixels apart: usage entropy minus the mean entropy of a pixel's weights."""
     sums: dict[str, UsageSum] = {}
 
     def add(name: str, layer: Encoding, x: tuple[Tensor, ...]) -> None:
@@ -260,9 +261,9 @@ def codebook_bits(network: nn.Module, images: Tensor) -> list[float]:
 
 
 def train_epochs(network: nn.Module, task: Task, epochs: int, lr: float, seed: int) -> Iterator[dict[str, Any]]:
-    """Train with AdamW and a cosine from lr to 0 after a warm-up of a tenth of the steps; give both splits after each epoch.
+    """Train with AdamW and a cosine from lr to 0 after a warm-up of a tenth of the steps; return both splits' measures per epoch.
 
-    The measures of the training split are means over the epoch's batches as they were seen.
+    The measures of the training split are means over the epoch's batches during training.
     """
     images, labels = task.train
     groups = param_groups_weight_decay(
@@ -290,7 +291,7 @@ def train_epochs(network: nn.Module, task: Task, epochs: int, lr: float, seed: i
 
 
 def train_part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str) -> dict[str, Any]:
-    """Train one network; give what it measured, ready for JSON."""
+    """Train one network; return its measures, ready for JSON."""
     task = TASKS[budget.data](budget, seed, folder)
     network = start_network(arm, budget.size, seed)
     curves = list(train_epochs(network, task, budget.epochs, lr, seed))
@@ -312,10 +313,10 @@ def train_part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str) -> d
 
 
 def part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str, runs: Path) -> dict[str, Any]:
-    """Read the result of a training, or train and write it; a file is there whole or not at all.
+    """Read the result of a training, or train and write it; the write is atomic.
 
     Raises:
-        SystemExit: The file is there and of another budget.
+        SystemExit: The file has another budget.
     """
     found = read_part(arm, budget, lr, seed, runs)
     if found is None:
@@ -329,16 +330,16 @@ def part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str, runs: Path
 
 
 def part_path(arm: Arm, budget: Budget, lr: float, seed: int, runs: Path) -> Path:
-    """The file of a training."""
+    """Return the file of a training."""
     words = "-".join(re.findall(r"\w+", arm.name))
     return runs / budget.name / f"{words}-{lr:g}-{seed}.json"
 
 
 def read_part(arm: Arm, budget: Budget, lr: float, seed: int, runs: Path) -> dict[str, Any] | None:
-    """Read the result of a training; None where there is none.
+    """Read the result of a training; None if it is missing.
 
     Raises:
-        SystemExit: It is of another budget.
+        SystemExit: The file has another budget.
     """
     path = part_path(arm, budget, lr, seed, runs)
     if not path.exists():
@@ -350,7 +351,7 @@ def read_part(arm: Arm, budget: Budget, lr: float, seed: int, runs: Path) -> dic
 
 
 def choose_lr(parts: list[dict[str, Any]]) -> float:
-    """The learning rate with the least cross entropy on held-out images, of parts that differ in seed and learning rate."""
+    """Return the learning rate with the least cross entropy on held-out images, from parts that differ in seed and rate."""
     rates = dict.fromkeys(each["lr"] for each in parts)
 
     def held_out(lr: float) -> float:

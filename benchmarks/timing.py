@@ -1,4 +1,4 @@
-"""Milliseconds of a call, by the clock on a CPU and by events around replays of a CUDA graph on a GPU; and calls interleaved."""
+"""Measure milliseconds of a call, by the clock on a CPU and by events around CUDA graph replays on a GPU; interleave calls."""
 
 import itertools
 import math
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
-Timer = Callable[[], float]  # runs once, gives milliseconds
+Timer = Callable[[], float]  # runs once, returns milliseconds
 
 REPLAYED_MS = 2.0  # between two events: launching the first graph takes some 10 us, half a percent of it
-CPU_CACHE_BYTES = 2**25  # where the system does not tell
+CPU_CACHE_BYTES = 2**25  # if the system does not report it
 COPIES_AT_MOST = (
-    2000  # enough for all but tiny shapes, which need no more: a CUDA graph of as many calls takes long to capture
+    2000  # enough for all but tiny shapes, which need no more: a CUDA graph of this many calls takes long to capture
 )
 
 
 def interleaved(
     timers: dict[str, Timer], rounds: int, slow: Collection[str] = (), every: int = 40
 ) -> dict[str, list[float]]:
-    """Milliseconds of each timer, all of them in random order in every round; the slow ones in some rounds only."""
+    """Return milliseconds of each timer, all in random order in every round; the slow ones in some rounds only."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = random.Random(0)
     for round_ in range(rounds):
@@ -37,7 +37,7 @@ def interleaved(
 
 
 def cpu_timer(call: Call, warm_up: int = 5) -> Timer:
-    """Times single calls."""
+    """Time single calls."""
     for _ in range(warm_up):
         call()
 
@@ -50,15 +50,15 @@ def cpu_timer(call: Call, warm_up: int = 5) -> Timer:
 
 
 def _each(calls: Sequence[Call]) -> list[Any]:
-    """Their results, all there at the end: what a captured call writes would else be written to the same addresses by the next."""
+    """Run all calls and keep all results: a captured graph would otherwise reuse one call's memory for the next."""
     return [call() for call in calls]
 
 
 def _check_no_waiting(call: Call, stream: torch.cuda.Stream) -> None:
-    """A call that waits for the GPU cannot be captured, and one that tries leaves the process unable to draw random numbers.
+    """Check that a call does not wait for the GPU: capturing it would fail and leave the process unable to draw random numbers.
 
     Raises:
-        RuntimeError: it waits.
+        RuntimeError: the call waits.
     """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -70,10 +70,11 @@ def _check_no_waiting(call: Call, stream: torch.cuda.Stream) -> None:
 
 
 def cuda_timer(calls: Sequence[Call]) -> tuple[Timer, str]:
-    """Times a call on a GPU: calls are the same one on different inputs, more together than the cache holds, and run in turn.
+    """Time a call on a GPU: `calls` run in turn, the same call on different inputs, larger together than the cache.
 
     Returns:
-        The timer, and how it times: "graph", or "calls" and why no graph could be captured; then launching may be what takes time.
+        The timer, and its method: "graph", or "calls" and why no graph could be captured; launch time may then
+        dominate.
     """
     stream = torch.cuda.Stream()  # warm-up and capture on the same one, or autograd waits for the other
     stream.wait_stream(torch.cuda.current_stream())
@@ -107,19 +108,19 @@ def cuda_timer(calls: Sequence[Call]) -> tuple[Timer, str]:
 
 
 def first_line(failure: BaseException) -> str:
-    """Its type and the first line of what it says."""
+    """Return its type and the first line of its message."""
     lines = str(failure).strip().splitlines() or [""]
     return f"{type(failure).__name__}: {lines[0][:200]}"
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentiles."""
+    """Return the median and the 20th and 80th percentiles."""
     low, high = statistics.quantiles(times, n=5, method="inclusive")[::3] if len(times) > 1 else (times[0], times[0])
     return {"median": statistics.median(times), "p20": low, "p80": high}
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the last-level cache: a GPU's L2, or the largest that the system names for the first core."""
+    """Return the size of the last-level cache: a GPU's L2, or the largest that the system reports for the first core."""
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -127,7 +128,7 @@ def cache_bytes(device: str) -> int:
 
 
 def copies_beyond_cache(tensor: Tensor, times: float = 4.0) -> int:
-    """Copies of a tensor that together exceed the last-level cache several times."""
+    """Count the copies of a tensor that together exceed the last-level cache several times."""
     wanted = math.ceil(times * cache_bytes(tensor.device.type) / tensor.nbytes)
     return min(max(2, wanted), COPIES_AT_MOST)
 
@@ -138,7 +139,7 @@ def _median_seconds(call: Call, device: str) -> float:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written in a second where a large tensor is copied."""
+    """Return bytes read and written per second while copying a large tensor."""
     nbytes = min(2**31, torch.cuda.mem_get_info()[0] // 4) if device == "cuda" else 8 * cache_bytes(device)
     source = torch.ones(nbytes // 4, device=device)
     target = torch.zeros_like(source)
@@ -146,7 +147,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Flops in a second of a large square product; fp32 on a GPU with tf32 allowed, as the Triton kernels take it."""
+    """Return flops per second of a large square product; fp32 on a GPU with tf32 allowed, as in the Triton kernels."""
     size = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     c = torch.empty_like(a)

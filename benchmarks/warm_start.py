@@ -1,10 +1,11 @@
-"""What a swap in a trained network costs, and what is left of that when the blocks are calibrated first.
+"""Measure the accuracy lost by a swap in a trained network, with and without calibration of the blocks.
 
     python -m benchmarks.warm_start [--quick] [--seeds 5] [--out benchmarks/results/warm_start.json]
 
-An SE network is trained on the embedded photographs, and one on scikit-learn's digits. Then its blocks are swapped, started in each
-of three ways (ctxenc.calibrate), and the network is fine-tuned; beside them the SE network just goes on, with the same images in
-the same order. Written: the accuracy on test images before any step and after every epoch, and a figure of it.
+An SE network is trained on the embedded photographs, and one on scikit-learn's digits. Then its blocks are swapped,
+initialised in each of three ways (ctxenc.calibrate), and the network is fine-tuned; for comparison the SE network
+trains on, with the same images in the same order. It writes the accuracy on test images before any step and after every
+epoch, and a figure.
 """
 
 import argparse
@@ -34,19 +35,19 @@ from benchmarks.forms import check_operator
 from benchmarks.record import RESULTS, Record, read
 from ctxenc.training.data import Samples, build_datasets, eval_transform, train_transform
 from ctxenc.training.metrics import balanced_accuracy
-from ctxenc.training.segmentation.report import spread
+from ctxenc.training.segmentation.segment_report import spread
 from ctxenc.training.settings import resolve
 
 STARTS = ("SE goes on", "calibrated", "neutral", "random")
 COLOURS = {"SE goes on": "#000000", "calibrated": "#0072B2", "neutral": "#E69F00", "random": "#999999"}
 TITLES = {"photographs": "embedded photographs", "digits": "scikit-learn's digits"}
 BATCH = 32
-NETWORK = "mobilenetv3_small_050"  # nine SE blocks in the middle of its blocks, where no shortcut goes round them
+NETWORK = "mobilenetv3_small_050"  # nine SE blocks in the middle of its blocks, without a shortcut around them
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, and how long its network is trained and fine-tuned."""
+    """Hold a data set, and the length of training and fine-tuning."""
 
     name: str
     classes: int
@@ -57,7 +58,7 @@ class Task:
     further: int
 
     def batches(self, epoch: int) -> Iterator[Any]:
-        """The training batches of an epoch, the same whatever is trained."""
+        """Return the training batches of an epoch, the same for every trained network."""
         if isinstance(self.train, Samples):
             self.train.set_epoch(epoch)
         generator = torch.Generator().manual_seed(epoch)
@@ -65,7 +66,7 @@ class Task:
 
 
 def photographs(seed: int, epochs: int, further: int) -> Task:
-    """17 photographs, crops of 64 x 64."""
+    """Load 17 photographs, crops of 64 x 64."""
     settings = resolve({"crop_scale": 0.7})
     data = build_datasets(settings)
     config = {
@@ -89,7 +90,7 @@ def photographs(seed: int, epochs: int, further: int) -> Task:
 
 
 def digits(seed: int, epochs: int, further: int) -> Task:
-    """1797 handwritten digits, enlarged to 32 x 32; another two fifths are the test set for every seed."""
+    """Load 1797 handwritten digits, enlarged to 32 x 32; another two fifths are the test set for every seed."""
     images, labels = load_digits(return_X_y=True)
     images = F.interpolate(torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, scale_factor=4)
     parts = train_test_split(images.expand(-1, 3, -1, -1), torch.tensor(labels), test_size=0.4, random_state=seed)
@@ -102,7 +103,7 @@ TASKS: dict[str, Callable[[int, int, int], Task]] = {"photographs": photographs,
 
 
 def accuracy(network: nn.Module, task: Task) -> float:
-    """Mean over classes of the accuracy on the test set."""
+    """Return the mean over classes of the accuracy on the test set."""
     network.eval()
     predictions, targets = [], []
     with torch.no_grad():
@@ -113,7 +114,7 @@ def accuracy(network: nn.Module, task: Task) -> float:
 
 
 def train(network: nn.Module, task: Task, epochs: range, lr: float) -> Iterator[float]:
-    """Trains with AdamW and a cosine from lr to 0; gives the accuracy after each epoch."""
+    """Train with AdamW and a cosine from lr to 0; return the accuracy after each epoch."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.05)
     steps = len(epochs) * (len(task.train) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -128,7 +129,7 @@ def train(network: nn.Module, task: Task, epochs: range, lr: float) -> Iterator[
 
 
 def measure(task: Task, seed: int, images: int) -> Iterator[dict[str, Any]]:
-    """Trains the SE network, then gives a row for each start."""
+    """Train the SE network, then return a row for each start."""
     torch.manual_seed(seed)
     network = timm.create_model(NETWORK, num_classes=task.classes)
     network.to(memory_format=torch.channels_last)
@@ -153,12 +154,12 @@ def measure(task: Task, seed: int, images: int) -> Iterator[dict[str, Any]]:
 
 
 def by_seed(rows: list[dict[str, Any]], start: str, epoch: int, key: str = "accuracy") -> list[float]:
-    """A measure of one start after an epoch, seed by seed."""
+    """Return a measure of one start after an epoch, seed by seed."""
     return [row[key] for row in rows if (row["start"], row["epoch"]) == (start, epoch) and key in row]
 
 
 def difference(first: list[float], second: list[float]) -> str:
-    """Mean of first - second in points, with the 95 % interval of Student's t over the seeds."""
+    """Return the mean of first - second in points, with the 95 % interval of Student's t over the seeds."""
     pairs = [100 * (a - b) for a, b in zip(first, second, strict=True)]
     mean = statistics.mean(pairs)
     if len(pairs) < 2:
@@ -168,7 +169,7 @@ def difference(first: list[float], second: list[float]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of the README: accuracy in per cent, mean and deviation over seeds, and calibrated minus each other start."""
+    """Return the README's table: accuracy in per cent, mean and deviation over seeds, and calibrated minus each other start."""
     header = [
         "data",
         "start",
@@ -192,7 +193,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def picture(result: dict[str, Any]) -> Figure:
-    """Accuracy against epochs, a panel for each data set; bands are one deviation over the seeds to either side."""
+    """Draw accuracy against epochs, a panel for each data set; bands are one deviation over the seeds to either side."""
     names = list(dict.fromkeys(row["data"] for row in result["rows"]))
     figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 3.8), squeeze=False, layout="constrained")
     for ax, name in zip(axes[0], names, strict=True):

@@ -9,19 +9,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ctxenc
-from ctxenc.training.console import UserError, one_line, say
+from ctxenc.runs.errors import UserError, one_line
+from ctxenc.training.console import say
 
 
 class Command(NamedTuple):
-    """One sub-command: its module is imported only when it is chosen, so that --help stays quick."""
+    """Hold a command's help text and the extra that it needs."""
 
     summary: str
     extra: str
-    room: str = "training"
-
-    def module(self, name: str) -> Any:
-        """The module that runs the command: it has add_arguments(parser) and run(args)."""
-        return importlib.import_module(f"ctxenc.{self.room}.{name}")
 
 
 COMMANDS = {
@@ -33,12 +29,17 @@ COMMANDS = {
     "look": Command("picture which codeword owns which pixel, the use of the codewords, and the gates", "train"),
     "convert": Command("turn PyTorch-Encoding's or mmsegmentation's EncNet into a safetensors file of ours", "train"),
     "inspect": Command("list the SE blocks of a model, with parameters before and after a swap", "train"),
-    "doctor": Command("check the fused kernels on this machine, and time them", "timm", "commands"),
+    "doctor": Command("check the fused kernels on this machine, and time them", "timm"),
 }
 
 
+def module_of(command: str) -> Any:
+    """Import the module of one command, with add_arguments(parser) and run(args). Skip the others to keep --help fast."""
+    return importlib.import_module(f"ctxenc.commands.{command}")
+
+
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser of all commands; only the chosen one gets its arguments."""
+    """Build the parser of all commands; only the chosen one gets its arguments."""
     parser = argparse.ArgumentParser(
         prog="ctxenc",
         description="Context encoding for image backbones.",
@@ -50,7 +51,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         description = command.summary[0].upper() + command.summary[1:] + "."
         sub = commands.add_parser(name, help=command.summary, description=description)
         if name == chosen:
-            command.module(name).add_arguments(sub)
+            module_of(name).add_arguments(sub)
     return parser
 
 
@@ -58,23 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user or a file that the system refuses (one line on stderr), 130 after Ctrl-C,
-        143 after SIGTERM in training, 141 when the reader of the output has gone. With CTXENC_TRACEBACK=1 errors are raised as
-        they are.
+        The exit code: 0; 2 for a user error or a file that the system refuses (one line on stderr); 130 after Ctrl-C; 143 after
+            SIGTERM in training; 141 if the reader of the output has gone. With CTXENC_TRACEBACK=1 errors are raised instead.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     chosen = next((each for each in arguments if not each.startswith("-")), None)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:
         args = build_parser(chosen).parse_args(arguments)
-        COMMANDS[args.command].module(args.command).run(args)
+        module_of(args.command).run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit, which would complain.
+        # The interpreter flushes stdout again at exit and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (UserError, OSError, ModuleNotFoundError, KeyboardInterrupt) as error:
+    except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         message, code = explain(error, chosen)
         if not message or os.environ.get("CTXENC_TRACEBACK") == "1":
             raise
@@ -84,11 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(error: BaseException, chosen: str | None) -> tuple[str, int]:
-    """The line and the exit code for an expected error; an empty line where it is none."""
+    """Return the line and the exit code for an expected error; an empty line for any other."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    if isinstance(error, ModuleNotFoundError):
-        if chosen not in COMMANDS or not error.name or error.name.split(".")[0] == "ctxenc":
+    if isinstance(error, ImportError):
+        if isinstance(error.__cause__, ModuleNotFoundError):  # ctxenc.viz names its own extra
+            error = error.__cause__
+        if (
+            not isinstance(error, ModuleNotFoundError)
+            or chosen not in COMMANDS
+            or not error.name
+            or error.name.split(".")[0] == "ctxenc"
+        ):
             return "", 1
         extra = COMMANDS[chosen].extra
         return f"error: {chosen} needs the package {error.name}: pip install 'ctxenc[{extra}]'", 2

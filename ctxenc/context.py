@@ -1,7 +1,7 @@
-"""The Context-Encoding block, which takes the place of Squeeze-and-Excitation.
+"""Define the Context-Encoding block, a replacement for Squeeze-and-Excitation.
 
-Where SE squeezes a map to its mean, this block encodes it: a learned codebook, a soft assignment of every pixel to it, and the
-sums of residuals, from which the channel gates are computed. EncNet (arXiv 1803.08904), sections 3.1 and 4.3 (the CIFAR block).
+SE squeezes a map to its mean. This block encodes it with a learned codebook: it assigns every pixel softly to the codewords, sums
+the residuals, and computes the channel gates from the sums. EncNet (arXiv 1803.08904), sections 3.1 and 4.3 (the CIFAR block).
 """
 
 import math
@@ -21,10 +21,10 @@ from ctxenc.encoding import (
     check_sizes,
     check_smoothing,
     is_traced,
-    pixels_of,
     spread_codebook,
 )
 from ctxenc.functional import fused_gate, fused_pool, fused_projection, fuses_gate, fuses_pool, fuses_projection
+from ctxenc.kernels.backends import makes_saved_graph
 
 Layer = Callable[..., nn.Module]
 
@@ -35,7 +35,7 @@ GATES: dict[str, Layer] = {
     "identity": nn.Identity,
 }
 POOLS = ("mean", "concat")
-# Of the norm over the codewords. Means over N pixels have 1 / N^2 of the variance of sums: 1e-5 would hide it.
+# For the norm over the codewords. Means over N pixels have 1 / N^2 of the variance of sums: 1e-5 would hide it.
 MEAN_EPS = 1e-10
 
 
@@ -54,16 +54,16 @@ def _gate(layer: str | Layer | nn.Module) -> nn.Module:
 
 
 def reduced_channels(channels: int, rd_ratio: float, rd_divisor: int) -> int:
-    """The multiple of rd_divisor nearest to channels * rd_ratio, one rd_divisor at least: timm's rule for SE."""
+    """Return the multiple of rd_divisor nearest to channels * rd_ratio, at least one rd_divisor: timm's rule for SE."""
     return max(rd_divisor, int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor)
 
 
 def check_ratio(name: str, rd_ratio: float) -> None:
-    """Accept positive finite numbers.
+    """Check that rd_ratio is a positive finite number.
 
     Raises:
         ValueError: rd_ratio is not positive and finite.
-        TypeError: rd_ratio is no number.
+        TypeError: rd_ratio is not a number.
     """
     if not isinstance(rd_ratio, Real) or isinstance(rd_ratio, bool):
         raise TypeError(f"{name}: rd_ratio must be a positive number, got {rd_ratio!r}")
@@ -72,20 +72,20 @@ def check_ratio(name: str, rd_ratio: float) -> None:
 
 
 def _takes_statistics(norm: nn.Module) -> bool:
-    """Whether a norm is a BatchNorm that will take those of the batch; SyncBatchNorm counts the other processes' too."""
+    """Return whether a norm is a BatchNorm that will take batch statistics; SyncBatchNorm counts other processes' samples too."""
     return (
         norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
     )
 
 
 def _must_be_called(module: nn.Module) -> bool:
-    """Whether something waits for a call of this module: a hook, of its own or of all modules, or a forward put in its place."""
+    """Return whether this module must be called: it has a hook, a global hook exists, or its forward was replaced."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
 
 
 def _check_batch(x: Tensor, rd_channels: int, conv_norm: bool, code_norm: bool) -> None:
-    """As BatchNorm refuses one value a channel in training, but before a running statistic has changed."""
+    """Refuse one value per channel in training, as BatchNorm does, but before any running statistic changes."""
     if x.dim() != 4:
         raise ValueError(f"ContextEncoding: x must have shape (B, C, H, W), got {tuple(x.shape)}")
     one_pixel = conv_norm and x.shape[0] * x.shape[2] * x.shape[3] == 1
@@ -97,23 +97,26 @@ def _check_batch(x: Tensor, rd_channels: int, conv_norm: bool, code_norm: bool) 
 
 
 def _is_product(conv: nn.Conv2d) -> bool:
-    """Whether a 1x1 convolution takes every pixel once; who strides or pads one by hand encodes another map."""
+    """Return whether a 1x1 convolution takes every pixel once; user-set stride or padding encodes another map."""
     return conv.stride == (1, 1) and conv.padding == (0, 0)
 
 
 def _coarsen(x: Tensor, max_size: int) -> Tensor:
-    """Average-pool a map (B, C, H, W) to max_size x max_size at most."""
+    """Average-pool a map (B, C, H, W) to at most max_size x max_size."""
     height, width = min(x.shape[2], max_size), min(x.shape[3], max_size)
+    # A saved graph may run at any size, so it always pools; maps that already fit are then copied.
+    if (torch.jit.is_scripting() or not makes_saved_graph()) and height == x.shape[2] and width == x.shape[3]:
+        return x
     return F.adaptive_avg_pool2d(x, (height, width))
 
 
-torch.fx.wrap("_coarsen")  # which looks at shapes, and a traced graph has none
+torch.fx.wrap("_coarsen")  # it reads shapes, and a traced graph has none
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x) in the dtype of its statistics, cast back.
+    """Return norm(x), computed in the dtype of its statistics and cast back.
 
-    FSDP's mixed precision lowers the parameters and not the statistics, and BatchNorm takes no two dtypes beside x's.
+    FSDP's mixed precision lowers the parameters but not the statistics, and BatchNorm accepts no two dtypes beside x's.
     """
     if is_traced(x):
         return norm(x)
@@ -122,9 +125,9 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     affine = {name: getattr(norm, name) for name in ("weight", "bias") if getattr(norm, name, None) is not None}
     if all(each.dtype == dtype for each in (x, *affine.values())):
         return norm(x)
-    own = vars(norm)  # where FSDP1 puts its tensors, out of reach of torch.func.functional_call
+    own = vars(norm)  # FSDP1 puts its tensors here, out of reach of torch.func.functional_call
     held = {name: own[name] for name in affine if name in own}
-    own.update({name: each.to(dtype) for name, each in affine.items()})  # these hide the parameters, for one call
+    own.update({name: each.to(dtype) for name, each in affine.items()})  # these hide the parameters for one call
     try:
         return norm(x.to(dtype)).to(x.dtype)
     finally:
@@ -133,47 +136,49 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
         own.update(held)
 
 
-Projection = nn.Conv2d  # as the projection's class is called in pickles of whole blocks
+Projection = nn.Conv2d  # pickles of whole blocks use this name for the projection's class
 
 
 class ContextEncoding(nn.Module):
-    """Gates the channels of a map by what its encoding says about the whole image: x * gate(linear(pool(encode(project(x))))).
+    """Gate the channels of a map by its encoding of the whole image: x * gate(linear(pool(encode(project(x))))).
 
-    The encoding is taken of a projection to C' channels: z = act(norm(conv1x1(x))), e = encode(z) / N. Pooling "mean": the
-    mean over the codewords of relu(norm over K(e)), as EncNet's segmentation module does. Pooling "concat": the L2-normalised
-    flattened encoding, as EncNet's CIFAR block does.
+    The block encodes a projection to C' channels: z = act(norm(conv1x1(x))), e = encode(z) / N. Pooling "mean" takes
+    the mean over the codewords of relu(norm over K(e)), as in EncNet's segmentation module. Pooling "concat" takes the
+    L2-normalised flattened encoding, as in EncNet's CIFAR block.
 
-    A drop-in for timm's attention layers, as in `timm.create_model("resnet50", block_args=dict(attn_layer=ContextEncoding))`.
+    A drop-in replacement for timm's attention layers, for example in
+    `timm.create_model("resnet50", block_args=dict(attn_layer=ContextEncoding))`.
 
     Args:
         channels: C, channels of the map.
         num_codes: K, number of codewords.
-        rd_ratio: C' / C, where rd_channels is not given.
-        rd_channels: C', channels that the encoding is taken of.
+        rd_ratio: C' / C, used if rd_channels is None.
+        rd_channels: C', channels of the projection that is encoded.
         rd_divisor: C' = C * rd_ratio is rounded to a multiple of this.
         smoothing: "learned", "sampled" or a positive number; see Encoding.
         pool: "mean" or "concat".
-        aggregation: of the residuals over the pixels: "mean", so that the gates do not depend on the size of the image, or "sum",
-            as in the papers' code. "concat" takes no notice of it.
-        max_size: average-pool a larger map to max_size x max_size at most before it is projected; the gate applies to the whole
-            map. None encodes every pixel.
-        start: of the codebook. "paper": codewords in U(-a, a), a = 1 / sqrt(K C'), smoothing in U(0, 1). "spread": codewords as the
-            projected features are distributed at the start, and a smoothing at which pixels differ in their assignment.
+        aggregation: of the residuals over the pixels: "mean" makes the gates independent of the image size; "sum" is
+            the papers' code. Pooling "concat" gives the same result for both.
+        max_size: average-pool a larger map to at most max_size x max_size before the projection; the gate still applies
+            to the whole map. None encodes every pixel.
+        start: initial codebook. "paper": codewords from U(-a, a), a = 1 / sqrt(K C'), smoothing from U(0, 1). "spread":
+            codewords from the initial distribution of the projected features, and a smoothing at which the assignments
+            of pixels differ.
         act_layer: activation after the projection, ReLU by default.
         norm_layer: norm after the projection, BatchNorm2d by default.
         gate_layer: "sigmoid", "hard_sigmoid", "tanh", "identity", a class or a module.
-        channels_last: the map is (B, H, W, C), as in the networks that use timm's SqueezeExciteCl.
-        residual: the output is relu(x + x * gate) in place of x * gate, as in EncNet's segmentation head.
+        channels_last: the map is (B, H, W, C), as in networks with timm's SqueezeExciteCl.
+        residual: the output is relu(x + x * gate) instead of x * gate, as in EncNet's segmentation head.
         device: of the parameters.
-        dtype: of the parameters; the norm over the codewords stays fp32 where this is half.
+        dtype: of the parameters; the norm over the codewords stays fp32 if this is half precision.
 
     Shape:
         (B, C, H, W) -> the same, in x's dtype; or (B, H, W, C) with channels_last.
 
     Raises:
-        ValueError: a size or ratio is not positive, or pool, smoothing or gate_layer is unknown; in a training forward, if there
-            is one sample of one pixel.
-        TypeError: a size is no integer, or another argument is of no such type.
+        ValueError: a size or ratio is not positive, or pool, smoothing or gate_layer is unknown; in a training forward,
+            also if the batch is one sample of one pixel.
+        TypeError: a size is not an integer, or another argument has the wrong type.
     """
 
     rd_channels: Final[int]
@@ -231,11 +236,12 @@ class ContextEncoding(nn.Module):
         self.start = start
         self.conv = nn.Conv2d(channels, rd_channels, 1, bias=False, **dd)
         self.norm: nn.Module = (norm_layer or nn.BatchNorm2d)(rd_channels, **dd)
-        # A norm of the caller's own may keep its output for backward; BatchNorm keeps its input.
+        # A custom norm may keep its output for backward; BatchNorm keeps its input.
         self.act = act_layer() if act_layer is not None else nn.ReLU(inplace=norm_layer is None)
-        self.unfused: Any = None  # set by fuse(): the convolution and the norm that it folded, no part of the model
+        self.unfused: Any = None  # set by fuse(): the folded convolution and norm, not part of the model
         self.encoding = Encoding(rd_channels, num_codes, smoothing, aggregation, **dd)
-        # Over K: as BatchNorm2d of (B, K, C', 1) it is what SyncBN, SplitBN and freezing look for, where BatchNorm1d is overlooked.
+        # SyncBN, SplitBN and freezing look for BatchNorm2d and overlook BatchNorm1d, so the norm over K takes (B, K,
+        # C', 1).
         self.norm_codes: nn.Module = nn.Identity()
         if pool == "mean":
             half = (dtype or torch.get_default_dtype()).itemsize < 4
@@ -248,12 +254,12 @@ class ContextEncoding(nn.Module):
             spread_codebook("ContextEncoding", self.encoding, self.norm, self.act)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickled blocks may be older than these options.
+        # Older pickled blocks lack these options.
         super().__setstate__({"max_size": None, "start": "paper"} | state)
 
     @classmethod
     def paper(cls, channels: int, num_codes: int, **kwargs: Any) -> "ContextEncoding":
-        """The block of the CIFAR networks in EncNet (arXiv 1803.08904), section 4.3: C' = C / 4, "concat", "sampled".
+        """Build the block of EncNet's CIFAR networks (arXiv 1803.08904), section 4.3: C' = C / 4, "concat", "sampled".
 
         Args:
             channels: C, channels of the map.
@@ -265,9 +271,9 @@ class ContextEncoding(nn.Module):
         return cls(channels, num_codes, **({"rd_channels": max(1, channels // 4)} | layers | kwargs))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContextEncoding":
-        """As nn.Module's, but the norm over the codewords stays fp32 where the rest becomes half.
+        """Convert like nn.Module, but keep the norm over the codewords in fp32 if the rest becomes half precision.
 
-        Its running variance may be that of sums over thousands of pixels, which half() would turn into infinities.
+        Its running variance may come from sums over thousands of pixels, which half() would turn into infinities.
         """
 
         def keep_fp32(tensor: Tensor) -> Tensor:
@@ -282,12 +288,12 @@ class ContextEncoding(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> "ContextEncoding":
-        """Fold the norm into the convolution before it, as evaluation applies it, for deployment; unfuse() takes it back.
+        """Fold the norm into the convolution, with its evaluation statistics, for deployment; unfuse() reverts it.
 
-        timm's `reparameterize_model` calls it. In place: `conv` gets a bias and `norm` becomes an Identity, in the state dict too.
-        A block stays as it is if its norm is no BatchNorm with running statistics, if its projection is no plain Conv2d (LoRA has
-        wrapped it, say), or if it is fused. On a GPU a fused block with the ReLU of its own projects and encodes in one kernel, in
-        half precision where no gradient is wanted.
+        timm's `reparameterize_model` calls it. It works in place: `conv` gets a bias and `norm` becomes an Identity, in
+        the state dict too. A block stays as it is if it is already fused, if its norm is not a BatchNorm with running
+        statistics, or if its projection is not a plain Conv2d (a LoRA wrapper, say). On a GPU, a fused block with its
+        default ReLU projects and encodes in one kernel, in half precision with gradients disabled.
 
         Returns:
             This block.
@@ -301,7 +307,7 @@ class ContextEncoding(nn.Module):
         shift = -norm.running_mean.to(wide) * scale
         if norm.affine:
             scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
-        if self.conv.bias is not None:  # of a convolution that somebody put in its place
+        if self.conv.bias is not None:  # a user-replaced convolution may have a bias
             shift = shift + scale * self.conv.bias
         conv = nn.Conv2d(self.conv.in_channels, self.rd_channels, 1, device="meta", dtype=self.conv.weight.dtype)
         conv.weight = nn.Parameter((self.conv.weight * scale[:, None, None, None]).to(self.conv.weight))
@@ -313,10 +319,10 @@ class ContextEncoding(nn.Module):
         return self
 
     def unfuse(self) -> "ContextEncoding":
-        """Take fuse() back: the convolution and the norm as they were then, on the present device and in the present dtype.
+        """Revert fuse(): restore the convolution and the norm of that time, on the present device and in the present dtype.
 
         Returns:
-            This block, as it is if it is not fused.
+            This block, unchanged if it is not fused.
         """
         if self.unfused is not None:
             weight = self.conv.weight
@@ -328,13 +334,13 @@ class ContextEncoding(nn.Module):
     def _encode(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting() and self._fuses_projection(x):
             shift: Any = self.conv.bias
-            sums = fused_projection(x, self.conv.weight, shift, self.encoding.codewords, self.encoding.smoothing)
-            return sums / pixels_of(x) if self.aggregation == "mean" else sums
+            codebook = self.encoding.codewords, self.encoding.smoothing
+            return fused_projection(x, self.conv.weight, shift, *codebook, self.aggregation)
         return self.encoding(self.act(self.norm(self.conv(x))))
 
     @torch.jit.unused
     def _fuses_projection(self, x: Tensor) -> bool:
-        """Whether projection and encoding are one kernel: in a fused block where no part is another's or must be called."""
+        """Return whether one kernel projects and encodes: in a fused block without replaced parts or parts that must be called."""
         parts = (self.conv, self.norm, self.act, self.encoding)
         own = [type(part) for part in parts] == [nn.Conv2d, nn.Identity, nn.ReLU, Encoding]
         if not own or is_traced(x) or any(_must_be_called(part) for part in parts):
@@ -346,12 +352,12 @@ class ContextEncoding(nn.Module):
 
     @torch.jit.unused
     def _fuses_pool(self, encoding: Tensor) -> bool:
-        """Whether norm, ReLU and mean over the codewords are fused: only where nothing waits for a call of the norm."""
+        """Return whether norm, ReLU and mean over the codewords are fused: only if the norm need not be called."""
         norm = self.norm_codes
         return not _must_be_called(norm) and not is_traced(encoding) and fuses_pool(encoding, norm)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the gate is computed from: (B, C') for "mean", (B, K * C') for "concat", of x (B, C, H, W); fp32 or x's dtype."""
+        """Compute the input of the gate from x (B, C, H, W): (B, C') for "mean", (B, K * C') for "concat"; fp32 or x's dtype."""
         max_size = self.max_size
         if max_size is not None:
             x = _coarsen(x, max_size)
@@ -371,17 +377,17 @@ class ContextEncoding(nn.Module):
 
     @torch.jit.unused
     def _fuses_gate(self, x: Tensor, logits: Tensor) -> bool:
-        """Whether the product is fused: only where the gate is the sigmoid and nothing else, for one with hooks is to be called."""
+        """Return whether the product is fused: only for a plain sigmoid gate, as hooks need a call."""
         gate = self.gate
         return type(gate) is nn.Sigmoid and not _must_be_called(gate) and not is_traced(x) and fuses_gate(x, logits)
 
     def gated(self, x: Tensor, features: Tensor) -> Tensor:
-        """The output for x (B, C, H, W) and what features(x) gave."""
+        """Return the output for x (B, C, H, W) and features, the result of features(x)."""
         logits = self.fc(features.to(x.dtype))
         if not torch.jit.is_scripting() and self._fuses_gate(x, logits):
             return fused_gate(x, logits, self.residual)
         gated = x * self.gate(logits).to(x.dtype)[:, :, None, None]
-        # relu, which would save its output: the layer behind may change that in place.
+        # Not relu, which saves its output: the next layer may change that in place.
         return F.threshold(x + gated, 0.0, 0.0) if self.residual else gated
 
     def forward(self, x: Tensor) -> Tensor:
@@ -394,20 +400,20 @@ class ContextEncoding(nn.Module):
 
     @property
     def aggregation(self) -> str:
-        """The argument `aggregation` that this block was made with."""
+        """The `aggregation` argument of this block."""
         return self.encoding.aggregation
 
     @property
     def smoothing(self) -> str | float:
-        """The argument `smoothing` that this block was made with."""
+        """The `smoothing` argument of this block."""
         return self.encoding.mode
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimizers should not decay, where this block is the whole model."""
+        """Return the parameters that timm's optimizers should not decay, if this block is the whole model."""
         return {"encoding.codewords", "encoding.smoothing"}
 
     def extra_repr(self) -> str:
-        """Sizes, for print()."""
+        """Return sizes, for print()."""
         sizes = f"{self.channels}, num_codes={self.num_codes}, rd_channels={self.rd_channels}, pool={self.pool}"
         return sizes + (f", max_size={self.max_size}" if self.max_size else "")

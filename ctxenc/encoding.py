@@ -1,4 +1,4 @@
-"""The Encoding layer.
+"""Define the Encoding layer.
 
 Deep TEN: Texture Encoding Network (arXiv 1612.02844); Context Encoding for Semantic Segmentation (arXiv 1803.08904), section 3.1.
 """
@@ -14,25 +14,24 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ctxenc.functional import encode
+from ctxenc.functional import AGGREGATIONS, encode
 from ctxenc.kernels.torch_encode import encode_plainly
 
-AGGREGATIONS = ("sum", "mean")
 STARTS = ("paper", "spread")
-SPREAD_PIXELS = 256  # that "spread" draws to set the smoothing by
-SAMPLED_EVAL_SMOOTHING = 0.5  # the mean of U(0, 1), which takes the draw's place in evaluation
+SPREAD_PIXELS = 256  # drawn by "spread" to set the smoothing
+SAMPLED_EVAL_SMOOTHING = 0.5  # the mean of U(0, 1), used in evaluation in place of the draw
 
 
 @torch.jit.unused
 def is_traced(x: Tensor) -> bool:
-    """Whether x stands for a tensor in a torch.fx graph, which has no shape to look at."""
+    """Return whether x is a torch.fx proxy, which has no shape to read."""
     return isinstance(x, torch.fx.Proxy)
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Compiled modules run eagerly meanwhile, for torch.compile leaves out the hooks that came after it."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled where its package was never imported
+    """Run compiled modules eagerly inside the block: torch.compile ignores hooks added after compilation."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled unless this package was imported
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -40,53 +39,46 @@ def uncompiled() -> Iterator[None]:
 
 
 def _draw_smoothing(x: Tensor, like: Tensor, num_codes: int) -> Tensor:
-    """Smoothing (K,) from U(0, 1). It takes x so that a torch.fx graph draws at every call, not once when it is traced."""
+    """Draw smoothing (K,) from U(0, 1). The unused x makes a torch.fx graph draw at every call, not once at tracing."""
     return torch.rand(num_codes, device=like.device, dtype=like.dtype)
 
 
 def _encode(x: Tensor, codewords: Tensor, smoothing: Tensor, aggregation: str = "sum") -> Tensor:
-    """Encode, as a node of a torch.fx graph that TorchScript can compile: it takes no keyword-only arguments."""
+    """Encode as a node of a torch.fx graph. TorchScript can compile it, as it takes no keyword-only arguments."""
     if torch.jit.is_scripting():
-        encoding = encode_plainly(x.flatten(2), codewords, smoothing)
-    else:
-        encoding = encode(x, codewords, smoothing)
-    return encoding / pixels_of(x) if aggregation == "mean" else encoding
+        x = x.flatten(2)
+        encoding = encode_plainly(x, codewords, smoothing)
+        return encoding / x.shape[2] if aggregation == "mean" else encoding
+    return encode(x, codewords, smoothing, aggregation=aggregation)
 
 
-def pixels_of(x: Tensor) -> int:
-    """Count the pixels of a map (B, C, *spatial): N."""
-    pixels = 1
-    for size in x.shape[2:]:
-        pixels *= size
-    return pixels
-
-
-torch.fx.wrap("_encode")  # the checks of encode look at shapes, which a traced graph does not have
+torch.fx.wrap("_encode")  # encode checks shapes, and a traced graph has none
 torch.fx.wrap("_draw_smoothing")
 
 
 class Encoding(nn.Module):
-    """Encodes features as sums of residuals to a learned codebook, each pixel softly assigned to its codewords.
+    """Encode features as sums of residuals to a learned codebook, with soft assignment of every pixel.
 
-    State: `codewords` (K, C), a parameter that starts in U(-a, a), a = 1 / sqrt(K * C); `smoothing`, a parameter (K,) where it
-    is learned, else a buffer ().
+    State: `codewords`, a parameter (K, C), initialised from U(-a, a) with a = 1 / sqrt(K * C); `smoothing`, a parameter
+    (K,) if learned, else a buffer ().
 
     Args:
         channels: C, channels of the input.
         num_codes: K, number of codewords.
-        smoothing: "learned": a parameter a codeword, started in U(0, 1); nothing holds it there, and it may end negative.
-            A positive number: fixed (the paper takes 0.5).
-            "sampled": drawn from U(0, 1) a codeword at every training forward, 0.5 in evaluation (the paper's regulariser).
-        aggregation: of the residuals over the pixels: "sum", as in the papers, or "mean", which does not depend on the map's size.
+        smoothing: "learned": one parameter per codeword, initialised from U(0, 1); it is unbounded and may become
+            negative. "sampled": drawn from U(0, 1) per codeword at every training forward, 0.5 in evaluation (the
+            paper's regulariser). A positive number: fixed (the paper takes 0.5).
+        aggregation: of the residuals over the pixels: "sum", as in the papers, or "mean", independent of the map's
+            size.
         device: of the parameters.
         dtype: of the parameters.
 
     Shape:
-        (B, C, *spatial) -> (B, K, C), fp32 or fp64 whatever the input's dtype.
+        (B, C, *spatial) -> (B, K, C), fp32, or fp64 if the input or a parameter is fp64.
 
     Raises:
-        ValueError: a size is not positive, or smoothing or aggregation is none of the above.
-        TypeError: a size is no integer, or smoothing is neither a string nor a number.
+        ValueError: a size is not positive, or smoothing or aggregation is not one of the above.
+        TypeError: a size is not an integer, or smoothing is neither a string nor a number.
     """
 
     smoothing: Tensor
@@ -119,10 +111,10 @@ class Encoding(nn.Module):
         self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"aggregation": "sum"} | state)  # pickled layers may be older than this option
+        super().__setstate__({"aggregation": "sum"} | state)  # layers pickled before this option existed lack it
 
     def reset_parameters(self) -> None:
-        """Start the codewords and the smoothing afresh."""
+        """Initialise the codewords and the smoothing again."""
         bound = 1 / math.sqrt(self.num_codes * self.channels)
         nn.init.uniform_(self.codewords, -bound, bound)
         if isinstance(self.smoothing, nn.Parameter):
@@ -138,24 +130,24 @@ class Encoding(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimizers should not decay, where this layer is the whole model."""
+        """Return the parameters that timm's optimizers should not decay, if this layer is the whole model."""
         return {"codewords", "smoothing"}
 
     def extra_repr(self) -> str:
-        """Sizes and smoothing, for print()."""
+        """Return sizes and smoothing, for print()."""
         return f"{self.channels}, num_codes={self.num_codes}, smoothing={self.mode}, aggregation={self.aggregation}"
 
 
 @torch.no_grad()
 def spread_codebook(name: str, encoding: Encoding, norm: nn.Module, act: nn.Module) -> None:
-    """Start a codebook where its features are: at act(norm(x)) of normal x, as a projection gives them.
+    """Initialise a codebook from the distribution of its features: act(norm(x)) of normal x, as a projection gives them.
 
     Codewords are drawn as such features. The smoothing is 2 / the deviation of |z - d_k|^2 over the codewords, for a feature z,
-    so that pixels differ in their assignment. A fixed smoothing is kept: the norm's weight and bias are scaled instead.
-    A single codeword owns every pixel, and stays.
+    so that pixels differ in their assignment. A fixed smoothing is kept; the norm's weight and bias are scaled instead.
+    A single codeword owns every pixel and stays as it is.
 
     Raises:
-        ValueError: the smoothing is not learned, and the norm has nothing to scale.
+        ValueError: the smoothing is not learned, and the norm has no weight to scale.
     """
     if encoding.num_codes == 1:
         return
@@ -173,7 +165,7 @@ def spread_codebook(name: str, encoding: Encoding, norm: nn.Module, act: nn.Modu
         what = f"{type(norm).__name__} without a weight"
         raise ValueError(f"{name}: start must be 'paper' for a fixed smoothing behind {what}, got 'spread'")
     pixels, started = draw(SPREAD_PIXELS), draw(encoding.num_codes)
-    distances = torch.cdist(pixels, started, compute_mode="donot_use_mm_for_euclid_dist")  # no (pixels, K, C)
+    distances = torch.cdist(pixels, started, compute_mode="donot_use_mm_for_euclid_dist")  # avoids (pixels, K, C)
     smoothing = 2 / distances.square().std(1, correction=0).mean().clamp(min=1e-6)
     if learned:
         encoding.smoothing.fill_(smoothing)
@@ -184,11 +176,11 @@ def spread_codebook(name: str, encoding: Encoding, norm: nn.Module, act: nn.Modu
 
 
 def check_sizes(name: str, **sizes: int) -> None:
-    """Accept positive integers.
+    """Check that sizes are positive integers.
 
     Raises:
         ValueError: a size is zero or negative.
-        TypeError: a size is no integer.
+        TypeError: a size is not an integer.
     """
     for argument, size in sizes.items():
         if not isinstance(size, Integral) or isinstance(size, bool):
@@ -198,10 +190,10 @@ def check_sizes(name: str, **sizes: int) -> None:
 
 
 def check_choice(name: str, choices: Sequence[str], **given: str) -> None:
-    """Accept a setting that is one of `choices`.
+    """Check that a setting is one of `choices`.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is not.
     """
     for argument, value in given.items():
         if value not in choices:
@@ -209,7 +201,7 @@ def check_choice(name: str, choices: Sequence[str], **given: str) -> None:
 
 
 def check_smoothing(smoothing: str | float, name: str) -> None:
-    """Accept "learned", "sampled" and positive finite numbers.
+    """Check that smoothing is "learned", "sampled" or a positive finite number.
 
     Raises:
         ValueError: another string, or a number that is not positive and finite.

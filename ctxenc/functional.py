@@ -1,4 +1,4 @@
-"""encode() and assign(): validation, and the backend that serves; what the block's gate and projection ask, too."""
+"""Validate the arguments of encode() and assign(), choose the backend, and offer the fused gate, pool and projection."""
 
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
@@ -13,13 +13,14 @@ from ctxenc.kernels.backends import BackendInfo, use_backend
 __all__ = ["BackendInfo", "assign", "backend_info", "encode", "use_backend"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AGGREGATIONS = ("sum", "mean")
 
 
 def _check(name: str, x: Any, codewords: Any, smoothing: Any) -> Tensor:
-    """Shapes, dtypes and devices. Reads no values: that would synchronise a GPU and break graphs.
+    """Check types, dtypes, devices and shapes. Reads no values: that would synchronise a GPU and break graphs.
 
     Returns:
-        Smoothing as a tensor: a number becomes one of shape (), in fp32 at least, so that no half precision loses it.
+        Smoothing as a tensor. A number becomes a tensor () in fp32 or wider, so that half precision does not round it.
     """
     number = not isinstance(smoothing, (Tensor, bool)) and isinstance(smoothing, Real)
     tensors: list[tuple[str, Any]] = [("x", x), ("codewords", codewords)]
@@ -31,7 +32,7 @@ def _check(name: str, x: Any, codewords: Any, smoothing: Any) -> Tensor:
             raise TypeError(f"{name}: {argument} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor is not x and tensor.device != x.device:
             raise ValueError(f"{name}: {argument} must be on the device of x, {x.device}, got {tensor.device}")
-    if not torch.jit.is_tracing():  # where sizes are tensors, and comparing them warns
+    if not torch.jit.is_tracing():  # tracing turns sizes into tensors, and comparing them warns
         _check_shapes(name, x, codewords, smoothing if isinstance(smoothing, Tensor) else None)
     if not isinstance(smoothing, Tensor):
         dtype = torch.promote_types(codewords.dtype, torch.float32)
@@ -58,67 +59,75 @@ def _check_shapes(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | N
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A region without autocast; none where there is none, for strict torch.export cannot save one."""
+    """Disable autocast, but only if it is enabled: strict torch.export cannot save such a region."""
     device = "cpu" if x.is_meta else x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def encode(x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, backend: str = "auto") -> Tensor:
-    """Encode features as sums of residuals to a codebook, each pixel softly assigned to the codewords.
+def encode(
+    x: Tensor, codewords: Tensor, smoothing: Tensor | float, *, aggregation: str = "sum", backend: str = "auto"
+) -> Tensor:
+    """Encode features as sums of residuals to a codebook, with soft assignment of every pixel.
 
     With r_ik = x_i - d_k and w_ik = softmax over k of -s_k |r_ik|^2, the encoding is e_k = sum over pixels i of w_ik r_ik.
     Deep TEN (arXiv 1612.02844), section 3; EncNet (arXiv 1803.08904), section 3.1.
 
-    Differentiable in x, codewords and smoothing, to any order. Sums, squares and the softmax are taken in fp32 (fp64 if any
-    argument is fp64), under autocast too. B x N x K x D is never formed.
+    Supports higher-order gradients in x, codewords and smoothing. Sums, squares and the softmax are computed in fp32
+    (fp64 if any argument is fp64), under autocast too. No B x N x K x D tensor is formed.
 
     Args:
         x: features (B, D, *spatial), one spatial dimension or more, any strides, fp16, bf16, fp32 or fp64. N, the number
             of pixels, is the product of the spatial dimensions.
         codewords: the codebook (K, D).
-        smoothing: s (K,), one factor a codeword; or a number or a tensor (), one factor shared by all, which is quicker. Larger is
-            harder. Positive by convention, which is not checked: learned factors may end negative, and the formula stays the same.
-            Other code bases store scale = -s.
-        backend: "auto", the fused kernels on a GPU where they can run and have proved themselves (see backend_info); "torch"; or
-            "triton", which never falls back.
+        smoothing: s (K,), one factor per codeword; or a number or a tensor (), one shared factor, which is faster. A
+            larger factor makes the assignment harder. The sign is not checked: factors are positive by convention,
+            learned ones may become negative, and the formula stays the same. Other code bases store scale = -s.
+        aggregation: "sum" over the pixels, as in the papers, or "mean", e_k / N.
+        backend: "auto" takes the fused kernels on a GPU if they can run and have proved themselves there (see
+            backend_info), else PyTorch. "torch" always takes PyTorch. "triton" takes the kernels and never falls back.
 
     Returns:
         Encoding (B, K, D), fp32 or fp64.
 
     Raises:
-        TypeError: an argument is no tensor of these dtypes.
-        ValueError: shapes or devices do not fit each other, or the backend is unknown.
-        RuntimeError: the backend cannot run here.
+        TypeError: an argument is not a tensor of these dtypes.
+        ValueError: shapes or devices do not match, or the aggregation or backend is unknown.
+        RuntimeError: backend "triton" cannot run on this input or machine.
     """
     backends.checked(backend, "encode: backend")
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"encode: aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+    mean = aggregation == "mean"
     smoothing = _check("encode", x, codewords, smoothing)
     fused, by_name = backends.choose("encode", backend, backends.why_not_encode, x, codewords, smoothing)
     if fused:
         from ctxenc.kernels.fused import encode as fused_encode
 
-        return fused_encode.encode(x, codewords, smoothing, by_name)
+        return fused_encode.encode(x, codewords, smoothing, by_name, mean)
+    x = x.flatten(2)
     with _no_autocast(x):
-        if backends.makes_saved_graph():  # which cannot hold an autograd.Function
-            return torch_encode.encode_plainly(x.flatten(2), codewords, smoothing)
-        return torch_encode.encode(x.flatten(2), codewords, smoothing)
+        # A saved graph cannot hold an autograd.Function.
+        serves = torch_encode.encode_plainly if backends.makes_saved_graph() else torch_encode.encode
+        encoding = serves(x, codewords, smoothing)
+        return encoding / x.shape[2] if mean else encoding
 
 
 def backend_info(
     x: Tensor | None = None, codewords: Tensor | None = None, smoothing: Tensor | float | None = None
 ) -> BackendInfo:
-    """What backend="auto" takes at present, and why.
+    """Return the backend that "auto" selects now, and the reason.
 
     Args:
-        x: features as for encode(), to ask about one call; None for what holds on the current GPU.
+        x: features as for encode(), to ask about one call; None asks about the current GPU.
         codewords: the codebook (K, D), with x.
-        smoothing: as for encode(); by default one factor a codeword.
+        smoothing: as for encode(); by default one factor per codeword.
 
     Returns:
-        A named tuple (backend, reason). Nothing is computed, and no kernel is tried.
+        Named tuple (backend, reason). Computes nothing and tries no kernel.
 
     Raises:
-        TypeError: an argument is no tensor of encode()'s dtypes.
-        ValueError: shapes or devices do not fit each other.
+        TypeError: an argument is not a tensor of encode()'s dtypes.
+        ValueError: shapes or devices do not match.
     """
     if x is None and codewords is None:
         return backends.info()
@@ -129,13 +138,13 @@ def backend_info(
 
 
 def fuses_gate(x: Tensor, logits: Tensor) -> bool:
-    """Whether fused_gate takes the place of the plain gate.
+    """Return whether fused_gate replaces the plain gate.
 
-    Not under torch.compile, which fuses the plain gate with the layers around it: an operator of ours would be one more pass. Nor
-    in float64, even where the kernels were asked for by name: encode() may be given fp32 of such a map.
+    False under torch.compile: it fuses the plain gate with the neighbouring layers, and a custom operator would cost one more pass.
+    False in float64 too, even with backend "triton": encode() may get an fp32 projection of an fp64 map.
 
     Raises:
-        RuntimeError: the kernels were asked for by name and cannot run, as for encode().
+        RuntimeError: the backend is set to "triton" and the kernels cannot run, as in encode().
     """
     if torch.float64 in (x.dtype, logits.dtype) or torch.compiler.is_compiling():
         return False
@@ -144,16 +153,16 @@ def fuses_gate(x: Tensor, logits: Tensor) -> bool:
 
 @torch.jit.unused
 def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
-    """X * sigmoid(logits), or relu(x + x * sigmoid(logits)), of x (B, C, *spatial) and logits (B, C), laid out as x is."""
+    """Return x * sigmoid(logits), or relu(x + x * sigmoid(logits)), for x (B, C, *spatial) and logits (B, C), laid out like x."""
     from ctxenc.kernels.fused import gate
 
     return gate.gate(x.flatten(2), logits, residual, backends.preferred() == "triton").unflatten(2, x.shape[2:])
 
 
 def fuses_pool(encoding: Tensor, norm: nn.Module) -> bool:
-    """Whether fused_pool takes the place of norm, ReLU and mean: where the norm is BatchNorm in plain fp32.
+    """Return whether fused_pool replaces norm, ReLU and mean: it needs a plain fp32 BatchNorm.
 
-    The plain expression serves everything else. torch.compile fuses it; a mode that watches operators would see none of ours.
+    Everything else takes the plain expression. torch.compile fuses that itself, and a dispatch mode would not see the kernels.
     """
     if backends.is_watched() or not backends.may_serve(encoding):
         return False
@@ -166,23 +175,23 @@ def fuses_pool(encoding: Tensor, norm: nn.Module) -> bool:
     if not plain or type(norm.num_batches_tracked) is not Tensor:
         return False
     together = all(tensor.device == encoding.device for tensor in (*tensors, norm.num_batches_tracked))
-    # A kernel proves itself on aligned ones, as operators return them.
+    # The kernel is verified on aligned tensors, as operators return them.
     return together and all(tensor.is_contiguous() for tensor in tensors) and encoding.data_ptr() % 16 == 0
 
 
 @torch.jit.unused
 def fused_pool(encoding: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
-    """Mean over the codewords of relu(norm(encoding)), of an encoding (B, K, C): (B, C) in the given dtype."""
+    """Return the mean over codewords of relu(norm(encoding)), for an encoding (B, K, C): (B, C) in the given dtype."""
     from ctxenc.kernels.fused.pool import pool
 
     return pool(encoding, norm, dtype, backends.preferred() == "triton")
 
 
 def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> bool:
-    """Whether fused_projection takes the place of a convolution, a ReLU and encode().
+    """Return whether fused_projection replaces a convolution, a ReLU and encode().
 
-    It does where the kernels can run, no gradient is wanted, and the sizes fit that kernel. The steps, which can do more, serve
-    everything else; they raise what there is to raise.
+    It does if the kernels can run, gradients are disabled, and the sizes fit the kernel. Otherwise the separate steps run; they
+    support more, and raise the errors.
     """
     parameters, device = (weight, shift, codewords, smoothing), x.device.type
     if torch.is_grad_enabled() or not backends.may_serve(x, *parameters):
@@ -200,28 +209,30 @@ def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor
 
 
 @torch.jit.unused
-def fused_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Encoding (B, K, C'), fp32, of relu(conv2d(x, weight, shift)), which is never in memory; weight is (C', C, 1, 1)."""
+def fused_projection(
+    x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, aggregation: str = "sum"
+) -> Tensor:
+    """Return the encoding (B, K, C'), fp32, of relu(conv2d(x, weight, shift)) without storing it; weight is (C', C, 1, 1)."""
     from ctxenc.kernels.fused.project import project_encode
 
-    strict = backends.preferred() == "triton"
-    return project_encode(x.flatten(2), weight.flatten(1).to(x.dtype), shift, codewords, smoothing, strict)
+    choices = backends.preferred() == "triton", aggregation == "mean"
+    return project_encode(x.flatten(2), weight.flatten(1).to(x.dtype), shift, codewords, smoothing, *choices)
 
 
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor | float) -> Tensor:
-    """Weights with which every pixel is assigned to the codewords, for looking at.
+    """Return the weights of every pixel's soft assignment to the codewords, for inspection.
 
     Args:
         x: features (B, D, *spatial), as for encode().
         codewords: the codebook (K, D).
-        smoothing: s (K,), or one number or tensor () for all.
+        smoothing: s (K,), or one shared number or tensor ().
 
     Returns:
         Weights (B, K, *spatial), fp32 or fp64; they sum to one over K.
 
     Raises:
-        TypeError: an argument is no tensor of these dtypes.
-        ValueError: shapes or devices do not fit each other.
+        TypeError: an argument is not a tensor of these dtypes.
+        ValueError: shapes or devices do not match.
     """
     smoothing = _check("assign", x, codewords, smoothing)
     with _no_autocast(x):

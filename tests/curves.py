@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ctxenc.__main__ import main
-from ctxenc.training import finetune, loop, trainer
+from ctxenc.training import finetuning, loop, trainer
 from ctxenc.training.checkpoint import read_rows
 
 SEEDS = 5
@@ -35,7 +35,7 @@ def train(folder: Path, *arguments: str) -> np.ndarray:
         patch.setattr(trainer.Trainer, "evaluate", lambda own: {"val_loss": 0.0, own.score: 0.0, "top1": 0.0})
         patch.setattr(trainer.Trainer, "codebooks", lambda own: [])
         patch.setattr(trainer.Trainer, "finish", lambda own: None)  # of no predictions there are no pictures
-        patch.setattr(finetune, "TRAINING", replace(finetune.TRAINING, write_report=lambda *_: ""))
+        patch.setattr(finetuning, "TRAINING", replace(finetuning.TRAINING, write_report=lambda *_: ""))
         assert main(["finetune", "--arms", "context", "--seeds", str(SEEDS), "--out", str(folder), *arguments]) == 0
     arms = [folder / f"context-{seed}" / "metrics.csv" for seed in range(SEEDS)]
     return np.array([[row["train_loss"] for row in read_rows(path)] for path in arms])

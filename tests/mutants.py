@@ -124,6 +124,15 @@ MUTANTS = [
         (ENCODE, "-k", "far_away"),
     ),
     Mutant(
+        "means not taken, forward",
+        FUSED + "forward.py",
+        "sums * (-1.0 / count) / x_scale",
+        "-sums / x_scale",
+        solves("encode", "narrow"),
+    ),
+    Mutant("gradients of means, wide", FUSED + "wide.py", " * (1.0 / count)", "", solves("encode_backward", "wide")),
+    Mutant("gradients of means", FUSED + "backward.py", " * (1.0 / count)", "", solves("encode_backward", "narrow")),
+    Mutant(
         "a split left out of the sum",
         FUSED + "forward.py",
         "for row in range(rows):",

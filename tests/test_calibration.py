@@ -17,8 +17,9 @@ from timm.layers.squeeze_excite import SqueezeExciteCl
 from torch import Tensor, nn
 
 import ctxenc
-from ctxenc import calibrate, calibration, patch_se_blocks, starts
-from ctxenc.calibration import OPEN
+from ctxenc import calibrate, patch_se_blocks
+from ctxenc.swap import calibration, starts
+from ctxenc.swap.calibration import OPEN
 from tests.toys import Toy, assert_same, snapshot
 
 

@@ -12,7 +12,7 @@ from torch.export import Dim
 
 import ctxenc
 from ctxenc import ContextEncoding
-from ctxenc.context import reduced_channels
+from ctxenc.context import _coarsen, reduced_channels
 from ctxenc.kernels import reference
 from tests.blocks import KINDS, each_pool, equal, group_norm, norms_of, stirred
 
@@ -443,10 +443,13 @@ def test_a_pickle_from_before_there_was_a_choice():
 def test_a_pooled_map_in_graphs(size):
     block, x = ContextEncoding(16, 4, max_size=7).eval(), torch.randn(2, 16, *size)
     wanted = block(x)
-    dynamic = torch.export.export(
-        block, (torch.randn(2, 16, 16, 17),), dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},)
-    ).module()
-    for graph in (torch.jit.script(block), torch.fx.symbolic_trace(block), dynamic):
+    assert (_coarsen(x, 7) is x) == (size == (7, 3))  # a map that fits is not copied
+
+    def exported(*size: int) -> torch.nn.Module:
+        shapes = ({2: Dim.AUTO, 3: Dim.AUTO},)
+        return torch.export.export(block, (torch.randn(2, 16, *size),), dynamic_shapes=shapes).module()
+
+    for graph in (torch.jit.script(block), torch.fx.symbolic_trace(block), exported(16, 17), exported(5, 4)):
         torch.testing.assert_close(graph(x), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -1,7 +1,10 @@
 """The experiment's benchmark: what it trains, and the table that the README shows."""
 
+import json
+
+from benchmarks import context_scenes
 from benchmarks.context_scenes import markdown, table, train, variants
-from ctxenc.training.segmentation.settings import resolve
+from ctxenc.training.segmentation.segment_settings import resolve
 
 
 def row(name, seed, score):
@@ -37,10 +40,22 @@ def test_the_table_has_means_and_deviations_over_seeds():
 
 
 def test_a_network_is_trained_and_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("ctxenc.training.segmentation.data.TRAIN_SCENES", 32)
-    monkeypatch.setattr("ctxenc.training.segmentation.data.TEST_SCENES", 8)
+    monkeypatch.setattr("ctxenc.training.segmentation.datasets.TRAIN_SCENES", 32)
+    monkeypatch.setattr("ctxenc.training.segmentation.datasets.TEST_SCENES", 8)
     settings = resolve({"epochs": 1, "device": "cpu"})
     measured = train("encnet", "encnet", settings, 0, tmp_path)
     assert 0 < measured["others"] < 1
     assert 0 <= measured["ambiguous"] < 1
     assert measured["epoch"] == 1
+
+
+def test_one_network_alone_is_trained_and_has_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctxenc.training.segmentation.datasets.TRAIN_SCENES", 32)
+    monkeypatch.setattr("ctxenc.training.segmentation.datasets.TEST_SCENES", 8)
+    monkeypatch.setattr(context_scenes, "control", lambda full: {})
+    out = tmp_path / "scenes.json"
+    chosen = ["--only", "encnet, spread", "--epochs", "1", "--runs", str(tmp_path / "runs"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["context_scenes", *chosen])
+    context_scenes.main()
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["encnet, spread"]
+    assert not out.with_suffix(".png").exists()

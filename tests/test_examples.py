@@ -22,10 +22,10 @@ from torch.distributed.run import get_args_parser
 import ctxenc
 from ctxenc.__main__ import COMMANDS, build_parser, main
 from ctxenc.context import ContextEncoding
+from ctxenc.runs.config import read_config
+from ctxenc.runs.trained import load_run
 from ctxenc.training import settings
-from ctxenc.training.runs import read_config
-from ctxenc.training.segmentation import settings as segmentation
-from ctxenc.training.trained import load_run
+from ctxenc.training.segmentation import segment_settings as segmentation
 from tests.training.small_runs import make_cifar
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

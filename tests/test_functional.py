@@ -1,5 +1,6 @@
 """encode() and assign() as functions: errors, the choice of backend, and what counts as an argument."""
 
+import math
 import os
 import subprocess
 import sys
@@ -144,6 +145,14 @@ def test_backend_names_are_checked_before_anything_else(nothing_computed):
         ctxenc.use_backend(None),
     ):
         pass
+
+
+@pytest.mark.parametrize("size", [(7,), (3, 5), (2, 3, 2)])
+def test_the_mean_over_the_pixels(size):
+    given = arguments() | {"x": torch.randn(2, arguments()["codewords"].shape[1], *size)}
+    torch.testing.assert_close(ctxenc.encode(**given, aggregation="mean"), ctxenc.encode(**given) / math.prod(size))
+    with pytest.raises(ValueError, match=r"^encode: aggregation must be one of sum, mean, got 'max'"):
+        ctxenc.encode(None, None, None, aggregation="max")
 
 
 def test_explicit_triton_never_falls_back():

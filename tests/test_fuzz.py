@@ -15,9 +15,9 @@ from safetensors.torch import save
 
 from ctxenc.integrations import EncNet, load_encnet_checkpoint
 from ctxenc.integrations.checkpoints import METADATA
-from ctxenc.training.config import RunConfig, read_config
-from ctxenc.training.console import UserError
-from ctxenc.training.segmentation.networks import SegmentConfig
+from ctxenc.runs.config import RunConfig, read_config
+from ctxenc.runs.errors import UserError
+from ctxenc.runs.segment_config import SegmentConfig
 from tests.draws import examples
 
 patient = settings(

@@ -21,20 +21,18 @@ ORDER = (
     "functional",
     "encoding",
     "context",
-    "se_blocks",
-    "patching",
-    "starts",
-    "calibration_states",
-    "calibration_report",
-    "calibration",
+    "parameters",
+    "swap",
     "__init__",
     "integrations",
     "viz",
-    "training",
     "diagnosis",
+    "runs",
+    "training",
     "commands",
 )
-ENTRANCES = ("__init__", "__main__", "loading")  # made to reach everywhere
+ENTRANCES = ("__init__", "__main__")  # made to reach everywhere
+ABOVE = ("training", "commands")  # what is no part of the library
 
 
 def run_fresh(code: str) -> str:
@@ -142,9 +140,40 @@ def test_arrows_point_one_way(path):
             assert parts[-1] not in ("torch_encode", "reference"), f"kernels/{path.name} imports {name}"
 
 
+LIBRARY = [path for path in FILES if path.relative_to(PACKAGE).parts[0] not in (*ABOVE, "__main__.py")]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_library_knows_no_training_and_no_command(path):
+    """By no import, and by no name in a text either."""
+    assert not {layer_of(name) for name in imports_of(path)} & set(ABOVE)
+    assert not [name for name in ABOVE if f"ctxenc.{name}" in path.read_text()]
+
+
+def test_a_run_is_loaded_without_training():
+    out = run_fresh("""
+        import sys
+        sys.modules |= {"ctxenc.training": None, "ctxenc.commands": None}
+        import ctxenc, ctxenc.integrations, ctxenc.viz, ctxenc.diagnosis.tasks
+        try:
+            ctxenc.load("nowhere")
+        except Exception as error:
+            print(error)
+    """)
+    assert out == "no run at nowhere\n"
+
+
+def test_no_file_name_occurs_twice():
+    names = [path.name for path in FILES if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_parser_sees_arrows():
     """The test above is no proof if it sees nothing."""
-    assert {layer_of(name) for name in imports_of(PACKAGE / "context.py")} == {"encoding", "functional"}
+    assert {layer_of(name) for name in imports_of(PACKAGE / "context.py")} == {"encoding", "functional", "kernels"}
     assert {layer_of(name) for name in imports_of(PACKAGE / "functional.py")} == {"kernels"}
     assert layer_of("ctxenc") == layer_of("ctxenc.encode") == "__init__"
+    assert layer_of("ctxenc.training.console") == "training"
+    assert "training" in {layer_of(name) for name in imports_of(PACKAGE / "commands" / "finetune.py")}
     assert len(FILES) > 8
+    assert PACKAGE / "runs" / "trained.py" in LIBRARY

@@ -349,7 +349,7 @@ def test_error_in_building_leaves_all_as_it_was(net: nn.Module, monkeypatch: pyt
             super().__init__(*args, **kwargs)
 
     before = snapshot(net)
-    monkeypatch.setattr("ctxenc.patching.ContextEncoding", Failing)
+    monkeypatch.setattr("ctxenc.swap.patching.ContextEncoding", Failing)
     with pytest.raises(MemoryError):
         patch_se_blocks(net)
     assert_same(net, before)

@@ -1,10 +1,13 @@
 """README.md and docs/: their Python runs, their commands and links are real, their tables are those of the committed results."""
 
+import json
 import re
 
 import pytest
 
 from benchmarks.pages import MARKED, PAGES, ROOT, filled, table
+from benchmarks.record import RESULTS
+from benchmarks.swap_accuracy import interval
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = [
@@ -35,7 +38,37 @@ def test_tables_are_the_committed_results(page):
 
 def test_every_result_has_a_table():
     named = {found["name"] for page in PAGES for found in MARKED.finditer(page.read_text()) if not found["rows"]}
-    assert named == {"encode_cpu", "swap_cpu", "swap_cpu_compile", "warm_start", "context_scenes"}
+    assert named == {
+        "encode_cpu",
+        "swap_cpu",
+        "swap_cpu_choices",
+        "swap_cpu_compile",
+        "swap_accuracy",
+        "warm_start",
+        "context_scenes",
+        "context_scenes_start",
+    }
+
+
+def test_differences_in_words_are_those_of_the_result():
+    """README and docs say by how much the scenes' networks differ, with 95 % intervals over the seeds."""
+    scores: dict[str, list[float]] = {}
+    for row in json.loads((RESULTS / "context_scenes_start.json").read_text())["rows"]:
+        scores.setdefault(row["name"], []).append(100 * row["mean_iou"])
+
+    def gain(one: str, other: str) -> tuple[float, float]:
+        return interval([a - b for a, b in zip(scores[one], scores[other], strict=True)])
+
+    (mean, reach), (cost, spread) = gain("encnet", "fcn_se"), gain("encnet", "encnet, spread")
+    said = (
+        f"{mean - reach:.1f} to {mean + reach:.1f}",
+        f"{cost:.1f} points",
+        f"{cost - spread:.1f} to {cost + spread:.1f}",
+    )
+    assert f"{mean:.1f} points of mIoU" in README
+    assert said[0] in README
+    measurements = (ROOT / "docs" / "measurements.md").read_text()
+    assert all(each in measurements for each in (f"{mean:.1f} points above", *said))
 
 
 def test_a_table_of_some_rows():
@@ -69,8 +102,14 @@ def test_links_and_pictures_are_there(page):
         assert not anchor or anchor in _anchors(target.read_text()), link
 
 
-def test_commands_of_the_readme_exist():
+def test_commands_exist_and_have_a_row():
     from ctxenc.__main__ import COMMANDS
 
-    named = set(re.findall(r"python -m ctxenc (\w+)", README))
-    assert named == set(COMMANDS)
+    rows = re.findall(r"^\| `python -m ctxenc (\w+)", (ROOT / "docs" / "commands.md").read_text(), flags=re.M)
+    assert set(rows) == set(COMMANDS)
+    assert set(re.findall(r"python -m ctxenc (\w+)", README)) <= set(COMMANDS)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 140
+    assert len(README.split()) <= 1100

@@ -76,6 +76,20 @@ def test_copies_have_no_undo_record(net: nn.Module, duplicate: Any) -> None:
     restore_se_blocks(net)  # the first is its own
 
 
+def test_whole_models_that_earlier_versions_pickled_load() -> None:
+    """They name the modules of before ctxenc/swap/."""
+    model = patch_se_blocks(Toy()).eval()
+    saved = pickle.dumps(model, protocol=2)  # names in plain text, without their lengths
+    assert b"cctxenc.swap.patching\n" in saved
+    saved = saved.replace(b"cctxenc.swap.patching\n", b"cctxenc.patching\n")
+    saved = saved.replace(b"cctxenc.swap.se_classes\n", b"cctxenc.se_blocks\n")
+    assert b"ctxenc.swap" not in saved
+    twin = pickle.loads(saved)
+    assert find_context_blocks(twin) == find_context_blocks(model) != []
+    assert torch.equal(twin(X), model(X))
+    assert twin.no_weight_decay() == model.no_weight_decay()
+
+
 def test_undo_is_kept_out_of_what_is_saved() -> None:
     model = Toy()
     mark = torch.full_like(model.se.fc1.weight, 12345.678)

@@ -6,11 +6,13 @@ from unittest import mock
 import pytest
 import timm
 import torch
+from timm.layers import get_attn
 from torch import nn
 
 import ctxenc
 from benchmarks import networks, swap
 from benchmarks.memory import peak_bytes
+from benchmarks.swap_rows import named
 from ctxenc.kernels.backends import preferred
 
 TINY = ["--device", "cpu", "--networks", "test_efficientnet", "--modes", "eager", "--size", "64", "--batch", "2"]
@@ -89,7 +91,7 @@ def test_without_se_blocks_a_network_is_one_whose_gates_are_open(network):
     plain = networks.variant(model, networks.changes(model)["no SE"])
     assert not ctxenc.find_se_blocks(plain)
     blocks = ctxenc.find_se_blocks(model)
-    assert len(blocks) == {"regnety_032": 21, "nfnet_f0": 12}.get(network, 16)
+    assert len(blocks) == {"regnety_032": 21, "nfnet_f0": 12, "mobilenetv3_large_100": 8}.get(network, 16)
     for block in blocks:
         model.get_submodule(block.name).register_forward_hook(lambda module, inputs, output: inputs[0])
     if network == "nfnet_f0":  # whose branches begin at zero
@@ -113,7 +115,10 @@ def test_variants_are_what_their_names_say(network):
     assert list(found) == [
         "shipped",
         other,
-        *(f"{part}, {pool}" for part in (first, "1/4") for pool in ("mean", "concat")),
+        *(f"{first}, {pool}" for pool in ("mean", "concat")),
+        *(() if empty else ("own, mean, 14", "own, mean, 7")),
+        "1/4, mean",
+        "1/4, concat",
     ]
     for name, change in found.items():
         changed = networks.variant(model, change)
@@ -123,10 +128,20 @@ def test_variants_are_what_their_names_say(network):
         se_blocks = ctxenc.find_se_blocks(changed)
         assert len(blocks) == (8 if "," in name else 0)
         assert len(se_blocks) == (8 if name == ("SE" if empty else "shipped") else 0)
-        assert {block.pool for block in blocks} <= {name.rpartition(" ")[2]}
+        _, pool, max_size, *_ = [*name.split(", "), None, None]
+        assert {(block.pool, block.max_size) for block in blocks} <= {(pool, int(max_size) if max_size else None)}
         for block in blocks:
             assert block.rd_channels == max(8, block.replaced.channels // (4 if name.startswith("1/4") else 16))
     assert weights.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "kind"), networks.OTHERS.items())
+def test_other_attention_takes_the_place_of_each_se_block(name, kind):
+    model = networks.build("seresnet50")
+    blocks = ctxenc.find_se_blocks(model)
+    changed = networks.variant(model, networks.changes(model)[name])
+    assert {type(changed.get_submodule(block.name)) for block in blocks} == {get_attn(kind)}
+    assert not ctxenc.find_se_blocks(changed)
 
 
 def test_se_in_empty_slots_is_that_of_the_se_network():
@@ -268,7 +283,7 @@ def test_a_row_fails_alone(tmp_path, monkeypatch, capsys):
         assert rows[name]["training_ratio"] > 0
         assert rows[name]["inference_ratio"] > 0
     assert "failed: ZeroDivisionError" in capsys.readouterr().out
-    assert markdown_names(out) == ["shipped", "own (C/16), mean"]
+    assert markdown_names(out) == ["shipped", "ContextEncoding (C/16)"]
 
 
 def markdown_names(path):
@@ -375,7 +390,7 @@ def test_the_default_on_a_cpu():
 
 def test_the_default_on_a_gpu_is_everything():
     plan = planned(device="cuda")
-    assert len({(table.network, table.setting) for table in plan}) == len(plan) == 8 * 2 * 3 * 2
+    assert len({(table.network, table.setting) for table in plan}) == len(plan) == 9 * 2 * 3 * 2
     assert [(table.network, table.setting.precision) for table in plan[:4]] == [
         ("seresnet50", "bf16"), ("EncNet-R50", "bf16"), ("seresnet50", "bf16"), ("EncNet-R50", "bf16"),
     ]  # fmt: skip
@@ -397,6 +412,11 @@ def test_there_must_be_such_a_network(capsys):
     assert "must be EncNet-R50 or a model of timm, got 'seresnet5'" in capsys.readouterr().err
 
 
+def test_variants_have_names_for_readers():
+    names = [named({"variant": each, "reduction": "C/16"}) for each in ("no SE", "own, mean, 14", "1/4, mean")]
+    assert names == ["no SE", "ContextEncoding (C/16), max_size 14", "ContextEncoding (C/16)"]
+
+
 def test_the_table_of_the_readme():
     row = {
         "network": "seresnet50", "variant": "own, mean", "fused": False, "mode": "eager", "precision": "fp32",
@@ -414,7 +434,7 @@ def test_the_table_of_the_readme():
     for first, told in [(row, "eager, fp32, channels last"), (others[1], "torch.compile, fp32, channels last")]:
         lines = swap.markdown({"rows": [first, row, *others], "environment": environment}).splitlines()
         assert set(lines[2:-2]) == {
-            "| seresnet50, 4 at 224 | own (C/16), mean | 28.1 M | 4.31 G | 1.05 | 1.08 | 1.02 |"
+            "| seresnet50, 4 at 224 | ContextEncoding (C/16) | 28.1 M | 4.31 G | 1.05 | 1.08 | 1.02 |"
         }
         assert len(lines[2:-2]) == 2
         assert lines[-1] == f"a CPU, 2 threads, torch 2, timm 1, {told}; commit abc."

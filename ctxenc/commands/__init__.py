@@ -1,1 +1,1 @@
-"""The commands, a file each: its arguments, then a call."""
+"""The commands, one file each: the arguments, then a call."""

@@ -1,4 +1,4 @@
-"""ctxenc doctor: whether the fused kernels serve on this machine, and what they gain."""
+"""ctxenc doctor: check whether the fused kernels work on this machine, and how much they gain."""
 
 import argparse
 import json
@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ctxenc.diagnosis.feeds import FEEDS
-from ctxenc.training.console import UserError, positive_int, text_table
+from ctxenc.runs.errors import UserError
+from ctxenc.training.console import positive_int, text_table
 
 DTYPES = ("bf16", "fp16", "fp32")
 LAYOUTS = ("channels_first", "channels_last")
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """An argparse type: B,D,H,W,K."""
+    """Parse B,D,H,W,K for argparse."""
     try:
         sizes = tuple(map(int, text.split(",")))
     except ValueError:
@@ -54,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the findings as they come, write them, and exit with 1 where a kernel does not serve."""
+    """Print the findings as they come, write them, and exit with 1 if a kernel does not work."""
     from ctxenc.diagnosis.examination import examine
 
     if args.out:
-        args.out.touch()  # before minutes of work
+        args.out.touch()  # fail now, not after minutes of work
     shapes = args.shapes or [(feed.batch, feed.channels, *feed.spatial, feed.num_codes) for feed in FEEDS]
     request = {"model": args.model, "shapes": shapes, "num_codes": args.num_codes, "batch": args.batch_size}
     request |= {"dtypes": args.dtypes, "layouts": args.layouts}
@@ -95,13 +96,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def kind_text(kind: list[Any]) -> str:
-    """A kind of kernel on one line."""
+    """Return a kind of kernel on one line."""
     operator, constants, _ = kind
     return f"{operator} ({', '.join(f'{name} {value}' for name, value in constants.items())})"
 
 
 def environment_text(found: dict[str, Any]) -> str:
-    """Versions, GPUs, what auto takes, and caches that cannot be written."""
+    """Return versions, GPUs, the choice of auto, and caches that cannot be written."""
     versions = [f"{name} {version or 'missing'}" for name, version in found["versions"].items()]
     platform = {"CUDA": found["cuda"], "ROCm": found["rocm"], "driver": found["driver"], "Python": found["python"]}
     lines = [", ".join([*versions, *(f"{name} {version}" for name, version in platform.items() if version)])]
@@ -120,7 +121,7 @@ def environment_text(found: dict[str, Any]) -> str:
 
 
 def needs_text(needs: dict[str, Any], interpret: bool) -> str:
-    """What is going to be tried."""
+    """Return the plan of the examination."""
     kinds, calls = len(needs["kinds"]), len(needs["calls"])
     if needs["device"] == "meta":
         return (
@@ -133,7 +134,7 @@ def needs_text(needs: dict[str, Any], interpret: bool) -> str:
 
 
 def verdicts_text(verdicts: list[dict[str, Any]]) -> str:
-    """A table with a row for each operator and dtype."""
+    """Return a table with a row for each operator and dtype."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for verdict in verdicts:
         operator, constants, _ = verdict["kind"]
@@ -148,7 +149,7 @@ def verdicts_text(verdicts: list[dict[str, Any]]) -> str:
 
 
 def times_text(times: list[dict[str, Any]]) -> str:
-    """A table with a row for each call: kernel and PyTorch path side by side."""
+    """Return a table with a row for each call: kernel and PyTorch path side by side."""
 
     def pair(row: dict[str, Any], entry: str) -> list[str]:
         kernel, plain = (row[backend].get(entry) for backend in ("triton", "torch"))

@@ -1,1 +1,1 @@
-"""Checks of the fused kernels on this machine, each in a process of its own: what `ctxenc doctor` runs."""
+"""Check the fused kernels on this machine for `ctxenc doctor`, each in a process of its own."""

@@ -1,4 +1,4 @@
-"""The examination behind `ctxenc doctor`: child processes look at the machine, try each kernel and time it. Imports no torch."""
+"""Run the examination of `ctxenc doctor`: child processes look at the machine, try each kernel and time it. Imports no torch."""
 
 import json
 import os
@@ -19,14 +19,14 @@ LOOK_SECONDS = 300.0  # to build a network and run it on the PyTorch path, and t
 
 
 class Ended(NamedTuple):
-    """A child process that has ended."""
+    """Hold the result of a finished child process."""
 
     results: list[dict[str, Any]]
     problem: str | None  # None: it ended by itself, without an error
 
 
 class Children:
-    """Child processes, none of which outlives the with block.
+    """Run child processes; end every one with the with block.
 
     Args:
         interpret: Run kernels in Triton's interpreter.
@@ -45,7 +45,7 @@ class Children:
         self.end()
 
     def end(self) -> None:
-        """End those that run; no other is started."""
+        """End the running children; start no other."""
         with self._lock:
             self._over = True
             for child in self._running:
@@ -65,7 +65,7 @@ class Children:
                 text=True,
                 errors="replace",
                 env=self.environment,
-                start_new_session=True,  # so that a compiler which it started ends with it
+                start_new_session=True,  # so that a compiler started by the child ends with it
             )
             self._running.add(child)
         problem = None
@@ -90,7 +90,7 @@ def _kill(child: "subprocess.Popen[str]") -> None:
 
 
 def _problem(code: int, errors: str) -> str | None:
-    """Why a process that ended by itself is no success."""
+    """Return why a process failed that ended by itself; None for success."""
     if code == 0:
         return None
     if code < 0:
@@ -100,18 +100,18 @@ def _problem(code: int, errors: str) -> str | None:
 
 
 def examine(request: dict[str, Any], interpret: bool, jobs: int, seconds: float) -> Iterator[Event]:
-    """Look, try every kernel that is needed, and time what serves on a GPU.
+    """Look at the machine, try every needed kernel, and time the working ones on a GPU.
 
     Args:
-        request: What to run, for tasks.look: "model" or None, its "num_codes" and "batch"; else "shapes" [(B, D, H, W, K)];
+        request: The request to tasks.look: "model" or None, its "num_codes" and "batch"; else "shapes" [(B, D, H, W, K)];
             "dtypes" and "layouts".
         interpret: Run kernels in Triton's interpreter, on the CPU.
-        jobs: Kernels that are tried at a time.
-        seconds: For a kernel.
+        jobs: Number of kernels to try at a time.
+        seconds: Time limit for a kernel.
 
     Yields:
-        What is known, by name: "mistake" of the user, with nothing after it; "environment"; "needs" (device, kinds, calls);
-        "verdict" of each kind; "times" of each call; "problem" where a process failed.
+        Findings by name: "mistake" of the user, with nothing after it; "environment"; "needs" (device, kinds, calls); "verdict"
+            of each kind; "times" of each call; "problem" for a failed process.
     """
     with Children(interpret) as children:
         looked = children.run("look", request | {"interpret": interpret}, LOOK_SECONDS)

@@ -1,10 +1,10 @@
-"""What known networks feed the operator, measured and checked where no model is named."""
+"""Inputs that known networks feed the operator, measured, and checked if no model is named."""
 
 from typing import NamedTuple
 
 
 class Feed(NamedTuple):
-    """What one layer of a network feeds the operator."""
+    """Describe the input of the operator in one layer of a network."""
 
     source: str
     channels: int  # D, the C' of a block
@@ -14,7 +14,7 @@ class Feed(NamedTuple):
 
 
 # EncNet, the CIFAR network, and swapped networks with the reduction of their own SE blocks, at timm's input size (224, nfnet_f0
-# 192): tests/test_benchmarks.py compares with what they feed.
+# 192): tests/test_benchmarks.py compares these figures with the networks.
 FEEDS = [
     Feed("EncNet-R50 at 480", 512, (60, 60), 32, 16),
     Feed("EncNet-R50 at 769", 512, (97, 97), 32, 4),

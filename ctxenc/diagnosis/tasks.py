@@ -2,7 +2,7 @@
 
     python -m ctxenc.diagnosis.tasks TASK REQUEST
 
-REQUEST is JSON. Results are lines of JSON after MARK: whatever else a library prints is no result.
+REQUEST is JSON. Results are lines of JSON after MARK: libraries may print other lines.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ Result = dict[str, Any]
 
 
 class MistakeError(Exception):
-    """A mistake of the user, as one line."""
+    """Report a user error on one line."""
 
 
 def look(request: Request) -> Iterator[Result]:
     """Describe the machine, then the kernels and the encode calls that the subjects need."""
     device = torch.device("cpu" if request["interpret"] else "cuda" if torch.cuda.is_available() else "meta")
     if device.type == "cpu":
-        backends.GPUS = ("cuda", "cpu")  # in the interpreter "auto" takes the kernels for CPU tensors
+        backends.GPUS = ("cuda", "cpu")  # in the interpreter "auto" chooses the kernels for CPU tensors
         request |= {"batch": INTERPRETED_BATCH}
     subjects = [_model(request, device)] if request["model"] else _blocks(request, device)
     yield {"environment": environment()}
@@ -61,7 +61,7 @@ def look(request: Request) -> Iterator[Result]:
 
 
 def environment() -> Result:
-    """Versions, GPUs, what auto takes and why, and where the caches are."""
+    """Return versions, GPUs, the choice of auto with its reason, and the cache folders."""
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -101,7 +101,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Version of NVIDIA's driver."""
+    """Return the version of NVIDIA's driver."""
     try:
         found = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -115,7 +115,7 @@ def _driver() -> str | None:
 
 
 def _writable(find: Any) -> Result:
-    """A folder, and why nothing can be written to it."""
+    """Return a folder, and the reason if it cannot be written to."""
     path = None
     try:
         path = find()
@@ -127,17 +127,17 @@ def _writable(find: Any) -> Result:
 
 
 def _blocks(request: Request, device: torch.device) -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
-    """Blocks that encode maps of some shapes; in the interpreter of two images, since kernels do not depend on their number."""
+    """Yield blocks for maps of the requested shapes; fewer images in the interpreter: kernels do not depend on their number."""
     for B, D, H, W, K in request["shapes"]:
         block = ctxenc.ContextEncoding(D, num_codes=K, rd_channels=D, device=device)
         yield block, (request["batch"] if device.type == "cpu" else B, D, H, W)
 
 
 def _model(request: Request, device: torch.device) -> tuple[nn.Module, tuple[int, ...]]:
-    """A timm network, patched, and the shape of its input.
+    """Return a patched timm network, and the shape of its input.
 
     Raises:
-        MistakeError: timm does not know it, or there is nothing to patch.
+        MistakeError: timm does not know it, or it has nothing to patch.
     """
     timm = importlib.import_module("timm")
     name = request["model"]
@@ -158,7 +158,7 @@ def _model(request: Request, device: torch.device) -> tuple[nn.Module, tuple[int
 
 @contextlib.contextmanager
 def _recorded(module: nn.Module, calls: dict[str, Result]) -> Iterator[None]:
-    """Keep the encode calls of a module in the with block: shape, dtype and layout of x, and codewords."""
+    """Record the encode calls of a module in the with block: shape, dtype and layout of x, and codewords."""
 
     def record(encoding: Any, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
@@ -180,18 +180,18 @@ def _name(dtype: torch.dtype) -> str:
 def _train_and_evaluate(
     module: nn.Module, shape: tuple[int, ...], dtype: str, layout: str, calls: dict[str, Result]
 ) -> None:
-    """One step of training, and an evaluation with the norms folded into the projections, as for deployment."""
+    """Run one training step, and one evaluation with the norms folded into the projections, as for deployment."""
     device = next(module.parameters()).device
     half = dtype != "fp32" and device.type != "meta"
     x = torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[layout])
-    if half and isinstance(module, ctxenc.ContextEncoding):  # inside a network it is given what a convolution gives
+    if half and isinstance(module, ctxenc.ContextEncoding):  # inside a network its input is the output of a convolution
         x = x.to(DTYPES[dtype])
     module.to(memory_format=LAYOUTS[layout])
     with torch.autocast(device.type, DTYPES[dtype]) if half else contextlib.nullcontext():
         with _recorded(module, calls):
             output = module.train()(x.requires_grad_())
         output.backward(torch.randn_like(output))
-        fused = copy.deepcopy(module).eval()  # without hooks, beneath which the projection has no kernel
+        fused = copy.deepcopy(module).eval()  # without hooks: under a hook the projection has no kernel
         for block in fused.modules():
             if isinstance(block, ctxenc.ContextEncoding):
                 block.fuse()
@@ -200,7 +200,7 @@ def _train_and_evaluate(
 
 
 def prove(request: Request) -> Iterator[Result]:
-    """Try one kernel now, whatever is recorded of it."""
+    """Try one kernel now; ignore any recorded verdict."""
     kind = verdicts.Kind.from_json(request["kind"])
     verdict = verdicts.prove(kind, request["device"])
     kept = verdict.lasts == "always" and records.recorded(verdicts.key_of(kind)) is not None
@@ -208,7 +208,7 @@ def prove(request: Request) -> Iterator[Result]:
 
 
 def times(request: Request) -> Iterator[Result]:
-    """Time the encode calls on the kernels and on the PyTorch path, in milliseconds of the GPU."""
+    """Time the encode calls on the kernels and on the PyTorch path, in milliseconds of GPU time."""
     from triton.testing import do_bench
 
     for call in request["calls"]:
@@ -231,7 +231,7 @@ def times(request: Request) -> Iterator[Result]:
                 with torch.no_grad():
                     found[backend] = {"forward_ms": do_bench(forward, warmup=5, rep=20, return_mode="median")}
                 found[backend]["both_ms"] = do_bench(both, warmup=5, rep=20, return_mode="median")
-            except RuntimeError as error:  # the kernel does not serve, or memory is short
+            except RuntimeError as error:  # the kernel does not work, or memory is short
                 found[backend] = {"problem": " ".join(str(error).split())[:300]}
         yield found
 

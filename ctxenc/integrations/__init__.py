@@ -1,6 +1,6 @@
-"""Networks built on the Encoding layer: EncNet, Deep TEN and the CIFAR networks, with what is needed to train and load them.
+"""Provide networks built on the Encoding layer: EncNet, Deep TEN and the CIFAR networks, with tools to train and load them.
 
-`import ctxenc.integrations.timm_models` registers those for classification with timm.
+`import ctxenc.integrations.timm_models` registers the classification networks with timm.
 """
 
 try:

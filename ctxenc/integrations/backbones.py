@@ -1,4 +1,4 @@
-"""timm networks as the dilated backbones of segmentation."""
+"""Turn timm networks into dilated backbones for segmentation."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -10,10 +10,10 @@ OUTPUT_STRIDES = (8, 16, 32)
 
 
 def check_backbone(owner: str, name: str) -> None:
-    """Accept the names of timm's models, with or without a tag; those with a source ("hf_hub:...") would download.
+    """Check that timm knows a model's name, with or without a tag; a name with a source ("hf_hub:...") would download.
 
     Raises:
-        TypeError: name is no string.
+        TypeError: name is not a string.
         ValueError: timm knows no such model.
     """
     if not isinstance(name, str):
@@ -37,14 +37,14 @@ def dilated_backbone(
     pretrained: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """A timm network that gives its deepest maps, the last of them at the given stride.
+    """Build a timm network that returns its deepest maps, the last one at the given stride.
 
     Args:
-        owner: what asks, for the texts of errors.
+        owner: name of the caller, for error texts.
         name: a timm model.
-        maps: how many maps, counted from the deepest.
+        maps: number of maps, counted from the deepest.
         output_stride: 8, 16 or 32; strides beyond it become dilations.
-        stages: how many of its maps there are at all, counted from the image; all by default.
+        stages: number of maps to keep, counted from the image; all by default.
         pretrained: load timm's weights.
         **kwargs: further arguments of timm.create_model.
 
@@ -52,8 +52,8 @@ def dilated_backbone(
         A module with feature_info, from (B, C, H, W) to a list of maps, the deepest last.
 
     Raises:
-        TypeError: name is no string.
-        ValueError: there is no such network, or timm cannot give it that stride or so many maps.
+        TypeError: name is not a string.
+        ValueError: there is no such network, or timm does not support this stride or number of maps for it.
     """
     check_backbone(owner, name)
     if type(output_stride) is not int or output_stride not in OUTPUT_STRIDES:
@@ -78,7 +78,7 @@ def dilated_backbone(
         NotImplementedError,
         IndexError,
         AttributeError,
-    ) as error:  # each family in its own way
+    ) as error:  # each family raises its own type
         reason = f"{type(error).__name__} {error}".strip()
         raise ValueError(f"{owner}: backbone must be {wanted}, got {name!r} ({reason})") from error
     reduction = backbone.feature_info.reduction()

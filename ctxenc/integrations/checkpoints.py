@@ -1,7 +1,7 @@
-"""Checkpoints of EncNet: those of PyTorch-Encoding and mmsegmentation, and ours.
+"""Load and save EncNet checkpoints: from PyTorch-Encoding, from mmsegmentation, and our own.
 
-Names of their parameters, in the order of the network (mmsegmentation's, PyTorch-Encoding's, ours) are in the two tables below.
-Both store scale = -smoothing.
+Two tables below list the parameter names in network order (mmsegmentation's, PyTorch-Encoding's, ours). Both code bases store
+scale = -smoothing.
 """
 
 import json
@@ -22,7 +22,7 @@ METADATA = "ctxenc.EncNet"  # key of the configuration in the metadata of a safe
 
 
 class Source(NamedTuple):
-    """A code base: what its names begin with and what takes the place of that; None where our network has no such part."""
+    """Describe a code base: its name prefixes and our replacements; None if our network has no such part."""
 
     name: str
     align_corners: bool
@@ -34,7 +34,7 @@ PYTORCH_ENCODING = Source(
     True,
     {
         "pretrained.": "backbone.",
-        "pretrained.fc.": None,  # the ImageNet classifier, which segmentation does not call
+        "pretrained.fc.": None,  # the ImageNet classifier, unused in segmentation
         "head.conv5.": "reduce.",
         "head.connect.": "laterals.",
         "head.fusion.": "fusion.",
@@ -77,7 +77,7 @@ MMSEGMENTATION = Source(
         "auxiliary_head.conv_seg.": "aux.1.1.",
     },
 )
-# By which they are told apart
+# Names that identify a code base
 CODEWORDS = {
     "head.encmodule.encoding.3.codewords": PYTORCH_ENCODING,
     "decode_head.enc_module.encoding.0.codewords": MMSEGMENTATION,
@@ -85,25 +85,27 @@ CODEWORDS = {
 
 
 def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> EncNet:
-    """Build the EncNet of a checkpoint and fill it.
+    """Build an EncNet from a checkpoint and load its weights.
 
-    Recognises EncNet of PyTorch-Encoding and of mmsegmentation (ResNet-50, 101 and 152 with their own stem or timm's plain one,
-    with and without laterals, auxiliary head and SE-loss), and what save_encnet_checkpoint wrote. What the network is follows from
-    names and shapes; align_corners from the code base: True in PyTorch-Encoding's networks, False in mmsegmentation's.
+    Recognises EncNet of PyTorch-Encoding and of mmsegmentation (ResNet-50, 101 and 152 with their own stem or timm's
+    plain one, with and without laterals, auxiliary head and SE-loss), and files from save_encnet_checkpoint. Names and
+    shapes determine the network; the code base determines align_corners: True in PyTorch-Encoding's networks, False in
+    mmsegmentation's.
 
-    PyTorch-Encoding computed the softmax over the pixels, not over the codewords, from November 2017 to September 2018. Networks
-    trained then load without an error and give other outputs here; neither names nor shapes tell. Measure the network first.
+    From November 2017 to September 2018, PyTorch-Encoding computed the softmax over the pixels, not over the codewords.
+    Networks trained then load without an error but give other outputs here, and neither names nor shapes reveal it.
+    Measure such a network first.
 
     Args:
-        source: a file of tensors (.safetensors, or what torch.save wrote, read with weights_only=True), or a state dict, as it is
-            or as a trainer wraps it (DDP, Lightning, torch.compile, moving averages); see state_dicts.unwrapped.
+        source: a file of tensors (.safetensors, or from torch.save, read with weights_only=True), or a state dict,
+            plain or wrapped by a trainer (DDP, Lightning, torch.compile, moving averages); see state_dicts.unwrapped.
 
     Returns:
         The network, on the CPU, in eval mode.
 
     Raises:
-        ValueError: the file is none of these, or would run code; no such network is recognised; or a name is unknown, missing, or
-            of another shape.
+        ValueError: the file has another format, or would run code; no EncNet is recognised; or a tensor is unknown,
+            missing or of another shape.
         OSError: the file cannot be read.
     """
     try:
@@ -117,24 +119,24 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
         names = _renamed(state, code_base)
         state = {ours: _converted(theirs, state[theirs]) for ours, theirs in names.items()}
         config = _configuration(state) | {"align_corners": code_base.align_corners}  # and the papers' sums; see _built
-    # Nothing is allocated before all shapes are known to fit.
+    # Allocate nothing before all shapes are checked.
     _check(without_memory(lambda: _built(config)).state_dict(), state, names)
     network = _built(config)
-    network.load_state_dict(state, strict=False)  # the counts of batches, which old checkpoints lack
+    network.load_state_dict(state, strict=False)  # old checkpoints lack the batch counts
     return network.eval()
 
 
 def save_encnet_checkpoint(network: EncNet, path: str | os.PathLike[str]) -> None:
-    """Write a network and what rebuilds it into one safetensors file, which load_encnet_checkpoint reads.
+    """Write a network and its arguments into one safetensors file, for load_encnet_checkpoint.
 
     Raises:
-        TypeError: network is no EncNet, or an argument that it was made with is no JSON.
+        TypeError: network is not an EncNet, or one of its arguments is not JSON.
         ValueError: its arguments build another network, as after patch_se_blocks, or path does not end in .safetensors.
         OSError: the file cannot be written.
     """
     if not isinstance(network, EncNet):
         raise TypeError(f"save_encnet_checkpoint: network must be an EncNet, got {type(network).__name__}")
-    if Path(path).suffix != ".safetensors":  # by which load_encnet_checkpoint knows the file again
+    if Path(path).suffix != ".safetensors":  # load_encnet_checkpoint recognises the file by it
         raise ValueError(f"save_encnet_checkpoint: path must end in .safetensors, got {str(path)!r}")
     metadata = {"format": "pt", METADATA: json.dumps(network.checked_config())}
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
@@ -142,7 +144,7 @@ def save_encnet_checkpoint(network: EncNet, path: str | os.PathLike[str]) -> Non
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any] | None]:
-    """What a file holds, and the arguments of our network where it has them."""
+    """Read the content of a file, and the arguments of our network if it has them."""
     if path.suffix != ".safetensors":
         return read_pickle(path), None
     state, metadata = read_safetensors(path)
@@ -153,21 +155,21 @@ def _read(path: Path) -> tuple[Any, dict[str, Any] | None]:
 
 
 def _built(config: Any) -> EncNet:
-    """Our network of the arguments in a file."""
+    """Build our network from the arguments in a file."""
     if not isinstance(config, dict):
         raise ValueError(f"{NAME}: the arguments of EncNet must be a table, got {config!r}")
     try:
-        # Networks of others take the sum over the pixels, and so do ours that are older than this option.
+        # Networks from other code bases sum over the pixels, and so do ours saved before this option existed.
         arguments: dict[str, Any] = {"aggregation": "sum"} | config | {"pretrained_backbone": False}
         return EncNet(**arguments)
     except NotImplementedError:  # for without_memory
         raise
-    except Exception as error:  # of any kind, down to what cannot be allocated
+    except Exception as error:  # of any kind, up to a failed allocation
         raise ValueError(f"{NAME}: the checkpoint names a network that cannot be built: {error}") from error
 
 
 def _found(content: Any) -> dict[str, Tensor]:
-    """The state dict of an EncNet in what a file holds, by the codewords of either code base; else all of it."""
+    """Find the state dict of an EncNet in a file's content, by the codewords of either code base; else return all of it."""
     for name in CODEWORDS:
         state = unwrapped(content, [name])
         if name in state:
@@ -190,7 +192,7 @@ def _recognised(state: dict[str, Tensor]) -> Source:
 
 
 def _renamed(state: dict[str, Tensor], source: Source) -> dict[str, str]:
-    """Our name of each tensor, and theirs."""
+    """Return our name of each tensor, and the checkpoint's name."""
     renamed, unknown = {}, []
     for name in state:
         beginning = max((each for each in source.names if name.startswith(each)), key=len, default=None)
@@ -208,7 +210,7 @@ def _converted(name: str, tensor: Tensor) -> Tensor:
 
 
 def _configuration(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of EncNet, by names and shapes."""
+    """Derive the arguments of EncNet from names and shapes."""
     depths: Any = tuple(
         len({name.split(".")[2] for name in state if name.startswith(f"backbone.layer{stage}.")})
         for stage in (1, 2, 3, 4)
@@ -239,7 +241,7 @@ def _configuration(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _check(wanted: dict[str, Tensor], state: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Strictly; only old checkpoints do not count batches. names: those of the checkpoint for ours."""
+    """Check names and shapes strictly; only the batch counts may be missing. names: the checkpoint's names by ours."""
     counts = {name for name in wanted if name.endswith("num_batches_tracked")}
     wrong = {
         "missing": sorted(wanted.keys() - state.keys() - counts),

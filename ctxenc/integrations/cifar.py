@@ -1,4 +1,4 @@
-"""The CIFAR networks of EncNet: a small residual network with a Context-Encoding block, an SE block, or nothing in each unit.
+"""Define EncNet's CIFAR networks: a small residual network with a Context-Encoding block, an SE block, or nothing in each unit.
 
 Context Encoding for Semantic Segmentation (arXiv 1803.08904), section 4.3.
 """
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ctxenc.context import ContextEncoding, Layer
 from ctxenc.encoding import check_sizes
-from ctxenc.integrations.parameters import encoding_parameters
+from ctxenc.parameters import encoding_parameters
 
 
 def _stage(in_channels: int, channels: int, stride: int, attn_layer: Any) -> nn.Sequential:
-    """Two units; the shortcut of the first is a convolution with a bias and no norm where it changes the map's shape."""
+    """Build two units; if the first changes the map's shape, its shortcut is a convolution with a bias and no norm."""
     shortcut = nn.Conv2d(in_channels, channels, 1, stride) if stride != 1 or in_channels != channels else None
     return nn.Sequential(
         BasicBlock(in_channels, channels, stride, shortcut, attn_layer=attn_layer),
@@ -29,22 +29,22 @@ def _stage(in_channels: int, channels: int, stride: int, attn_layer: Any) -> nn.
 
 
 def _map(module: str, channels: int, reduction: int) -> dict[str, Any]:
-    """An entry of timm's feature_info."""
+    """Return an entry of timm's feature_info."""
     return {"num_chs": channels, "reduction": reduction, "module": module}
 
 
 class CifarNet(nn.Module):
-    """The 14-layer residual network that EncNet compares on CIFAR-10: three stages of two units, strides 1, 2 and 2.
+    """Build the 14-layer residual network of EncNet's CIFAR-10 experiments: three stages of two units, strides 1, 2 and 2.
 
-    A unit is conv3x3 BN ReLU conv3x3 BN, then the attention, then the shortcut and ReLU; after the last come BN, ReLU and the
-    pooled linear classifier. Made for 32 x 32 images; any other size works.
+    A unit is conv3x3 BN ReLU conv3x3 BN, then the attention, then the shortcut and ReLU. After the last unit come BN,
+    ReLU, pooling and the linear classifier. Made for 32 x 32 images; any other size works.
 
     Args:
-        num_classes: of the classifier; 0 for none.
+        num_classes: of the classifier; 0 for no classifier.
         in_chans: channels of the image.
-        global_pool: timm's pooling, "avg" for one; "" for none, which needs num_classes=0.
+        global_pool: timm's pooling, such as "avg"; "" for no pooling, with num_classes=0.
         widen: the stages have 16, 32 and 64 times this many channels.
-        attn_layer: class or function that makes a block of its channels, a name that timm knows, or None.
+        attn_layer: class or function that builds a block from its channels, a timm name, or None.
         drop_rate: dropout before the classifier.
 
     Shape:
@@ -52,7 +52,7 @@ class CifarNet(nn.Module):
 
     Raises:
         ValueError: a size is not positive.
-        TypeError: a size is no integer.
+        TypeError: a size is not an integer.
     """
 
     def __init__(
@@ -95,26 +95,26 @@ class CifarNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimizers should not decay."""
+        """Return the parameters that timm's optimizers should not decay."""
         return encoding_parameters(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns by which timm groups parameters, by stage if coarse, else by unit."""
+        """Return the patterns for timm's parameter groups, by stage if coarse, else by unit."""
         return {"stem": r"^(?:conv1|bn1)\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each unit's activations again in backward, for less memory."""
+        """Recompute each unit's activations in backward, to save memory."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier."""
+        """Return the classifier."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier in place; num_classes 0 for none, global_pool None for the pooling that it has."""
+        """Replace the classifier; num_classes 0 removes it, global_pool None keeps the pooling."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool)
@@ -130,18 +130,18 @@ class CifarNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of feature_info, and the map that forward_features gives.
+        """Return the maps of feature_info and the result of forward_features.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: which maps; a number for that many last ones, None for all.
+            indices: indices of the maps, the number of last maps, or None for all.
             norm: norm the last map.
-            stop_early: compute nothing after the last of these maps; the first result is then that map.
+            stop_early: stop after the last of these maps, and return it first.
             output_fmt: "NCHW".
-            intermediates_only: give the list of maps alone.
+            intermediates_only: return only the list of maps.
 
         Raises:
-            ValueError: output_fmt is another.
+            ValueError: output_fmt is not "NCHW".
         """
         if output_fmt != "NCHW":
             raise ValueError(f'CifarNet.forward_intermediates: output_fmt must be "NCHW", got {output_fmt!r}')
@@ -162,7 +162,7 @@ class CifarNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps of these indices do not need; gives their numbers."""
+        """Remove everything that the maps of these indices do not need; return their numbers."""
         chosen, last = feature_take_indices(len(self.feature_info), indices)
         for stage in ("layer1", "layer2", "layer3")[last:]:
             setattr(self, stage, nn.Sequential())
@@ -176,7 +176,7 @@ class CifarNet(nn.Module):
         return chosen
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the map before the pooling, (B, num_features, H / 4, W / 4)."""
+        """Compute the map before the pooling, (B, num_features, H / 4, W / 4), from images."""
         x = self.act1(self.bn1(self.conv1(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
@@ -185,7 +185,7 @@ class CifarNet(nn.Module):
         return self.act(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """That map to the logits, or to what the classifier takes."""
+        """Compute logits, or the classifier's input, from the result of forward_features."""
         x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
@@ -194,7 +194,8 @@ class CifarNet(nn.Module):
 
 
 def cifar_encnet(num_classes: int = 10, widen: int = 4, num_codes: int = 16, **kwargs: Any) -> CifarNet:
-    """EncNet for CIFAR: ContextEncoding.paper in every unit. Widen 4 with 16 codewords is the paper's 16k64d, 8 with 32 is 32k128d.
+    """Build EncNet for CIFAR, with ContextEncoding.paper in every unit. Widen 4 with 16 codewords is the paper's 16k64d, 8
+    with 32 is 32k128d.
 
     Args:
         num_classes: of the classifier.
@@ -206,7 +207,7 @@ def cifar_encnet(num_classes: int = 10, widen: int = 4, num_codes: int = 16, **k
 
 
 def cifar_senet(num_classes: int = 10, widen: int = 4, **kwargs: Any) -> CifarNet:
-    """The SE-ResNet that EncNet is compared with: timm's SEModule, which reduces channels to a sixteenth, in every unit.
+    """Build the paper's SE-ResNet baseline, with timm's SEModule (reduction to a sixteenth) in every unit.
 
     Args:
         num_classes: of the classifier.
@@ -217,7 +218,7 @@ def cifar_senet(num_classes: int = 10, widen: int = 4, **kwargs: Any) -> CifarNe
 
 
 def cifar_resnet(num_classes: int = 10, widen: int = 4, **kwargs: Any) -> CifarNet:
-    """The plain ResNet that EncNet is compared with.
+    """Build the paper's plain ResNet baseline.
 
     Args:
         num_classes: of the classifier.

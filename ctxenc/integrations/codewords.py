@@ -1,4 +1,4 @@
-"""Codewords that start from data: k-means, which is the Encoding layer with hard assignment."""
+"""Initialise codewords from data by k-means, which is the Encoding layer with hard assignment."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxenc.encoding import Encoding, check_sizes, uncompiled
-from ctxenc.starts import kmeans_centres
+from ctxenc.swap.starts import kmeans_centres
 
 METHODS = ("kmeans", "sample")
 
@@ -15,25 +15,26 @@ METHODS = ("kmeans", "sample")
 def init_codewords(
     module: nn.Module, features: Tensor, method: str = "kmeans", *, samples: int = 20_000, seed: int = 0
 ) -> nn.Module:
-    """Start the codewords of an Encoding layer from the features that it sees.
+    """Initialise the codewords of an Encoding layer from its input features.
 
-    With codewords at the means of their clusters and hard assignment (smoothing -> infinity) the encoding of these features is
-    zero, and that of others tells how they differ: VLAD, of which Deep TEN (arXiv 1612.02844) is the soft and learned form.
+    With codewords at the cluster means and hard assignment (smoothing -> infinity), the encoding of these features is
+    zero, and the encoding of other features shows their difference. This is VLAD; Deep TEN (arXiv 1612.02844) is its
+    soft and learned form.
 
     Args:
-        module: an Encoding, or a module with one in it (ContextEncoding, EncodingModule, EncNet, DeepTEN).
+        module: an Encoding, or a module that contains one (ContextEncoding, EncodingModule, EncNet, DeepTEN).
         features: an input of the module; of the Encoding alone (B, C, *spatial).
         method: "kmeans": the centres of scikit-learn's MiniBatchKMeans; "sample": pixels drawn at random.
-        samples: pixels drawn from the features, where they are more.
+        samples: most pixels to draw from the features.
         seed: of both draws.
 
     Returns:
-        The module, its codewords changed in place.
+        The module, with its codewords changed in place.
 
     Raises:
         ValueError: the module has no Encoding or several, or its forward does not reach it; the features hold too few pixels or
             values that are not finite; or the method is unknown.
-        TypeError: module is no module, or features no tensor.
+        TypeError: module is not a module, or features is not a tensor.
         ModuleNotFoundError: method="kmeans" without scikit-learn: pip install 'ctxenc[train]'.
     """
     layer = _only_encoding(module)
@@ -68,7 +69,7 @@ def _only_encoding(module: nn.Module) -> Encoding:
 
 
 def _seen(module: nn.Module, layer: Encoding, features: Tensor) -> Tensor:
-    """The input of the layer when the module is called on features, in eval mode, which changes no statistics."""
+    """Return the layer's input when the module runs on features, in eval mode, so that no statistics change."""
     seen: list[Any] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     modes = {each: each.training for each in module.modules()}

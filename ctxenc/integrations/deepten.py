@@ -1,4 +1,4 @@
-"""Deep TEN: a backbone whose map is encoded where others take its mean. Made for textures and materials, which have no layout.
+"""Define Deep TEN: a backbone, and an encoding of its map in place of the mean. Made for textures and materials, without layout.
 
 Deep TEN: Texture Encoding Network (arXiv 1612.02844), section 3; its ResNet-50 reduces to 128 channels and has 32 codewords.
 """
@@ -18,10 +18,10 @@ from torch.func import functional_call
 from ctxenc.encoding import STARTS, Encoding, check_choice, check_sizes, check_smoothing, spread_codebook
 from ctxenc.integrations.backbones import check_backbone
 from ctxenc.integrations.hub import Saved
-from ctxenc.integrations.parameters import encoding_parameters
+from ctxenc.parameters import encoding_parameters
 
 POOLS = ("encoding", "")
-LOADING = ("checkpoint_path", "cache_dir")  # a configuration from somewhere else must not choose a file to be read
+LOADING = ("checkpoint_path", "cache_dir")  # a foreign configuration must not choose a file to be read
 
 
 class DeepTEN(
@@ -32,31 +32,31 @@ class DeepTEN(
     tags=["image-classification", "texture"],
     paper_url="https://arxiv.org/abs/1612.02844",
 ):
-    """A timm backbone, a projection to a few channels, the encoding of the map, and a linear classifier on it.
+    """Classify images by a timm backbone, a projection to a few channels, the encoding of the map, and a linear layer.
 
     x -> backbone -> conv1x1 BN ReLU -> Encoding -> flatten -> L2 norm -> linear. `save_pretrained(folder)` writes the weights and
     the arguments, `DeepTEN.from_pretrained(folder)` builds the network from them alone.
 
     Args:
-        backbone: name of a timm model that gives a map, with its tag if the weights of that one are meant.
-        num_classes: of the classifier; 0 for none. The default is MINC-2500's.
+        backbone: name of a timm model with a map as output, and optionally the tag of its weights.
+        num_classes: of the classifier; 0 for no classifier. The default is MINC-2500's.
         in_chans: channels of the image.
         pretrained_backbone: let timm load (and at first download) the backbone's weights.
         num_codes: K, number of codewords.
-        rd_channels: channels that the encoding is taken of.
+        rd_channels: channels of the projection that is encoded.
         smoothing: "learned", "sampled" or a positive number; see Encoding.
-        start: of the codebook, "paper" or "spread"; see ContextEncoding.
-        global_pool: "encoding"; "" for the projected map itself, which needs num_classes=0.
+        start: initial codebook, "paper" or "spread"; see ContextEncoding.
+        global_pool: "encoding"; "" for the projected map itself, with num_classes=0.
         drop_rate: dropout before the classifier.
-        **backbone_args: for timm.create_model, drop_path_rate or output_stride for example.
+        **backbone_args: arguments of timm.create_model, for example drop_path_rate or output_stride.
 
     Shape:
         (B, in_chans, H, W) -> (B, num_classes)
 
     Raises:
-        ValueError: timm has no such backbone, it cannot be built like this, or gives no map (B, C, H, W); or an argument has no
-            such value.
-        TypeError: an argument is of no such type.
+        ValueError: timm has no such backbone, cannot build it like this, or it gives no map (B, C, H, W); or an
+            argument has an invalid value.
+        TypeError: an argument has the wrong type.
     """
 
     channels_last: Final[bool]
@@ -118,13 +118,13 @@ class DeepTEN(
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimizers should not decay."""
+        """Return the parameters that timm's optimizers should not decay."""
         of_backbone: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return encoding_parameters(self) | {f"backbone.{name}" for name in of_backbone}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns by which timm groups parameters: the backbone's own."""
+        """Return the patterns for timm's parameter groups, from the backbone."""
         if not hasattr(self.backbone, "group_matcher"):
             return {"backbone": r"^backbone\."}
         groups = self.backbone.group_matcher(coarse=coarse)
@@ -137,16 +137,16 @@ class DeepTEN(
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the backbone's activations again in backward, for less memory."""
+        """Recompute the backbone's activations in backward, to save memory."""
         self.backbone.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier."""
+        """Return the classifier."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier in place; num_classes 0 for none, global_pool None for the pooling that it has.
+        """Replace the classifier; num_classes 0 removes it, global_pool None keeps the pooling.
 
         Raises:
             ValueError: global_pool is neither "encoding" nor "", or "" with a classifier.
@@ -169,15 +169,15 @@ class DeepTEN(
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The backbone's maps, where timm has this for it, and the map that forward_features gives.
+        """Return the backbone's maps, if timm supports this for it, and the result of forward_features.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: which maps; a number for that many last ones, None for all.
-            norm: norm the maps, where the backbone has norms for them.
-            stop_early: compute nothing after the last of these maps; the first result is then the backbone's.
-            output_fmt: "NCHW", or what else the backbone takes.
-            intermediates_only: give the list of maps alone.
+            indices: indices of the maps, the number of last maps, or None for all.
+            norm: norm the maps, if the backbone has norms for them.
+            stop_early: stop after the last of these maps; the first result is then the backbone's.
+            output_fmt: "NCHW", or another format of the backbone.
+            intermediates_only: return only the list of maps.
         """
         result = self.backbone.forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
         if intermediates_only or stop_early:
@@ -189,7 +189,7 @@ class DeepTEN(
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the backbone's maps of these indices do not need; gives their numbers."""
+        """Remove everything that the backbone's maps of these indices do not need; return their numbers."""
         chosen = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
             self.reset_classifier(0, "")
@@ -202,11 +202,11 @@ class DeepTEN(
         return self.act(self.norm(self.conv(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the projected map, (B, rd_channels, H', W')."""
+        """Compute the projected map, (B, rd_channels, H', W'), from images."""
         return self._project(self.backbone(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """That map to the logits, or to its normalised encoding (B, num_codes * rd_channels), which the classifier takes."""
+        """Compute logits, or the classifier's input (the normalised encoding), from the map: (B, num_codes * rd_channels)."""
         if self.global_pool == "encoding":
             x = F.normalize(self.encoding(x).flatten(1), dim=1).to(x.dtype)
         x = F.dropout(x, self.drop_rate, self.training)
@@ -226,7 +226,7 @@ def _check_pool(global_pool: str, num_classes: int) -> None:
 
 
 def _inside_backbone(pattern: str) -> str:
-    """A pattern for the names of the backbone's parameters as one for theirs in the whole network."""
+    """Turn a pattern for the backbone's parameter names into one for the whole network."""
     return r"^backbone\.(?:" + re.sub(r"(^|\||\((?:\?:)?)\^", r"\1", pattern) + ")"
 
 
@@ -245,7 +245,7 @@ def _build(name: str, pretrained: bool, in_chans: int, arguments: dict[str, Any]
 
 
 def _channels_of(network: nn.Module, name: str, in_chans: int, arguments: dict[str, Any]) -> int:
-    """Channels of the backbone's map. It is run on the meta device, which computes nothing."""
+    """Return the channels of the backbone's map. It runs on the meta device, which computes nothing."""
     size = to_2tuple(arguments.get("img_size", resolve_model_data_config(network)["input_size"][1:]))
     tensors = chain(network.named_parameters(), network.named_buffers())
     state = {key: tensor.to("meta") for key, tensor in tensors}

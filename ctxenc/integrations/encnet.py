@@ -1,4 +1,4 @@
-"""EncNet: Context Encoding for Semantic Segmentation (arXiv 1803.08904)."""
+"""Define EncNet: Context Encoding for Semantic Segmentation (arXiv 1803.08904)."""
 
 import math
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from ctxenc.encoding import AGGREGATIONS, STARTS, check_choice, check_sizes, che
 from ctxenc.integrations.backbones import dilated_backbone
 from ctxenc.integrations.encoding_module import EncodingModule
 from ctxenc.integrations.hub import Saved
-from ctxenc.integrations.parameters import encoding_parameters
+from ctxenc.parameters import encoding_parameters
 
 Norm = Callable[..., nn.Module]
 
 
 def group_norm(channels: int, **kwargs: Any) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, or of as many as divide both 32 and the channels."""
+    """Build a GroupNorm of 32 groups, or of the largest number that divides 32 and the channels."""
     return nn.GroupNorm(math.gcd(32, channels), channels, **kwargs)
 
 
@@ -51,7 +51,7 @@ def _classifier(channels: int, num_classes: int) -> nn.Sequential:
 class EncNet(
     nn.Module, Saved, library_name="ctxenc", paper_url="https://arxiv.org/abs/1803.08904", tags=["image-segmentation"]
 ):
-    """The segmentation network of Context Encoding for Semantic Segmentation (arXiv 1803.08904), figure 2, on any timm backbone.
+    """Segment images with Context Encoding (arXiv 1803.08904, figure 2) on any timm backbone.
 
     Head: conv3x3 -> (lateral: fused with the maps of the two stages before) -> EncodingModule -> dropout -> 1x1 classifier, and
     logits upsampled to the image.
@@ -63,27 +63,28 @@ class EncNet(
         pretrained_backbone: load timm's ImageNet weights.
         num_codes: K, number of codewords.
         aux: an FCN head on the stage before the last ("aux"), for training.
-        se_loss: a linear layer on the encoding that tells which classes are present ("se"), for training.
+        se_loss: a linear layer on the encoding that predicts the presence of classes ("se"), for training.
         lateral: fuse the maps of the two stages before the last.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
         aggregation: "mean", or "sum" as in the authors' code; see ctxenc.ContextEncoding.
-        start: of the codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
-        norm_layer: norms of the head: "batchnorm2d", "groupnorm", "layernorm2d" or a class; a network with a class of your own can
-            not be saved by save_pretrained.
-        align_corners: how logits are upsampled: True in PyTorch-Encoding, False in mmsegmentation.
-        output_stride: 8, 16 or 32: of the map that is encoded.
-        stages: keep so many maps of the backbone only, counted from the image (a ResNet's are those of its stem and four stages):
-            a network that sees less of the image, at a smaller stride where it ends before the output stride; all by default.
+        start: initial codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
+        norm_layer: norms of the head: "batchnorm2d", "groupnorm", "layernorm2d" or a class; save_pretrained cannot save
+            a network with a custom class.
+        align_corners: for upsampling logits: True in PyTorch-Encoding, False in mmsegmentation.
+        output_stride: stride of the encoded map: 8, 16 or 32.
+        stages: number of backbone maps to keep, counted from the image (a ResNet has a stem and four stages); all by
+            default. Fewer give a smaller receptive field, and a smaller stride if the backbone ends before the output
+            stride.
         channels: of the head; 512 in the paper.
         in_chans: channels of the image.
 
     Shape:
-        (B, in_chans, H, W) of any size -> a dict, as torchvision's segmentation models give: "out" (B, num_classes, H, W), and
-        where asked for "aux" (the same) and "se" (B, num_classes), all of them logits.
+        (B, in_chans, H, W) of any size -> a dict, as torchvision's segmentation models give: "out" (B, num_classes, H,
+        W), and on request "aux" (the same) and "se" (B, num_classes), all of them logits.
 
     Raises:
         ValueError: a size is not positive, there is no such backbone, or timm cannot dilate it.
-        TypeError: a size is no integer, or another argument is of no such type.
+        TypeError: a size is not an integer, or another argument has the wrong type.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class EncNet(
         return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
 
     def head(self, maps: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Logits of the pixels at the maps' own stride, and of presence, from the maps of the backbone, the deepest last."""
+        """Compute logits of the pixels, at the maps' stride, and of presence, from the backbone's maps, the deepest last."""
         x = self.reduce(maps[-1])
         if self.fusion is not None:
             laterals = [conv(each) for conv, each in zip(self.laterals, maps[-3:-1], strict=True)]
@@ -191,5 +192,5 @@ class EncNet(
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimizers should not decay: codewords and smoothing."""
+        """Return the parameters that timm's optimizers should not decay: codewords and smoothing."""
         return encoding_parameters(self)

@@ -1,4 +1,4 @@
-"""The Context Encoding Module of EncNet, and how it gets into segmentation networks of others."""
+"""Define EncNet's Context Encoding Module, and insert it into other segmentation networks."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from ctxenc.encoding import check_sizes
 
 
 class EncodingModule(nn.Module):
-    """Gates the channels of a segmentation map by its encoding, and tells from the same encoding which classes are present.
+    """Gate the channels of a segmentation map by its encoding, and predict the presence of classes from the same encoding.
 
-    Context Encoding for Semantic Segmentation (arXiv 1803.08904), section 3.1 and figure 2: relu(x + x * sigmoid(linear(e))), where
-    e is the mean over the codewords of relu(norm(encode(conv1x1(x)))). For an FCN of your own:
+    Context Encoding for Semantic Segmentation (arXiv 1803.08904), section 3.1 and figure 2. The map becomes
+    relu(x + x * sigmoid(linear(e))), with e the mean over the codewords of relu(norm(encode(conv1x1(x)))). In a custom FCN:
 
         x, presence = module(x)
         logits = classifier(x)
@@ -21,10 +21,10 @@ class EncodingModule(nn.Module):
     Args:
         channels: C of the map.
         num_codes: K, number of codewords.
-        num_classes: classes whose presence is told (the paper's SE-loss, section 3.2); None for no such branch.
+        num_classes: classes of the presence branch (the paper's SE-loss, section 3.2); None for no branch.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
         aggregation: "mean", or "sum" as in the authors' code; see ctxenc.ContextEncoding.
-        start: of the codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
+        start: initial codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
         act_layer: activation after the projection, ReLU by default.
         norm_layer: norm after the projection, BatchNorm2d by default.
         gate_layer: "sigmoid" or another of ContextEncoding's.
@@ -35,9 +35,9 @@ class EncodingModule(nn.Module):
         (B, C, H, W) -> the same, and logits of presence (B, num_classes) or None.
 
     Raises:
-        ValueError: a size is not positive, or smoothing or gate_layer is unknown; in a training forward, if there is one sample
-            of one pixel.
-        TypeError: a size is no integer, or another argument is of no such type.
+        ValueError: a size is not positive, or smoothing or gate_layer is unknown; in a training forward, also if the
+            batch is one sample of one pixel.
+        TypeError: a size is not an integer, or another argument has the wrong type.
     """
 
     def __init__(
@@ -92,24 +92,24 @@ def add_context_encoding(
 ) -> nn.Module:
     """Put the Context Encoding Module, without its presence branch, into the head of a segmentation network, in place.
 
-    It goes before the classifier of torchvision's FCN and DeepLabV3 and of segmentation_models_pytorch's FPN, as in EncNet, and
-    before the decoder of segmentation_models_pytorch's U-Net, where the map is the deepest. All names in the state dict stay,
-    new ones beside them; so weights are loaded before or, with strict=False, after.
+    It goes before the classifier of torchvision's FCN and DeepLabV3 and of segmentation_models_pytorch's FPN, as in
+    EncNet, and before the decoder of segmentation_models_pytorch's U-Net, on the deepest map. All names in the state
+    dict stay, and new ones are added: load weights before this call, or after it with strict=False.
 
     Args:
         model: the network.
         num_codes: K, number of codewords.
-        rd_channels: C', channels that the encoding is taken of; those of the map by default, 512 at most.
+        rd_channels: C', channels of the projection that is encoded; by default as many as the map, at most 512.
         smoothing: "learned", "sampled" or a positive number; see ctxenc.Encoding.
         aggregation: "mean" or "sum"; see ctxenc.ContextEncoding.
-        start: of the codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
+        start: initial codebook, "paper" or "spread"; see ctxenc.ContextEncoding.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: it is none of these networks, or has the module already; or as for ContextEncoding.
+        TypeError: model is not a module.
+        ValueError: model is not one of these networks, or already has the module; or as for ContextEncoding.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"add_context_encoding: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -139,7 +139,7 @@ def add_context_encoding(
 
 
 def _place(model: Any) -> tuple[nn.Module, str, int]:
-    """The module after which the context goes: its owner, its name there, and its channels."""
+    """Return the module before the insertion point: its owner, its name there, and its channels."""
     family = f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"
     if family in ("torchvision.FCN", "torchvision.DeepLabV3"):
         head = model.classifier

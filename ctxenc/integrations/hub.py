@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained, by huggingface_hub."""
+"""Provide save_pretrained and from_pretrained through huggingface_hub."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin, constants
 
 
 def with_usual_mode(path: Path, write: Callable[[], Any]) -> None:
-    """Write a file that others may read as any new file: safetensors makes its files for the owner alone."""
+    """Write a file with default permissions: safetensors makes its files readable by the owner alone."""
     new = not path.exists()
     path.touch()
     mode = S_IMODE(path.stat().st_mode)
@@ -23,12 +23,12 @@ def with_usual_mode(path: Path, write: Callable[[], Any]) -> None:
         if new:
             path.unlink(missing_ok=True)
         raise
-    with suppress(PermissionError):  # a file system without modes
+    with suppress(PermissionError):  # a file system without permissions
         path.chmod(mode)
 
 
 def without_memory(build: Callable[[], Any]) -> Any:
-    """What build() makes, on the meta device; on the CPU where a backbone of an older timm asks for numbers while it is built."""
+    """Run build() on the meta device; on the CPU if an older timm backbone reads values while it is built."""
     try:
         with torch.device("meta"):
             return build()
@@ -37,19 +37,19 @@ def without_memory(build: Callable[[], Any]) -> Any:
 
 
 class Saved(PyTorchModelHubMixin):
-    """A network that is saved as safetensors beside the arguments that rebuild it, and loaded strictly.
+    """Save a network as safetensors beside its arguments, and load it strictly.
 
-    Its `config` holds these arguments. The weights of a backbone are in the file: from_pretrained does not ask timm for them.
+    Its `config` holds these arguments. The file includes the backbone's weights: from_pretrained does not ask timm for them.
     """
 
     config: dict[str, Any]
 
     @torch.jit.ignore
     def checked_config(self) -> dict[str, Any]:
-        """The arguments that build this network again, before its weights are loaded.
+        """Return the arguments that rebuild this network, without timm's weights.
 
         Raises:
-            TypeError: one of them is no JSON.
+            TypeError: one of them is not JSON.
             ValueError: they build another network, as after patch_se_blocks or with another classifier.
         """
         name = type(self).__name__
@@ -76,12 +76,12 @@ class Saved(PyTorchModelHubMixin):
         """Write config.json, model.safetensors and a model card into a folder.
 
         Args:
-            save_directory: the folder; made if there is none.
-            config: what to store in place of this network's arguments.
+            save_directory: the folder; created if missing.
+            config: stored in place of this network's arguments.
             **kwargs: any other argument of PyTorchModelHubMixin.save_pretrained.
 
         Raises:
-            TypeError: an argument of this network is no JSON.
+            TypeError: an argument of this network is not JSON.
             ValueError: its arguments build another network, as after patch_se_blocks.
         """
         return super().save_pretrained(save_directory, config=config or self.checked_config(), **kwargs)
@@ -93,6 +93,6 @@ class Saved(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:
-        # Networks that were saved without an aggregation took the sum.
+        # Networks saved without an aggregation took the sum.
         before = {"aggregation": "sum"} if "aggregation" in signature(cls).parameters else {}
         return super()._from_pretrained(strict=strict, **(before | kwargs | {"pretrained_backbone": False}))

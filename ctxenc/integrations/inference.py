@@ -1,9 +1,9 @@
-"""Segmentation of whole images: sliding crops, several scales and flips, averaged.
+"""Segment whole images: average sliding crops, several scales and flips.
 
-The evaluation of EncNet (arXiv 1803.08904): crops that overlap by a third, images at scales from 0.5 to 1.75, each also mirrored.
-Everything is averaged as probabilities, never as logits, so that no crop, scale or view weighs more than its share, however large
-its logits are. The authors' code differs: it pads with black, lets the last crop of a row run over the border, multiplies the
-exponentials of the logits of a crop and of its mirrored view, and averages these products over crops and scales.
+This is the evaluation of EncNet (arXiv 1803.08904): crops overlap by a third, and images run at scales from 0.5 to 1.75, each also
+mirrored. It averages probabilities, never logits, so that large logits give no crop, scale or view more weight. The authors' code
+differs: it pads with black, lets the last crop of a row run over the border, multiplies the exponentials of the logits of a crop
+and of its mirrored view, and averages these products over crops and scales.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ctxenc.encoding import check_sizes
 
 Size = tuple[int, int]
-Window = tuple[int, int, int]  # number of the image, row and column of the upper left corner
+Window = tuple[int, int, int]  # image number, row and column of the upper left corner
 
 
 def predict(
@@ -34,36 +34,36 @@ def predict(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Tensor:
-    """Class probabilities of every pixel of an image, or of a batch of images of one size.
+    """Predict class probabilities of every pixel of an image, or of a batch of images of one size.
 
-    At each scale the image is resized, cut into crops that cover every pixel (the last of a row or column is aligned with the
-    border), and the softmax of each crop's logits is averaged where crops overlap, then over the mirrored view, then, resized to
-    the image's own size, over the scales. An image smaller than the crop is padded with 0, which is the mean of a normalised
-    image, to the right and below; what the model says there is cut off before it is added.
+    At each scale the image is resized and cut into crops that cover every pixel; the last crop of a row or column is
+    aligned with the border. The softmax of each crop's logits is averaged over overlapping crops, then over the
+    mirrored view, then, resized to the image's own size, over the scales. An image smaller than the crop is padded with
+    0, the mean of a normalised image, on the right and bottom; predictions on the padding are dropped.
 
-    Both resizings are bilinear with align_corners=False and antialias. So pixels keep their place whatever the scale, a mirrored
-    image gives the mirrored result, no pixel is skipped when shrinking, and probabilities still sum to 1.
+    Both resizings are bilinear with align_corners=False and antialias. So pixels keep their place at every scale, a
+    mirrored image gives the mirrored result, shrinking skips no pixel, and probabilities still sum to 1.
 
     Args:
-        model: maps (n, C, h, w) to logits (n, classes, h, w), or to a dict that holds them as "out". It runs in eval mode and
-            without gradients; afterwards each of its modules is in the mode it was in. Autocast is the caller's affair.
+        model: maps (n, C, h, w) to logits (n, classes, h, w), or to a dict with them as "out". It runs in eval mode and
+            without gradients; afterwards each module returns to its previous mode. Autocast is up to the caller.
         image: normalised, (C, H, W) or (B, C, H, W), on any device.
         scales: factors of the image's own size, or of `base_size`.
-        base_size: longer side at scale 1, in pixels; the shorter one follows. EncNet's authors take 520, crops of 480, and scales
-            0.5, 0.75, 1, 1.25, 1.5 and 1.75.
+        base_size: longer side at scale 1, in pixels; the shorter one follows. EncNet's authors use 520, crops of 480,
+            and scales 0.5, 0.75, 1, 1.25, 1.5 and 1.75.
         flip: also predict each crop mirrored left to right.
         crop: side or (height, width) of the crops; None: the whole image at once.
-        stride: from one crop to the next, as a share of the crop, in (0, 1].
-        batch_size: crops that go through the model at once.
+        stride: step between crops, as a share of the crop, in (0, 1].
+        batch_size: crops per forward of the model.
         progress: show a progress bar.
 
     Returns:
         (B, classes, H, W) fp32, on the model's device; B = 1 for (C, H, W).
 
     Raises:
-        ValueError: image has another shape or no pixel, or scales, base_size, crop, stride or batch_size is out of its range; or
-            the model's logits are not of the size of its input.
-        TypeError: an argument, or what the model returns, is of no such type.
+        ValueError: image has another shape or no pixel, or scales, base_size, crop, stride or batch_size is out of its
+            range; or the model's logits do not have the size of its input.
+        TypeError: an argument or the model's output has the wrong type.
         ImportError: progress=True without tqdm.
     """
     _check(model, image, scales, stride, batch_size)
@@ -81,12 +81,12 @@ def predict(
             probabilities = _slide(model, _resize(images, side), size or side, stride, flip, batch_size, bar)
             probabilities = _resize(probabilities, (height, width))
             total = probabilities if total is None else total.add_(probabilities)
-    assert total is not None  # there is a scale
+    assert total is not None  # there is at least one scale
     return total.div_(len(sides))
 
 
 def _scaled(height: int, width: int, scale: float, base_size: int | None) -> Size:
-    """The size of an image at a scale; with `base_size` as the authors round it."""
+    """Return the size of an image at a scale; with `base_size`, rounded as by the authors."""
     if base_size is None:
         return max(1, round(height * scale)), max(1, round(width * scale))
     longer = ceil(base_size * scale)
@@ -97,7 +97,7 @@ def _scaled(height: int, width: int, scale: float, base_size: int | None) -> Siz
 def _slide(
     model: nn.Module, images: Tensor, crop: Size, stride: float, flip: bool, batch_size: int, bar: Any
 ) -> Tensor:
-    """Probabilities (B, classes, H, W), averaged over the crops that cover a pixel."""
+    """Compute probabilities (B, classes, H, W), averaged over the crops that cover a pixel."""
     height, width = images.shape[2:]
     padded = F.pad(images, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
     rows, columns = _grid((height, width), crop, stride)
@@ -116,7 +116,7 @@ def _slide(
             place += own[:, : place.shape[1], : place.shape[2]]  # without the padding
         if bar is not None:
             bar.update(len(chunk))
-    assert total is not None  # there is a crop
+    assert total is not None  # there is at least one crop
     covers = torch.outer(_covers(rows, crop[0], height), _covers(columns, crop[1], width))
     return total.div_(covers.to(total.device))
 
@@ -140,19 +140,19 @@ def _probabilities(model: nn.Module, crops: Tensor) -> Tensor:
 
 
 def _grid(side: Size, crop: Size, stride: float) -> tuple[list[int], list[int]]:
-    """Rows and columns at which crops begin."""
+    """Return the first rows and columns of the crops."""
     rows, columns = (_starts(*pair, stride) for pair in zip(side, crop, strict=True))
     return rows, columns
 
 
 def _starts(side: int, crop: int, stride: float) -> list[int]:
-    """Where crops begin along a side: every stride, the last so that it ends with the side."""
+    """Return the crop positions along a side: one per stride, and the last at the end of the side."""
     last = max(0, side - crop)
     return [*range(0, last, max(1, round(crop * stride))), last]
 
 
 def _covers(starts: list[int], crop: int, side: int) -> Tensor:
-    """How many crops cover each pixel along a side, (side,)."""
+    """Count the crops that cover each pixel along a side, (side,)."""
     covers = torch.zeros(side)
     for start in starts:
         covers[start : start + crop] += 1
@@ -162,14 +162,14 @@ def _covers(starts: list[int], crop: int, side: int) -> Tensor:
 def _resize(images: Tensor, side: Size) -> Tensor:
     if tuple(images.shape[2:]) == side:
         return images
-    # In fp32: antialias knows no bfloat16 on a CPU.
+    # In fp32: antialias does not support bfloat16 on a CPU.
     resized = F.interpolate(images.float(), size=side, mode="bilinear", align_corners=False, antialias=True)
     return resized.to(images.dtype)
 
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode; after it, also after an error, each module is in the mode it was in."""
+    """Set eval mode, and restore each module's mode afterwards, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

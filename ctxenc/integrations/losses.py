@@ -1,4 +1,4 @@
-"""Losses for semantic segmentation: EncNet's, with the presence of classes as a second target, and Dice.
+"""Define losses for semantic segmentation: EncNet's, with the presence of classes as a second target, and Dice.
 
 EncNet: Context Encoding for Semantic Segmentation (arXiv 1803.08904), sections 3.1 (Semantic Encoding Loss) and 3.2.
 """
@@ -18,21 +18,21 @@ SE_LOSSES = ("bce", "mse")
 
 
 def presence(target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """Which classes have a pixel in each mask: the target of EncNet's SE-loss (arXiv 1803.08904, section 3.1).
+    """Return which classes have a pixel in each mask: the target of EncNet's SE-loss (arXiv 1803.08904, section 3.1).
 
     Args:
         target: masks of class indices, (B, H, W), of any integer dtype.
         num_classes: number of classes.
-        ignore_index: label of the pixels that count nowhere.
+        ignore_index: label of the ignored pixels.
 
     Returns:
         (B, num_classes) bool, on the target's device.
 
     Raises:
         ValueError: target is not (B, H, W), or num_classes is not positive.
-        TypeError: target holds no integers, or num_classes or ignore_index is no integer.
-        RuntimeError: a label is neither a class nor ignore_index (on a CPU; on a GPU, as with torch's cross entropy, an assertion
-            of the device).
+        TypeError: target does not hold integers, or num_classes or ignore_index is not an integer.
+        RuntimeError: a label is neither a class nor ignore_index (on a CPU; on a GPU a device assertion fails, as in
+            torch's cross entropy).
     """
     check_sizes("presence", num_classes=num_classes)
     check_ignore_index("presence", ignore_index)
@@ -43,28 +43,28 @@ def presence(target: Tensor, num_classes: int, ignore_index: int = 255) -> Tenso
 
 
 class EncNetLoss(nn.Module):
-    """Pixel cross entropy, that of an auxiliary head, and the SE-loss: what EncNet is trained with.
+    """Add pixel cross entropy, the auxiliary head's cross entropy and the SE-loss: the training loss of EncNet.
 
-    The SE-loss asks of the encoding alone which classes the image holds, so that small objects weigh as much as large ones.
-    Ignored pixels count in no term: cross entropy is the mean over the others, the SE-loss the mean over the images that have
-    any. Where there is none at all the loss is 0, and so are its gradients.
+    The SE-loss predicts the classes of the image from the encoding alone, so small objects weigh as much as large ones.
+    Ignored pixels count in no term: cross entropy is the mean over the labelled pixels, the SE-loss the mean over the
+    images with a labelled pixel. Without labelled pixels the loss and its gradients are 0.
 
     Args:
         aux_weight: weight of the auxiliary head's cross entropy. 0 skips it.
         se_weight: weight of the SE-loss; 0.2 was the best of five in the paper. 0 skips it.
-        ignore_index: label of the pixels that do not count.
+        ignore_index: label of the ignored pixels.
         class_weight: a weight for each class in both cross entropies, as torch's `weight`.
         se_loss: "bce", binary cross entropy, or "mse", the squared error of the sigmoid.
         label_smoothing: of both cross entropies, as in torch.
 
     Shape:
-        A dict of logits, "out" (B, classes, H, W) and where the network has them "aux" (the same) and "se" (B, classes), with a
-        target (B, H, W) of class indices, to a scalar, fp32 or fp64.
+        A dict of logits, "out" (B, classes, H, W) and, if the network has them, "aux" (the same) and "se" (B, classes),
+        with a target (B, H, W) of class indices, to a scalar, fp32 or fp64.
 
     Raises:
-        ValueError: a weight is negative or not finite, class_weight is not one-dimensional, label_smoothing is not in [0, 1], or
-            se_loss is unknown; in forward, a key or a shape does not fit.
-        TypeError: an argument is of no such type; in forward, outputs is no dict or target holds no integers.
+        ValueError: a weight is negative or not finite, class_weight is not one-dimensional, label_smoothing is not in
+            [0, 1], or se_loss is unknown; in forward, a key is missing or a shape does not match.
+        TypeError: an argument has the wrong type; in forward, outputs is not a dict or target does not hold integers.
     """
 
     class_weight: Tensor | None
@@ -102,7 +102,7 @@ class EncNetLoss(nn.Module):
         return loss
 
     def parts(self, outputs: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """The terms before they are weighted, under the names of the outputs that they judge; those with weight 0 are left out."""
+        """Return the unweighted terms, under the names of their outputs; terms with weight 0 are left out."""
         self._check(outputs, target)
         target = target.long()
         parts = {"out": self._cross_entropy(outputs["out"], target)}
@@ -115,7 +115,8 @@ class EncNetLoss(nn.Module):
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         logits = _at_least_fp32(logits)
         weight = None if self.class_weight is None else self.class_weight.to(logits.dtype)
-        # Not reduction="mean": it is NaN where every pixel is ignored, and on a GPU its sum takes a different order every run.
+        # Not reduction="mean": it is NaN if every pixel is ignored, and on a GPU its sum takes a different order every
+        # run.
         losses = F.cross_entropy(
             logits,
             target,
@@ -135,7 +136,7 @@ class EncNetLoss(nn.Module):
             losses = F.binary_cross_entropy_with_logits(logits, found.to(logits.dtype), reduction="none")
         else:
             losses = (logits.sigmoid() - found.to(logits.dtype)).square()
-        labelled = found.any(1)  # (B,): the others would teach that every class is absent
+        labelled = found.any(1)  # (B,): images without labels would teach that every class is absent
         return _ratio(losses.mean(1).where(labelled, 0).sum(), labelled.sum())
 
     def _check(self, outputs: Mapping[str, Tensor], target: Tensor) -> None:
@@ -162,28 +163,29 @@ class EncNetLoss(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Weights, for print()."""
+        """Return weights, for print()."""
         return f"aux_weight={self.aux_weight}, se_weight={self.se_weight}, ignore_index={self.ignore_index}"
 
 
 class DiceLoss(nn.Module):
-    """One minus the soft Dice coefficient of softmax probabilities, averaged over the classes that the batch holds.
+    """Compute one minus the soft Dice coefficient of softmax probabilities, averaged over the classes present in the
+    batch.
 
-    With p the probabilities and y the mask of a class, both summed over all counted pixels of the batch, a class has the loss
-    1 - (2 sum p y + smooth) / (sum p + sum y + smooth). A class without a pixel in the batch's targets is left out of the mean;
-    that it is predicted costs the classes whose place it takes. With no counted pixel the loss is 0, and so are its gradients.
-    V-Net (arXiv 1606.04797), section 3, without the squares in its denominator.
+    With p the probabilities and y the mask of a class, both summed over all counted pixels of the batch, a class has
+    the loss 1 - (2 sum p y + smooth) / (sum p + sum y + smooth). A class without a pixel in the batch's targets is left
+    out of the mean; predicting it lowers the scores of the true classes. Without counted pixels the loss and its
+    gradients are 0. V-Net (arXiv 1606.04797), section 3, without the squares in its denominator.
 
     Args:
-        ignore_index: label of the pixels that do not count.
-        smooth: added to numerator and denominator, which softens the loss of classes with few pixels.
+        ignore_index: label of the ignored pixels.
+        smooth: added to numerator and denominator; it softens the loss of classes with few pixels.
 
     Shape:
         Logits (B, classes, H, W) and a target (B, H, W) of class indices to a scalar, fp32 or fp64.
 
     Raises:
-        ValueError: smooth is negative or not finite; in forward, a shape does not fit.
-        TypeError: ignore_index is no integer or smooth no number; in forward, target holds no integers.
+        ValueError: smooth is negative or not finite; in forward, a shape does not match.
+        TypeError: ignore_index is not an integer or smooth is not a number; in forward, target does not hold integers.
     """
 
     def __init__(self, ignore_index: int = 255, smooth: float = 1.0) -> None:
@@ -209,14 +211,15 @@ class DiceLoss(nn.Module):
         return _ratio((1 - dice).where(present, 0).sum(), present.sum())
 
     def extra_repr(self) -> str:
-        """Settings, for print()."""
+        """Return settings, for print()."""
         return f"ignore_index={self.ignore_index}, smooth={self.smooth}"
 
 
 def _slots(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Where a label is scattered to among num_classes + 1 places: its class, or the last place where it is ignored.
+    """Return the index of each label among num_classes + 1 places: its class, or the last place if it is ignored.
 
-    Any other is no place, which scatter_ refuses as cross entropy does; num_classes itself moves on, or it would be an ignored one.
+    Any other label gets an invalid index, so that scatter_ refuses it as cross entropy does. num_classes itself is moved on, or it
+    would count as ignored.
     """
     labels = target.long()  # a uint8 label 156 equals -100 in uint8
     return labels.masked_fill(labels >= num_classes, num_classes + 1).masked_fill(labels == ignore_index, num_classes)
@@ -227,7 +230,7 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
-    """Total / count, and 0 with gradients of 0 where nothing was counted, without asking the device."""
+    """Return total / count, or 0 with gradients of 0 if nothing was counted, without a device synchronisation."""
     return total / count.to(total.dtype).masked_fill(count == 0, 1)
 
 
@@ -241,10 +244,10 @@ def _class_weight(values: Tensor | Sequence[float]) -> Tensor:
 
 
 def check_ignore_index(name: str, ignore_index: int) -> None:
-    """Accept integers.
+    """Check that ignore_index is an integer.
 
     Raises:
-        TypeError: ignore_index is no integer.
+        TypeError: ignore_index is not an integer.
     """
     if not isinstance(ignore_index, Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"{name}: ignore_index must be an integer, got {ignore_index!r}")
@@ -279,5 +282,5 @@ def _check_logits(name: str, argument: str, logits: Tensor, target: Tensor) -> N
             f"{name}: target must have shape {(logits.shape[0], *logits.shape[2:])} to match {argument}"
             f" {tuple(logits.shape)}, got {tuple(target.shape)}"
         )
-    if logits.shape[1] == 1:  # of which every pixel is whatever the network says
+    if logits.shape[1] == 1:  # with one class, every pixel belongs to it for any logits
         raise ValueError(f"{name}: {argument} must have two classes or more, as foreground and background are, got 1")

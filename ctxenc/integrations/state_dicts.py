@@ -1,4 +1,4 @@
-"""Weights in files of any trainer: read as data, their sizes held to the file's, and taken out of their wrappings."""
+"""Read weights from files of any trainer: as data, with sizes bounded by the file's, and unwrapped."""
 
 import argparse
 import re
@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Where trainers put the weights, averaged ones first: timm, torchvision, Lightning and mmengine, DeepSpeed.
+# Keys under which trainers store the weights, averaged ones first: timm, torchvision, Lightning and mmengine,
+# DeepSpeed.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module")
-NESTED = 4  # containers in each other; a pickle may hold itself
+NESTED = 4  # depth of nested containers; a pickle may contain itself
 WRAPPERS = {
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -25,13 +26,13 @@ SHOWN = 3
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and its metadata.
+    """Return the tensors of a file and its metadata.
 
     Raises:
-        ValueError: It is no safetensors file.
+        ValueError: The file is not a safetensors file.
         OSError: It cannot be read.
     """
-    path.open("rb").close()  # for the system's reason: safetensors calls missing whatever it cannot open
+    path.open("rb").close()  # raises the system's reason: safetensors calls every unreadable file missing
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -40,10 +41,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_pickle(path: Path) -> Any:
-    """What torch.save wrote, as data: tensors, numbers and texts.
+    """Read a torch.save file as data: tensors, numbers and texts.
 
     Raises:
-        ValueError: It holds anything else, or claims more than the file has: a tensor may repeat a few numbers without end, and
+        ValueError: It holds anything else, or claims more data than its size: a tensor may repeat a few numbers without end, and
             a member of the archive may be compressed.
         OSError: It cannot be read.
     """
@@ -53,11 +54,11 @@ def read_pickle(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 _check_claim(path, sum(each.file_size for each in archive.infolist()), size)
         with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on old protocols of pickle
+            warnings.simplefilter("ignore")  # about old pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, _TooLargeError):
         raise
-    except Exception as error:  # its unpickler raises a dozen kinds
+    except Exception as error:  # the unpickler raises a dozen types
         refused = re.search(r"GLOBAL:? (\S+)", str(error))
         found = f"{refused[1]}, which could run code" if refused else "something else"
         raise ValueError(
@@ -80,7 +81,7 @@ def _check_claim(path: Path, claimed: int, there: int) -> None:
 
 
 def _tensors(content: Any) -> Iterable[Tensor]:
-    """The tensors in tables and lists, each of which is entered once."""
+    """Collect the tensors in tables and lists, entering each container once."""
     left, seen = [content], set()
     while left:
         each = left.pop()
@@ -92,7 +93,7 @@ def _tensors(content: Any) -> Iterable[Tensor]:
 
 
 def _harmless() -> list[Any]:
-    """What pickles of timm's arguments and of numpy's numbers name, in numpy 1 and 2: trainers keep their scores so."""
+    """Return the names in pickles of timm's arguments and numpy's numbers (numpy 1 and 2): trainers store scores like this."""
     number: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
     scalars = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -100,20 +101,21 @@ def _harmless() -> list[Any]:
 
 
 def unwrapped(content: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
-    """The state dict in what a trainer saved, by the names that its network gives them.
+    """Return the state dict from a trainer's file, under the network's own names.
 
-    It may lie in one of CONTAINERS. Its names may begin with what the trainer calls the network ("module.", "model."), hold parts
-    that torch.compile and FSDP insert, and have AveragedModel's count or the copies of mmcv's EMAHook beside them.
+    It may lie in one of CONTAINERS. Its names may have the trainer's prefix for the network ("module.", "model."),
+    contain parts inserted by torch.compile and FSDP, and stand beside AveragedModel's count or the copies of mmcv's
+    EMAHook.
 
     Args:
-        content: What a file holds.
-        wanted: Names that it must hold, by which the network is found.
+        content: The content of a file.
+        wanted: Names that identify the network; it must have all of them.
 
     Returns:
-        Its tensors. Where no part of it holds all that is wanted, their names are as they are.
+        Its tensors. If no part of the content has all wanted names, the names stay unchanged.
 
     Raises:
-        ValueError: It is no table of tensors, or holds several such networks.
+        ValueError: The content is not a table of tensors, or holds several such networks.
     """
     for _ in range(NESTED):
         key = next(
@@ -138,7 +140,7 @@ def unwrapped(content: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _within(state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """What lies under the beginning of names that all wanted ones have, without it."""
+    """Select the entries under the prefix shared by all wanted names, and remove it."""
     if all(name in state for name in wanted):
         return state
     beginnings = [name.removesuffix(wanted[0]) for name in state if name.endswith(f".{wanted[0]}")]
@@ -151,7 +153,7 @@ def _within(state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
 
 
 def side_by_side(theirs: Iterable[str], ours: Iterable[str]) -> str:
-    """The first names that only one of both has, in words; empty where there is no difference."""
+    """Describe the first names present on one side only; empty if there is no difference."""
     theirs, ours = list(theirs), list(ours)
     lacking, more = (
         [name for name in one if name not in set(other)] for one, other in ((ours, theirs), (theirs, ours))

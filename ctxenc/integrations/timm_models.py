@@ -1,11 +1,11 @@
-"""The networks of ctxenc under names of timm, once this module is imported: `timm.create_model("ctxenc_resnet50")`.
+"""Register the networks of ctxenc with timm; import this module, then call `timm.create_model("ctxenc_resnet50")`.
 
-timm's own scripts take them with `--device-modules ctxenc.integrations.timm_models`. None has pretrained weights.
+timm's own scripts take them with `--device-modules ctxenc.integrations.timm_models`. There are no pretrained weights.
 
-- `ctxenc_NAME`, where NAME is one of timm's ResNets or ResNeXts, with or without SE: what `patch_se_blocks(model, fill_empty=True)`
-  makes of it. ctxenc_resnet50 and ctxenc_seresnet50 are thus the same network, and so are other such pairs.
-- `encnet_cifar_16k64d` and `encnet_cifar_32k128d`, and the networks that the paper compares them with, `seresnet_cifar_64d`,
-  `seresnet_cifar_128d`, `resnet_cifar_64d` and `resnet_cifar_128d`; see ctxenc.integrations.cifar.
+- `ctxenc_NAME`, with NAME one of timm's ResNets or ResNeXts, with or without SE: the network after
+  `patch_se_blocks(model, fill_empty=True)`. So ctxenc_resnet50 and ctxenc_seresnet50 are the same network, like other such pairs.
+- `encnet_cifar_16k64d` and `encnet_cifar_32k128d`, and the paper's baselines, `seresnet_cifar_64d`, `seresnet_cifar_128d`,
+  `resnet_cifar_64d` and `resnet_cifar_128d`; see ctxenc.integrations.cifar.
 - `deepten_resnet18`, `deepten_resnet50` and `deepten_resnet101`; see ctxenc.integrations.deepten.
 """
 
@@ -20,19 +20,19 @@ from torch import nn
 from ctxenc.context import ContextEncoding
 from ctxenc.integrations.cifar import cifar_encnet, cifar_resnet, cifar_senet
 from ctxenc.integrations.deepten import DeepTEN
-from ctxenc.integrations.parameters import encoding_parameters
+from ctxenc.parameters import encoding_parameters
 
 
 class ContextResNet(ResNet):
-    """timm's ResNet, whose codewords and smoothing timm's optimizers do not decay."""
+    """Exempt codewords and smoothing from weight decay in timm's ResNet."""
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimizers should not decay."""
+        """Return the parameters that timm's optimizers should not decay."""
         return encoding_parameters(self)
 
 
-# timm's names, without the "se" of those that have SE
+# timm's names, without the "se" of SE networks
 _RESNETS: dict[str, dict[str, Any]] = {
     "resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
     "resnet34": {"block": BasicBlock, "layers": (3, 4, 6, 3)},
@@ -82,16 +82,16 @@ _CFGS: dict[str, Any] = {
     **dict.fromkeys(_CIFAR, _CIFAR_CFG),
     **{f"deepten_{backbone}": _DEEPTEN_CFG for backbone in _BACKBONES},
 }
-default_cfgs = generate_default_cfgs(_CFGS)  # the name under which timm looks for it
+default_cfgs = generate_default_cfgs(_CFGS)  # timm looks it up by this name
 
 
 def _register(name: str, build: Callable[..., nn.Module], features: dict[str, Any], **arguments: Any) -> None:
     """Make the function that timm calls for a name. timm finds the name's default_cfg by the function's module."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained:  # whose weights include the backbone's
+        if pretrained:  # the file includes the backbone's weights
             kwargs.pop("pretrained_backbone", None)
-        # timm changes the dict that says how features_only is done
+        # timm changes this dict for features_only
         return build_model_with_cfg(build, name, pretrained, feature_cfg=dict(features), **(arguments | kwargs))
 
     entry.__name__ = entry.__qualname__ = name

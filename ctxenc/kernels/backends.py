@@ -1,7 +1,7 @@
-"""Which backend serves a call: what "auto" means, and why the fused kernels cannot run.
+"""Choose the backend of a call: the meaning of "auto", and the reasons why the fused kernels cannot run.
 
-"auto" takes the fused operators on a GPU wherever they can do what the PyTorch path can. In them a kernel serves once it has proved
-itself there: verdicts.py.
+"auto" takes the fused operators on a GPU for every call that they support. Inside them, a kernel serves after it has proved itself
+on that GPU: see verdicts.py.
 """
 
 import importlib.util
@@ -20,20 +20,20 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 BACKENDS = ("auto", "torch", "triton")
-MAX_CHANNELS, MAX_CODES = 4096, 256  # of the fused kernels
-PLAIN = (Tensor, Parameter)  # a subclass may give an operator another meaning, as DTensor does
-GPUS: tuple[str, ...] = ("cuda",)  # device types, ROCm's among them; tests in the interpreter add "cpu"
+MAX_CHANNELS, MAX_CODES = 4096, 256  # limits of the fused kernels
+PLAIN = (Tensor, Parameter)  # a subclass, such as DTensor, may redefine an operator
+GPUS: tuple[str, ...] = ("cuda",)  # device types ("cuda" includes ROCm); tests in the interpreter add "cpu"
 
 
 class BackendInfo(NamedTuple):
-    """The backend that serves, and why."""
+    """Hold the backend that serves, and the reason."""
 
     backend: str
     reason: str
 
 
 def checked(backend: str, source: str) -> str:
-    """The backend's name.
+    """Return the backend's name if it is known.
 
     Raises:
         ValueError: it is unknown.
@@ -47,7 +47,7 @@ DEFAULT = checked(os.environ.get("CTXENC_BACKEND") or "auto", "the environment v
 
 
 class _Mirror(threading.local):
-    """The preference for torch.compile, which guards on attributes; before torch 2.13 it cannot read context variables."""
+    """Mirror the preference in an attribute that torch.compile can guard on: before torch 2.13 it cannot read context variables."""
 
     def __init__(self) -> None:
         self.backend = DEFAULT
@@ -58,19 +58,19 @@ _mirror = _Mirror()
 
 
 def preferred() -> str:
-    """What "auto" means at present."""
+    """Return the present meaning of "auto"."""
     return _mirror.backend if torch.compiler.is_compiling() else _preferred.get()
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Set what backend="auto" means inside the with block, in this thread.
+    """Set the meaning of backend="auto" inside the with block, in this thread.
 
     Args:
         backend: "torch", "triton", or "auto" for the choice by device and dtype.
 
     Raises:
-        ValueError: backend is none of these.
+        ValueError: backend is unknown.
     """
     token = _preferred.set(checked(backend, "use_backend: backend"))
     before, _mirror.backend = _mirror.backend, backend
@@ -82,17 +82,17 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def makes_saved_graph() -> bool:
-    """Whether torch.jit.trace or torch.export runs. In torch 2.8 to 2.11 is_exporting() is true under torch.compile too."""
+    """Return whether torch.jit.trace or torch.export runs. is_exporting() of torch 2.8 to 2.11 is true under torch.compile too."""
     return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is active, which see only PyTorch's own operations."""
+    """Return whether a torch.func transform or forward-mode AD is active; they support only PyTorch's own operations."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_watched() -> bool:
-    """Whether something sees the operators that run: a compiler or a dispatch mode."""
+    """Return whether a compiler or a dispatch mode records the operators that run."""
     if torch.compiler.is_compiling():
         return True
     return torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
@@ -100,7 +100,7 @@ def is_watched() -> bool:
 
 @cache
 def _why_no_gpu(index: int) -> str | None:
-    """The reason why no kernel can run on a GPU (-1: the interpreter's CPU), None where they can. Warns of what can be mended."""
+    """Return why no kernel can run on a GPU (-1: the interpreter's CPU), or None. Warns of a fixable reason."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if index >= 0 and not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
@@ -111,7 +111,7 @@ def _why_no_gpu(index: int) -> str | None:
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
             return "it needs Triton 3.5 or higher, which comes with torch 2.9"
         if index >= 0:
-            triton.runtime.driver.active.get_current_target()  # needs a C compiler once
+            triton.runtime.driver.active.get_current_target()  # needs a C compiler on the first call
         from ctxenc.kernels.fused import encode  # noqa: F401
     except Exception as error:
         reason = f"Triton does not work here: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -121,18 +121,19 @@ def _why_no_gpu(index: int) -> str | None:
 
 
 def _why_not_here(index: int) -> str | None:
-    """What depends on no tensor, and cannot be traced: the transforms that are active, and the GPU."""
+    """Return the reason that depends on no tensor and cannot be traced: an active transform, or the GPU."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside torch.func transforms only the PyTorch path runs"
     return _why_no_gpu(index)
 
 
-# torch.compile is to call it, not to trace it. torch.compiler.assume_constant_result does the same, but imports the compiler first.
+# torch.compile must call it, not trace it. torch.compiler.assume_constant_result does the same, but imports the
+# compiler first.
 _why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(x: Tensor, *others: Tensor) -> str | None:
-    """The reason why the fused kernels cannot serve these tensors, None where they can."""
+    """Return why the fused kernels cannot serve these tensors, or None."""
     on_gpu = x.is_cuda
     if not on_gpu and x.device.type not in GPUS and not (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"x is on {x.device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment)"
@@ -149,7 +150,7 @@ def why_not(x: Tensor, *others: Tensor) -> str | None:
 
 
 def why_not_encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | None:
-    """The same for an encode, whose sizes have limits."""
+    """Return the same for encode(), which limits the sizes."""
     if reason := why_not(x, codewords, smoothing):
         return reason
     if codewords.shape[1] > MAX_CHANNELS or codewords.shape[0] > MAX_CODES:
@@ -158,7 +159,7 @@ def why_not_encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | Non
 
 
 def may_serve(x: Tensor, *others: Tensor) -> bool:
-    """Whether the fused kernels are wanted for these tensors and can serve them. Raises nothing, even if asked for by name."""
+    """Return whether the fused kernels are enabled for these tensors and can serve them. Never raises, even for "triton"."""
     wanted = preferred()
     if wanted == "torch" or (wanted == "auto" and x.device.type not in GPUS):
         return False
@@ -166,17 +167,17 @@ def may_serve(x: Tensor, *others: Tensor) -> bool:
 
 
 def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *others: Tensor) -> tuple[bool, bool]:
-    """Whether the fused kernels serve a call, and whether they were asked for by name.
+    """Return whether the fused kernels serve a call, and whether backend "triton" requested them.
 
     Args:
-        name: of the caller, for the error.
-        backend: as it was given.
-        why: gives the reason why the kernels cannot serve x and the others, or None.
+        name: name of the caller, for the error.
+        backend: the caller's `backend` argument.
+        why: returns the reason why the kernels cannot serve x and the others, or None.
         x: the features.
         others: the other tensors.
 
     Raises:
-        RuntimeError: the kernels were asked for by name and cannot run.
+        RuntimeError: "triton" was requested and the kernels cannot run.
     """
     if backend == "auto":
         backend = preferred()
@@ -189,7 +190,7 @@ def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *
 
 
 def info(*tensors: Tensor) -> BackendInfo:
-    """The backend that serves encode() under "auto" at present, and why: on x, codewords and smoothing, or on the current GPU."""
+    """Return the backend that "auto" selects for encode(), and why: for x, codewords and smoothing, or for the current GPU."""
     backend = preferred()
     if backend != "auto":
         return BackendInfo(backend, "set by use_backend() or CTXENC_BACKEND")

@@ -1,7 +1,7 @@
-"""Where verdicts are kept: one JSON file a kind of kernel and version, under `$CTXENC_CACHE_DIR`, else `~/.cache/ctxenc`.
+"""Store verdicts: one JSON file per kind of kernel and version, in `$CTXENC_CACHE_DIR`, by default `~/.cache/ctxenc`.
 
-While a kernel is tried, a marker lies beside its record. A marker whose process has ended means that the kernel took it along.
-Files appear whole or not at all; what cannot be read counts as absent, and what cannot be written is left out.
+A marker lies beside the record while a kernel is being tried. A marker of an ended process means that the kernel
+crashed the process. Files are written atomically. An unreadable file counts as absent, and a failed write is skipped.
 """
 
 import hashlib
@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 
-PATIENCE = (
-    600  # seconds after which the marker of another machine, whose processes cannot be seen, counts as left behind
-)
+PATIENCE = 600  # seconds until another machine's marker counts as left behind, as its processes are out of sight
 Key = dict[str, Any]  # operator, constants, gpu and versions
 
 
 def directory() -> Path:
-    """The folder of all records.
+    """Return the folder of all records.
 
     Raises:
         OSError: there is no home directory.
@@ -37,7 +35,7 @@ def directory() -> Path:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions that a verdict counts for, and a hash of the kernels' sources."""
+    """Return the versions of a verdict, with a hash of the kernels' sources."""
     import triton
 
     files = sorted((Path(__file__).parent / "fused").glob("*.py"))
@@ -50,7 +48,7 @@ def _stem(key: Key) -> str:
 
 
 def read(key: Key) -> dict[str, Any] | None:
-    """The record of exactly this key; None where there is none, or something else."""
+    """Return the record of exactly this key; None if it is missing or invalid."""
     try:
         record = json.loads((directory() / f"{_stem(key)}.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -62,19 +60,19 @@ def read(key: Key) -> dict[str, Any] | None:
 
 
 def recorded(key: Key) -> Path | None:
-    """The file of a record, None where there is none."""
+    """Return the file of a record, or None."""
     return directory() / f"{_stem(key)}.json" if read(key) else None
 
 
 def settle(key: Key, verdict: dict[str, Any]) -> None:
-    """Record a verdict; markers that were left behind have then told what they had to tell."""
+    """Record a verdict and remove leftover markers, which are then settled."""
     if _write(f"{_stem(key)}.json", key | verdict):
         for marker in left_behind(key):
             marker.unlink(missing_ok=True)
 
 
 def _write(name: str, content: dict[str, Any]) -> Path | None:
-    """The file written, None where it cannot be."""
+    """Write a file and return its path; None if it cannot be written."""
     try:
         directory().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=directory(), suffix=".tmp", delete=False) as file:
@@ -86,7 +84,7 @@ def _write(name: str, content: dict[str, Any]) -> Path | None:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started, in ticks since boot; empty where it has ended or cannot be seen."""
+    """Return the start of a process on this machine in ticks since boot; empty if it has ended or cannot be seen."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -94,20 +92,20 @@ def _started(pid: int) -> str:
 
 
 def _here() -> list[str]:
-    """This machine with the container's processes, and when it was booted."""
+    """Return this machine with its process namespace (for containers), and its boot id."""
     boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     host = f"{socket.gethostname()} {os.readlink(processes) if processes.exists() else ''}"
     return [host, boot.read_text().strip() if boot.exists() else ""]
 
 
 def mark(key: Key) -> Path | None:
-    """Leave a marker: this process is about to try a kernel. None where it cannot be written."""
+    """Leave a marker before this process tries a kernel; None if it cannot be written."""
     owner = {"machine": _here(), "pid": os.getpid(), "started": _started(os.getpid())}
     return _write(f"{_stem(key)}.{uuid.uuid4().hex}.pending", owner)
 
 
 def left_behind(key: Key) -> list[Path]:
-    """Markers of processes that have ended."""
+    """Return the markers of ended processes."""
     try:
         return [path for path in directory().glob(f"{_stem(key)}.*.pending") if _has_ended(path)]
     except OSError:
@@ -119,7 +117,7 @@ def _has_ended(marker: Path) -> bool:
         owner, age = json.loads(marker.read_bytes()), time.time() - marker.stat().st_mtime
         (host, boot), pid, started = owner["machine"], int(owner["pid"]), str(owner["started"])
     except (OSError, ValueError, TypeError, KeyError):
-        return False  # no marker of ours
+        return False  # not our marker
     here = _here()
     if [host, boot] == here and started:
         return _started(pid) != started

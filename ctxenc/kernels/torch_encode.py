@@ -1,18 +1,18 @@
-"""The PyTorch path of the operator: matrix products, and a backward of its own.
+"""Implement the operator in PyTorch: matrix products, and a custom backward.
 
-With x' = x - c and d' = d - c the squared residual is |x'|^2 - 2 x'.d' + |d'|^2. For codewords near a pixel it is off by about
+With x' = x - c and d' = d - c the squared residual is |x'|^2 - 2 x'.d' + |d'|^2. For codewords near a pixel its error is about
 4 u |x'|^2, u the unit round-off, so c must lie near the pixels (see `find_center`). The result does not depend on c, so no
 gradient flows through it.
 
-One autograd.Function returns the encoding, the weights and |x'|^2, each of them differentiable, and saves the last two and c.
-Its backward is made of differentiable operations on saved inputs and outputs, so derivatives of every order follow from it.
-Nothing larger than x or B x K x N is made; between forward and backward x, one B x K x N map and one B x N map live.
+One autograd.Function returns the encoding, the weights and |x'|^2, each differentiable, and saves the last two and c. Its backward
+consists of differentiable operations on saved inputs and outputs, so it supports higher-order gradients. No tensor is larger than x
+or B x K x N; between forward and backward, x, one B x K x N map and one B x N map stay in memory.
 
-Weights, and gradients of logits, count as 0 below SMALLEST. Saturated assignments make up to a sixth of the weights subnormal, and
-each product with such a number takes an Intel processor up to 20 times as long.
+Weights, and gradients of logits, below SMALLEST count as 0. In saturated assignments up to a sixth of the weights are subnormal,
+and an Intel processor takes up to 20 times as long for each product with such a number.
 
-A graph that is saved or compiled holds plain products and sums, in one order of operations for all sizes and values. Eager results
-are written over where they may be, and worked on in parts that fit a CPU's cache.
+A saved or compiled graph holds plain products and sums, in one order of operations for all sizes and values. Eager code works in
+place if allowed, and in parts that fit a CPU's cache.
 """
 
 import inspect
@@ -25,33 +25,33 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 SMALLEST = 1e-30
-PART = 2**18  # elements of x that are worked on at a time on a CPU: 1 MB, which stays in a core's cache
+PART = 2**18  # elements of x per part on a CPU: 1 MB, which stays in a core's cache
 
 
 def compute_dtype(x: Tensor, codewords: Tensor, smoothing: Tensor) -> torch.dtype:
-    """The dtype of all arithmetic and of the result: fp32, or fp64 if any argument is."""
+    """Return the dtype of all arithmetic and of the result: fp32, or fp64 if any argument is fp64."""
     dtype = torch.promote_types(x.dtype, codewords.dtype)
     return torch.promote_types(torch.promote_types(dtype, smoothing.dtype), torch.float32)
 
 
 class Codebook(NamedTuple):
-    """Codewords and smoothing as all pixels need them, in the compute dtype."""
+    """Hold codewords and smoothing in the form that all pixels use, in the compute dtype."""
 
     center: Tensor | None  # c, (D,), None for 0
-    d: Tensor  # codewords less c, (K, D)
-    s: Tensor  # smoothing, (K, 1), or (1, 1) where one is shared
+    d: Tensor  # codewords minus c, (K, D)
+    s: Tensor  # smoothing, (K, 1), or (1, 1) if shared
     sd: Tensor  # 2 s d, (K, D)
     bias: Tensor  # s |d|^2, (K, 1)
 
 
 def _in_graph() -> bool:
-    """Whether a compiler or an exporter records the operations."""
+    """Return whether a compiler or an exporter records the operations."""
     return torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 @torch.jit.unused
 def _is_free(tensor: Tensor) -> bool:
-    """Whether operations on a tensor may work in place and choose by size: nothing records them, and no transform wraps it."""
+    """Return whether operations on a tensor may work in place and depend on sizes: nothing records them, no transform wraps it."""
     if _in_graph() or torch.is_grad_enabled() or type(tensor) is not Tensor:
         return False
     try:
@@ -63,7 +63,7 @@ def _is_free(tensor: Tensor) -> bool:
 
 @torch.jit.unused
 def _seen_maximum(tensor: Tensor) -> float | None:
-    """The largest value of a plain tensor on a CPU; else None. A graph and vmap have no values, and a GPU would have to wait."""
+    """Return the largest value of a plain CPU tensor, else None: a graph and vmap have no values, and a GPU would have to wait."""
     if _in_graph() or type(tensor) is not Tensor or not tensor.is_cpu:
         return None
     try:
@@ -73,19 +73,19 @@ def _seen_maximum(tensor: Tensor) -> float | None:
 
 
 def find_center(codewords: Tensor) -> Tensor | None:
-    """Find the point c (D,) that features and codewords are shifted by: a codeword in a crowd, or the origin.
+    """Find the point c (D,) by which features and codewords are shifted: a codeword in a crowd, or the origin.
 
-    A codeword is in a crowd if at least half of all, itself among them, are near it: nearer than half the distance of the farther
-    of the two from the origin. c is the one in a crowd that has the smallest norm. Without a crowd a shift would gain no digit.
-    One codeword that runs off can neither make a crowd nor break it up. Of two that are far apart, c is the one nearer to the
-    origin.
+    A codeword is in a crowd if at least half of all codewords, itself included, are near it: nearer than half the distance from
+    the origin of the farther one of the two. c is the codeword in a crowd with the smallest norm. Without a crowd a shift would
+    gain no digit. One outlier among the codewords can neither make a crowd nor break it up. Of two distant codewords, c is the
+    one nearer to the origin.
 
     Returns:
-        None for the origin, where the values can be read: a shift of x takes 40 to 100 % of forward on a CPU.
+        None for the origin, if the values can be read: a shift of x takes 40 to 100 % of forward on a CPU.
     """
     few = codewords[:64]  # all pairs of 1024 would take longer than a small map
     square = few.square().sum(1)
-    # |d_j - d_k|^2 < max(|d_j|^2, |d_k|^2) / 4, or a little more where these differ
+    # |d_j - d_k|^2 < max(|d_j|^2, |d_k|^2) / 4, or slightly more if these differ
     crowd = (few @ few.t() > 0.875 * torch.maximum(square, square[:, None])).to(few.dtype).mean(1)
     if not torch.jit.is_scripting():
         largest = _seen_maximum(crowd)
@@ -107,24 +107,24 @@ def _codebook(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Codebook:
 
 
 def _shift(x: Tensor, center: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """X' (B, D, N) in the compute dtype."""
+    """Return x' (B, D, N) in the compute dtype."""
     return x.to(dtype) if center is None else x - center[:, None]
 
 
 @torch.jit.unused
 def _square_sum_in_cache(x: Tensor) -> Tensor:
-    """The same as `_square_sum` without a temporary of x's size."""
-    if x.stride(1) == 1:  # channels last, in one pass: a quarter to a half of forward less
+    """Compute `_square_sum` without a temporary of x's size."""
+    if x.stride(1) == 1:  # channels last takes one pass: saves a quarter to a half of forward
         return torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
     if not x.is_cpu or x.numel() <= PART:
         return x.square().sum(1, keepdim=True)
-    # By channels, whose squares stay in the cache: 15 % of forward less at B, N, D, K = 2, 3600, 512, 32
+    # By channels, so that the squares stay in the cache: 15 % of forward less at B, N, D, K = 2, 3600, 512, 32
     parts = x.split(max(1, PART // (x.shape[0] * x.shape[2])), dim=1)
     return sum((part.square().sum(1, keepdim=True) for part in parts[1:]), parts[0].square().sum(1, keepdim=True))
 
 
 def _square_sum(x: Tensor) -> Tensor:
-    """|x'|^2 of every pixel, (B, 1, N)."""
+    """Return |x'|^2 of every pixel, (B, 1, N)."""
     if not torch.jit.is_scripting() and _is_free(x):
         return _square_sum_in_cache(x)
     return x.square().sum(1, keepdim=True)
@@ -132,8 +132,8 @@ def _square_sum(x: Tensor) -> Tensor:
 
 @torch.jit.unused
 def _weights_in_place(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
-    """The same as `_weights`, written over the logits: up to half the time of forward where D is as small as K."""
-    if x.stride(1) == 1 and x.shape[1] >= 256:  # channels last, one product of all images: 10 % of forward less
+    """Compute `_weights` over the memory of the logits: saves up to half of forward if D is as small as K."""
+    if x.stride(1) == 1 and x.shape[1] >= 256:  # channels last takes one product for all images: 10 % of forward less
         logits = torch.matmul(x.transpose(1, 2), book.sd.t()).transpose(1, 2).contiguous()
     else:
         logits = torch.bmm(book.sd.expand(x.shape[0], -1, -1), x)
@@ -144,19 +144,20 @@ def _weights_in_place(x: Tensor, book: Codebook, square_sum: Tensor | None) -> T
 
 
 def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
-    """Weights (B, K, N) of shifted x: the softmax over k of -s |x' - d'|^2, without |x'|^2 where one factor is shared."""
+    """Return weights (B, K, N) of shifted x: softmax over k of -s |x' - d'|^2, without |x'|^2 if one factor is shared."""
     if not torch.jit.is_scripting() and _is_free(x) and _is_free(book.sd):
         return _weights_in_place(x, book, square_sum)
     logits = torch.matmul(book.sd, x) - book.bias
-    if square_sum is not None:  # after the product: a saved graph that runs under autocast rounds what goes into it
+    if square_sum is not None:  # after the product: a saved graph under autocast rounds the product's inputs
         logits = logits - book.s * square_sum
-    # Logits and not weights, because the softmax's own derivative uses its result. TorchScript takes no constant: log(1e-30).
+    # Clamp logits, not weights, because the softmax's derivative uses its result. TorchScript takes no constant:
+    # log(1e-30).
     small = logits < logits.amax(1, keepdim=True) - 69.0776
     return torch.softmax(logits.masked_fill(small, -math.inf), dim=1)
 
 
 def _forward(x: Tensor, book: Codebook, learned: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Encoding (B, K, D), weights (B, K, N) and |x'|^2 (B, 1, N), the last only where each codeword has a smoothing factor."""
+    """Return encoding (B, K, D), weights (B, K, N) and |x'|^2 (B, 1, N), the last only with one smoothing factor per codeword."""
     x = _shift(x, book.center, book.d.dtype)
     square_sum = _square_sum(x) if learned else None
     weights = _weights(x, book, square_sum)
@@ -175,9 +176,9 @@ class _Encode(torch.autograd.Function):
         encoding, weights, square_sum = _forward(x, book, smoothing.dim() > 0)
         if square_sum is None:
             square_sum = encoding.new_empty(0)
-        elif not _is_free(weights):  # under vmap batched as the weights are, or its gradient is counted once a sample
+        elif not _is_free(weights):  # vmap must batch it like the weights, or its gradient counts once per sample
             square_sum = square_sum + 0 * weights[:, :1]
-        # Of one shape whatever it is: activation checkpointing compares those of both runs.
+        # Keep one shape in all cases: activation checkpointing compares the shapes of both runs.
         c = book.d.new_zeros(book.d.shape[1]) if book.center is None else book.center
         return encoding, weights, square_sum, c
 
@@ -189,15 +190,15 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
-        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        saved = ctx.saved_tensors  # read once: activation checkpointing forbids a second read
         x = saved[0]
-        channels_last = x.stride(1) == 1  # out here, for torch.compile loses track of the region over it
-        # backward() may be called in an autocast region, and torch.compile takes it to be in that of forward.
+        channels_last = x.stride(1) == 1  # read here, because torch.compile loses track of the autocast region over it
+        # backward() may run in another autocast region, while torch.compile assumes that of forward.
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return _backward(*saved, *grads, x_wanted=ctx.needs_input_grad[0], channels_last=channels_last)
 
 
-# apply() asks for it at every call, which takes 40 us where it is not kept.
+# apply() looks it up at every call, which takes 40 us uncached.
 _Encode.forward.__signature__ = inspect.signature(_Encode.forward)  # type: ignore[attr-defined]
 
 
@@ -221,7 +222,7 @@ def _backward(
     x, d = _shift(x, shift, weights.dtype), codewords.to(weights.dtype)
     d = d if shift is None else d - shift
     s = smoothing.to(d.dtype).reshape(-1, 1)
-    if grad is None:  # a derivative of a derivative that took only the weights or |x'|^2
+    if grad is None:  # a higher derivative took only the weights or |x'|^2
         grad = d.new_zeros(x.shape[0], *d.shape)
 
     # p_ik = dL/dw_ik, q_ik = dL/d(logit_ik)
@@ -237,7 +238,7 @@ def _backward(
     ds = (d * (moment + residual)).sum((0, 2))  # with |r|^2 = |x'|^2 - 2 x'.d' + |d'|^2
     if smoothing.dim():
         ds = ds - (q * square_sum).sum((0, 2))
-    else:  # the q_ik of a pixel sum to zero, and so what |x'|^2 adds
+    else:  # the q_ik of a pixel sum to zero, so |x'|^2 adds nothing
         ds = ds.sum()
     dd, ds = dd.to(dtypes[1]), ds.to(dtypes[2])
     if not x_wanted:
@@ -246,7 +247,7 @@ def _backward(
     # dx_i = sum_k w_ik g_k + 2 sum_k s_k q_ik d'_k - 2 (sum_k s_k q_ik) x'_i
     rows = torch.cat([grad, (2 * s * d).expand_as(grad)], dim=1)
     columns = torch.cat([weights, q], dim=1)
-    if channels_last:  # the gradient in x's own layout
+    if channels_last:  # the gradient in the layout of x
         dx = torch.bmm(columns.transpose(1, 2), rows).transpose(1, 2)
     else:
         dx = torch.bmm(rows.transpose(1, 2), columns)
@@ -254,7 +255,7 @@ def _backward(
         pull = torch.matmul(-2 * s.t(), q)
         if grad_square_sum is not None:
             pull = pull + 2 * grad_square_sum
-        # A new tensor of x's size can cost as much as the product.
+        # Allocating a tensor of x's size can cost as much as the product.
         if _is_free(dx):
             dx.addcmul_(x, pull)
         else:
@@ -263,14 +264,14 @@ def _backward(
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Runs of images so small that their weights stay in the cache: 10 % of forward less at B, N, D, K = 64, 784, 32, 16."""
+    """Split the batch into runs of images whose weights fit the cache: 10 % of forward less at B, N, D, K = 64, 784, 32, 16."""
     if _in_graph() or x.device.type != "cpu" or x.numel() <= 4 * PART:
         return (x,)
     return x.split(max(1, PART // (x.shape[1] * x.shape[2])))
 
 
 def encode_plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """The same without a backward of its own: for inference, saved graphs and forward-mode derivatives."""
+    """Encode without the custom backward: for inference, saved graphs and forward-mode derivatives."""
     book = _codebook(x, codewords, smoothing)
     if torch.jit.is_scripting():
         return _forward(x, book, smoothing.dim() > 0)[0]
@@ -279,9 +280,9 @@ def encode_plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Encoding of x (B, D, N) on codewords (K, D) with smoothing (K,) or (): (B, K, D), at least fp32.
+    """Encode x (B, D, N) with codewords (K, D) and smoothing (K,) or (): (B, K, D), fp32 or fp64.
 
-    Any device that PyTorch serves, any float dtype, any strides. Autocast must be off.
+    Runs on any PyTorch device, with any float dtype and strides. Autocast must be off.
     """
     recorded = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
     if not recorded or forward_ad._current_level >= 0:
@@ -289,19 +290,23 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     return _Encode.apply(x, codewords, smoothing)[0]
 
 
-def forward_with_weight_sum(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
-    """Encoding (B, K, D) of x (B, D, N) and the sum of each codeword's weights (B, K), without a graph: for the fused path."""
+def forward_with_weight_sum(
+    x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the encoding (B, K, D) of x (B, D, N) and each codeword's weight sum (B, K), or both over N: for the fused path."""
     with torch.no_grad():
         encoding, weights, _, _ = _Encode.forward(x, codewords, smoothing)
-        return encoding, weights.sum(2)
+        count = x.shape[2] if mean else 1
+        return encoding / count, weights.sum(2) / count
 
 
 def gradients(
     grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, x_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the encoding in x (empty where not wanted), codewords and smoothing, for the fused path.
+    """Return the gradients in x (empty if not wanted), codewords and smoothing, for the fused path.
 
-    Weights are computed again, as that path saves none. The first is dense, channels last where x is, else first.
+    Recomputes the weights, because the fused path does not save them. The gradient in x is dense, channels last if x is, else
+    channels first.
     """
     with torch.no_grad():
         _, weights, square_sum, c = _Encode.forward(x, codewords, smoothing)
@@ -314,7 +319,7 @@ def gradients(
 
 
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Assignment weights (B, K, N) of x (B, D, N), at least fp32; differentiable through plain autograd. Autocast must be off."""
+    """Return assignment weights (B, K, N) of x (B, D, N), fp32 or fp64, with plain autograd derivatives. Autocast must be off."""
     book = _codebook(x, codewords, smoothing)
     x = _shift(x, book.center, book.d.dtype)
     return _weights(x, book, _square_sum(x) if smoothing.dim() else None)

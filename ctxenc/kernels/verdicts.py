@@ -1,16 +1,16 @@
-"""Whether a fused kernel has proved itself on this GPU.
+"""Decide whether a fused kernel has proved itself on this GPU.
 
-A kernel serves only after it has solved a small problem there: five runs of equal bits, each value within its tolerance of the same
-formula in fp64. The verdict counts for a `Kind`: the operator, everything that the kernel is compiled for, and the GPU. records.py
-keeps it on disk. `CTXENC_VERIFY=0` trusts every kernel without a proof.
+A kernel must first solve a small problem there: five runs with equal bits, each value within tolerance of the same formula in fp64.
+The verdict counts for a `Kind`: the operator, every compile-time constant of the kernel, and the GPU. records.py keeps it on disk.
+`CTXENC_VERIFY=0` trusts every kernel without a proof.
 
 For `doctor` and other tools:
 
-    with verdicts.watching() as kinds:  # a dict of them; nothing is proved meanwhile, the PyTorch path serves
+    with verdicts.watching() as kinds:  # a dict of kinds; proves nothing, the PyTorch path serves
         model(x).sum().backward()
     for kind in kinds:  # kind.to_json() and Kind.from_json() carry one to another process
         verdicts.known(kind)  # its Verdict(serves, reason, lasts, excess), or None; launches nothing
-        verdicts.prove(kind, device)  # tries the kernel now, whatever is recorded, and records the verdict
+        verdicts.prove(kind, device)  # tries the kernel now, ignoring the record, and records the verdict
     records.recorded(verdicts.key_of(kind))  # the file of a record, to send with a report, or None
 """
 
@@ -29,15 +29,15 @@ from torch import Tensor
 from ctxenc.kernels import records
 
 RUNS = 5
-REMEMBERED = 4096  # calls whose verdict is found without naming their kind
-RETRY = 64  # calls between two tries of a kernel for which there was no memory
+REMEMBERED = 4096  # calls whose verdict is found without computing their kind
+RETRY = 64  # calls between two tries of a kernel that ran out of memory
 
-Constants = dict[str, Any]  # of values that JSON holds
+Constants = dict[str, Any]  # its values are JSON
 Arguments = tuple[Any, ...]
 
 
 class Kind(NamedTuple):
-    """One kernel as it is compiled, on one GPU."""
+    """Identify one compiled kernel on one GPU."""
 
     operator: str
     constants: tuple[tuple[str, Any], ...]
@@ -57,28 +57,28 @@ class Kind(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether a kernel serves, and why."""
+    """Tell whether a kernel serves, and why."""
 
     serves: bool
     reason: str
     lasts: str = "always"  # "process": not written to disk; "call": the next call asks again
-    excess: dict[str, float] | None = None  # error over tolerance of each result
+    excess: dict[str, float] | None = None  # error over tolerance, per result
 
 
 @dataclass(eq=False)
 class Operator:
-    """An operator with a kernel and a PyTorch path: a call takes the kernel if it has proved itself, else the PyTorch path.
+    """Pair a kernel with its PyTorch path: a call takes the kernel if it has proved itself, else the PyTorch path.
 
     Args:
         name: as in `Kind.operator`.
-        kernel: launches the kernel; returns a tensor or a tuple of them. It serves empty inputs by itself.
-        plain: the same on the PyTorch path, with results of the same shapes, dtypes and strides.
-        constants: of the same arguments, everything that the kernel is compiled for; None where nothing is launched.
-        problems: of constants and a device, lists of arguments for which `constants` gives the same: ragged N, several tiles,
-            splits and images, and values at which a lost term shows. None where there are none.
-        excess: of arguments, results and what `plain` gives in fp64, error over tolerance by name; above 1 is wrong.
-        key: of the arguments, a tuple that decides the constants. It is cheap to compute. Two keys may share one kind.
-        changes: places of the arguments that the kernel writes to. They count as results, behind the others.
+        kernel: launches the kernel and returns a tensor or a tuple of tensors. It handles empty inputs itself.
+        plain: computes the same on the PyTorch path, with the same shapes, dtypes and strides.
+        constants: from the same arguments, every compile-time constant of the kernel; None if nothing is launched.
+        problems: from constants and a device, lists of arguments with the same `constants`: ragged N, several tiles, splits and
+            images, and values that expose a lost term. Empty if it can make no such problem.
+        excess: from arguments, results and the fp64 results of `plain`, error over tolerance by name; above 1 is wrong.
+        key: from the arguments, a tuple that decides the constants. It is cheap to compute. Two keys may share one kind.
+        changes: positions of the arguments that the kernel writes to. They count as results, after the others.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Operator:
         OPERATORS[self.name] = self
 
     def __call__(self, strict: bool, *arguments: Any) -> Any:
-        """The result for these arguments. strict: raise RuntimeError instead of taking the PyTorch path."""
+        """Return the result for these arguments. strict: raise RuntimeError instead of taking the PyTorch path."""
         key = self.key(*arguments)
         verdict = self.served.get(key) or self._look_up(key, arguments)
         if verdict.serves:
@@ -115,13 +115,13 @@ class Operator:
         return verdict
 
     def results(self, function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-        """What the kernel or the PyTorch path returns and changes, on copies of the arguments that it writes to."""
+        """Run the kernel or the PyTorch path and return its results and changed arguments, on copies of the latter."""
         fresh = [a.clone() if place in self.changes else a for place, a in enumerate(arguments)]
         results = function(*fresh)
         return (*(results if isinstance(results, tuple) else (results,)), *(fresh[place] for place in self.changes))
 
     def kind(self, *arguments: Any) -> Kind | None:
-        """The kind of kernel that these arguments take; None where nothing is launched."""
+        """Return the kind of kernel that these arguments take; None if nothing is launched."""
         constants = self.constants(*arguments)
         return Kind(self.name, tuple(constants.items()), _gpu_of(arguments[0].device)) if constants else None
 
@@ -134,7 +134,7 @@ _lock = threading.RLock()
 
 
 def place(x: Tensor) -> tuple[Any, ...]:
-    """Everything about a tensor but its values that a launch can depend on."""
+    """Return every property of a tensor, except its values, that can affect a launch."""
     return x.dtype, x.shape, x.stride(), x.data_ptr() & 15, x.get_device()
 
 
@@ -149,7 +149,7 @@ def _gpu_of(device: torch.device) -> str:
 def watching() -> Iterator[dict[Kind, None]]:
     """Collect the kinds of kernels that calls ask for in the with block, in every thread.
 
-    No kernel is tried or launched meanwhile: the PyTorch path serves, even with `backend="triton"`.
+    Nothing tries or launches a kernel meanwhile: the PyTorch path serves, even with `backend="triton"`.
     """
     global _watched
     before, _watched = _watched, {}
@@ -162,12 +162,12 @@ def watching() -> Iterator[dict[Kind, None]]:
 
 
 def key_of(kind: Kind) -> dict[str, Any]:
-    """What a record is found by: the kind, and the versions that it counts for."""
+    """Return the key of a record: the kind, and its versions."""
     return {"operator": kind.operator, "constants": dict(kind.constants), "gpu": kind.gpu, **records.versions()}
 
 
 def known(kind: Kind) -> Verdict | None:
-    """The verdict of this process or the one on disk; None where there is none yet."""
+    """Return the verdict of this process or the one on disk; None if there is no verdict yet."""
     if kind not in _known and (record := records.read(key_of(kind))):
         return Verdict(record["serves"], record["reason"], excess=record.get("excess"))
     return _known.get(kind)
@@ -178,7 +178,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _judge(kind: Kind, device: torch.device) -> Verdict:
-    """The verdict of a kind, which is made now if there is none."""
+    """Return the verdict of a kind; prove the kernel first if there is no verdict."""
     if _watched is not None:
         _watched[kind] = None
         return Verdict(False, "no kernel runs inside verdicts.watching()", "call")
@@ -187,7 +187,7 @@ def _judge(kind: Kind, device: torch.device) -> Verdict:
     with _lock:  # one proof at a time: other threads want the same kernel
         if kind in _known:
             return _known[kind]
-        if _is_capturing(device):  # nor may a kernel be loaded then
+        if _is_capturing(device):  # nor may a kernel be loaded during capture
             return Verdict(
                 False, "while a CUDA graph is captured no kernel runs for the first time: call it before", "call"
             )
@@ -206,7 +206,7 @@ def _judge(kind: Kind, device: torch.device) -> Verdict:
 
 
 def _crashed(kind: Kind) -> Verdict | None:
-    """The verdict of a kernel that ended the process which tried it; None where none did."""
+    """Return the verdict of a kernel if its trial crashed a process, else None."""
     if not records.left_behind(key_of(kind)):
         return None
     verdict = Verdict(False, "a process ended while it tried this kernel; `python -m ctxenc doctor` tries it again")
@@ -215,20 +215,20 @@ def _crashed(kind: Kind) -> Verdict | None:
 
 
 def prove(kind: Kind, device: torch.device | str) -> Verdict:
-    """Try a kernel now, whatever is recorded, and record the verdict.
+    """Try a kernel now, ignoring any record, and record the verdict.
 
     Args:
-        kind: as `watching()` or `Operator.kind` gives it.
-        device: the GPU to run on, of the kind's name; "cpu" in the interpreter.
+        kind: from `watching()` or `Operator.kind`.
+        device: a GPU with the kind's name; "cpu" in the interpreter.
 
     Returns:
-        The verdict. Where it does not last (no memory, no compiler), nothing is recorded.
+        The verdict. A temporary one (no memory, no compiler) is not recorded.
     """
-    if kind.operator not in OPERATORS:  # in a process that has called none yet
+    if kind.operator not in OPERATORS:  # not imported before the process's first call
         from ctxenc.kernels.fused import encode, gate, pool, project  # noqa: F401
     device, key = torch.device(device), key_of(kind)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # an error that is there already is not this kernel's
+        torch.cuda.synchronize(device)  # surfaces earlier errors, which are not this kernel's
     marker = records.mark(key)
     try:
         verdict = _try(OPERATORS[kind.operator], kind, device)
@@ -265,7 +265,7 @@ def _try(operator: Operator, kind: Kind, device: torch.device) -> Verdict:
 
 
 def _failed(error: Exception, device: torch.device) -> Verdict:
-    """The verdict where a kernel raised. It lasts if this GPU will do the same again, not if the installation may be mended."""
+    """Return the verdict for a kernel that raised. It lasts if this GPU will fail again, not if a repaired setup may help."""
     line = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in line:
         return Verdict(False, f"there was no memory to prove it ({line})", "call")
@@ -273,7 +273,7 @@ def _failed(error: Exception, device: torch.device) -> Verdict:
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except RuntimeError:  # the kernel broke the GPU's context, and this process with it
+    except RuntimeError:  # the kernel broke the GPU context and with it this process
         lasts = "always"
     return Verdict(False, line, lasts)
 

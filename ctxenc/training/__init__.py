@@ -1,1 +1,1 @@
-"""What the commands of ctxenc run: fine-tuning, evaluation, prediction, export and inspection."""
+"""Behind the commands of ctxenc: fine-tuning, evaluation, prediction, export and inspection."""

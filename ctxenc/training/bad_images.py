@@ -1,7 +1,8 @@
-"""--on-bad-image: what a training does where an image cannot be read.
+"""--on-bad-image: handle unreadable images in training.
 
-"fail" stops it. With "skip" another image of the training set takes its place, and one of the validation set counts nowhere. The
-substitute follows from (seed, epoch, index), so batches keep their size and a run that is resumed ends as one that was not.
+"fail" stops the training. "skip" replaces a broken image of the training set by another one, and leaves a broken validation
+image out of all measures. The substitute follows from (seed, epoch, index). So batches keep their size, and a resumed run ends
+like an uninterrupted one.
 """
 
 import os
@@ -11,26 +12,26 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ctxenc.training.console import UserError, printable
+from ctxenc.runs.errors import UserError, printable
 
 FAIL, SKIP = "fail", "skip"
 CHOICES = (FAIL, SKIP)
 FILE = "bad_images.txt"
-SHARE = 0.1  # of all images: where more are broken, it is not the images
-HANDFUL = 8  # broken ones that a small set may have all the same
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
-TRIES = 16  # substitutes that may be broken themselves
+SHARE = 0.1  # of all images: with more, something else is broken
+HANDFUL = 8  # broken images that even a small set may have
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows lacks it
+TRIES = 16  # substitutes to try, since they may be broken too
 
 
 class BrokenImageError(UserError):
-    """The file is there, but is no image that can be read."""
+    """Report a file that exists but is not a readable image."""
 
 
 class BadImages:
-    """The images of a run that were left out, a line each in a file that all its processes add to.
+    """List the skipped images of a run, one line each, in a file that all its processes append to.
 
     Args:
-        path: The file, made where there is a first one.
+        path: The file, created for the first broken image.
         total: The number of images of the run.
     """
 
@@ -39,7 +40,7 @@ class BadImages:
         self.known: set[bytes] = set()
 
     def add(self, error: BrokenImageError) -> None:
-        """Notes an image, unless it is noted already.
+        """Record an image once.
 
         Raises:
             UserError: There are too many, or the file cannot be written.
@@ -52,7 +53,7 @@ class BadImages:
             with open(descriptor, "r+b", buffering=0) as file:
                 self.known = set(file.read().splitlines())
                 if line not in self.known:
-                    file.write(line + b"\n")  # at the end, in one piece: O_APPEND
+                    file.write(line + b"\n")  # append in one piece: O_APPEND
                     self.known.add(line)
         except OSError as problem:
             raise UserError(f"cannot write {self.path}: {problem.strerror}") from problem
@@ -60,7 +61,7 @@ class BadImages:
 
 
 def check_share(count: int, total: int, last: BrokenImageError) -> None:
-    """Raises UserError where more of ``total`` images are broken than may be left out."""
+    """Raise UserError if more than the allowed share of `total` images is broken."""
     limit = max(HANDFUL, int(SHARE * total))
     if count > limit:
         raise UserError(
@@ -69,7 +70,7 @@ def check_share(count: int, total: int, last: BrokenImageError) -> None:
 
 
 def noted(run: Path) -> list[str]:
-    """What a report says of the images that the run left out; nothing where there are none."""
+    """Return the report's notes on the images that the run skipped; an empty list if it skipped no image."""
     try:
         count = len(set((run / FILE).read_bytes().splitlines()))
     except FileNotFoundError:
@@ -80,19 +81,19 @@ def noted(run: Path) -> list[str]:
 
 
 class Intact(Dataset[Any]):
-    """Samples without those whose image is broken.
+    """Wrap samples and replace broken images.
 
     Args:
-        samples: With the methods of ``Samples`` in the data modules.
-        bad: Where broken ones are noted, if anywhere.
-        train: Whether another takes its place; else a blank one does that counts nowhere.
+        samples: With the methods of `Samples` in the data modules.
+        bad: Records broken images, if given.
+        train: Replace a broken image by another sample; otherwise by a blank one that no measure counts.
     """
 
     def __init__(self, samples: Any, bad: BadImages | None, train: bool) -> None:
         self.samples, self.bad, self.train = samples, bad, train
 
     def set_epoch(self, epoch: int) -> None:
-        """Names the epoch that the next samples are drawn for."""
+        """Set the epoch of the next samples."""
         self.samples.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -102,11 +103,11 @@ class Intact(Dataset[Any]):
         return self._found(index)[1]
 
     def name(self, index: int) -> str:
-        """What to call sample ``index``, or that which takes its place."""
+        """Return a name for sample `index`, or for its substitute."""
         return self.samples.name(self._found(index)[0])
 
     def _found(self, index: int) -> tuple[int, Any]:
-        """Sample ``index`` or what takes its place, with its own index."""
+        """Return sample `index` or its substitute, with the index of the returned one."""
         draws = np.random.default_rng((self.samples.seed, self.samples.epoch, index))
         chosen = index
         for _ in range(TRIES):

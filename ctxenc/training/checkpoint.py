@@ -1,4 +1,4 @@
-"""What a training writes as it goes: checkpoints to go on from, and the files that others read.
+"""The files of a training: checkpoints to resume from, and the files for other commands.
 
 ARM/checkpoints/epoch-00003-step-0000120/   model, ema, best (safetensors), optimizer.pt, processes.pt, progress.json, manifest.json
 ARM/                                        last, best (safetensors), metrics.csv, timings.csv, codebooks.csv, predictions.csv
@@ -22,16 +22,17 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ctxenc.integrations.state_dicts import read_pickle
+from ctxenc.runs.config import atomic, shortened
+from ctxenc.runs.errors import UserError, one_line, printable
+from ctxenc.runs.folders import SCORE, save_weights
 from ctxenc.training import codebooks
-from ctxenc.training.config import shortened
-from ctxenc.training.console import UserError, one_line, printable, say
+from ctxenc.training.console import say
 from ctxenc.training.durable import damage, keep_newest, write_folder
 from ctxenc.training.processes import agree
 from ctxenc.training.rng import rng_state, set_rng_state
-from ctxenc.training.runs import SCORE, atomic, save_weights
 
 Row = dict[str, Any]
-Prediction = tuple[Any, ...]  # a sample's name, what was predicted of it, and its index, which stays where data moves
+Prediction = tuple[Any, ...]  # a sample's name, its prediction, and its index, which stays if the data moves
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", SCORE, "top1")
 PREDICTIONS = ("name", "target", "prediction", "loss", "index")
 SPEED = "images_per_s"
@@ -40,21 +41,21 @@ FOLDER = "checkpoints"
 
 @dataclass
 class Progress:
-    """How far an arm has come.
+    """Hold the progress of an arm.
 
     Args:
         rows: The metrics of each finished epoch.
-        timings: What depends on the clock, of each finished epoch.
+        timings: Values of each finished epoch that depend on the clock.
         codebooks: The health of each codebook after each finished epoch.
-        predictions: Those of the last finished epoch.
-        confusion: Of the last finished epoch, how many pixels of each class were taken for each; classifications have none.
-        score: The column of the metrics by which the best epoch is chosen.
-        step: The steps done in the epoch that is under way.
-        skipped: The steps left out because their loss or gradient was not finite, in all.
-        finite: The other steps of the epoch under way.
-        lr: The learning rate of the last of them.
-        images: Images seen in the epoch under way, by this process.
-        seconds: Time that this took.
+        predictions: Predictions of the last finished epoch.
+        confusion: Pixel counts of the last finished epoch by true and predicted class; classifications have no such table.
+        score: The column of the metrics that chooses the best epoch.
+        step: Number of finished steps in the current epoch.
+        skipped: Total number of steps skipped because their loss or gradient was not finite.
+        finite: Number of the other steps of the current epoch.
+        lr: The learning rate of the last finite step.
+        images: Images seen in the current epoch, by this process.
+        seconds: Time for these images.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -72,17 +73,17 @@ class Progress:
 
     @property
     def epoch(self) -> int:
-        """The number of finished epochs."""
+        """Return the number of finished epochs."""
         return len(self.rows)
 
     @property
     def last_is_best(self) -> bool:
-        """Whether no earlier epoch scored as high as the last."""
+        """Return whether no earlier epoch scored as high as the last."""
         scores = [row[self.score] for row in self.rows]
         return bool(scores) and scores.index(max(scores)) == len(scores) - 1
 
     def finish_epoch(self, measures: Mapping[str, float], codebooks: Iterable[Row], loss: float, speed: float) -> None:
-        """Adds the rows of the epoch under way, and begins the next."""
+        """Append the rows of the current epoch, and begin the next."""
         epoch = {"epoch": self.epoch + 1}
         self.codebooks += [{**epoch, **row} for row in codebooks]
         self.rows.append({**epoch, "lr": self.lr, "train_loss": loss, **measures})
@@ -93,12 +94,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """All of one arm that training changes, on this process.
+    """Hold the training state of one arm on this process.
 
     Args:
         networks: "model", and with a moving average "ema".
         optimizer: As Accelerate prepared it.
-        loss: Sum of the losses of the epoch under way, a tensor of no dimension.
+        loss: Sum of the losses of the current epoch, a tensor of no dimension.
     """
 
     networks: dict[str, nn.Module]
@@ -107,10 +108,10 @@ class State:
 
 
 def newest_state(accelerator: Accelerator, arm: Path) -> Path | None:
-    """The newest intact checkpoint of ``arm``, or None where there is none; tells of the damaged ones before it.
+    """Find the newest intact checkpoint of `arm`, or None if it has no checkpoint; report newer damaged ones.
 
     Raises:
-        UserError: There are checkpoints, but none is intact.
+        UserError: There are checkpoints, but each is damaged.
     """
 
     def find() -> Path | None:
@@ -131,13 +132,13 @@ def newest_state(accelerator: Accelerator, arm: Path) -> Path | None:
 
 
 def save_state(accelerator: Accelerator, arm: Path, progress: Progress, state: State, keep: int) -> Path:
-    """Writes a checkpoint, whole or not at all, and removes all but the last ``keep``. Called on all processes.
+    """Write a checkpoint, whole or not at all, and remove all but the last `keep`. Call it on all processes.
 
     Returns:
         Its folder.
 
     Raises:
-        UserError: It cannot be written; those before are then still there.
+        UserError: It cannot be written; the earlier ones are then still there.
     """
     target = arm / FOLDER / f"epoch-{progress.epoch:05d}-step-{progress.step:07d}"
     own = {"rng": rng_state(accelerator.device), "loss": state.loss.cpu()}
@@ -145,7 +146,8 @@ def save_state(accelerator: Accelerator, arm: Path, progress: Progress, state: S
 
     def write() -> None:
         try:
-            # The one that training goes on from is there, perhaps with more before it: a kill may have come in between.
+            # The checkpoint to resume from may exist already, perhaps with older ones: a kill may have come before their
+            # removal.
             if not target.exists() or damage(target):
                 write_folder(target, _files(accelerator, arm, progress, state, processes))
             keep_newest(target.parent, target.name, keep, "*epoch-*-step-*")
@@ -161,9 +163,9 @@ def save_state(accelerator: Accelerator, arm: Path, progress: Progress, state: S
 def _files(
     accelerator: Accelerator, arm: Path, progress: Progress, state: State, processes: list[Row]
 ) -> Iterator[tuple[str, bytes]]:
-    """The files of a checkpoint, made one at a time: each may be large."""
+    """Yield the files of a checkpoint, built one at a time because each may be large."""
     for name, network in state.networks.items():
-        tensors = network.state_dict().items()  # copied: safetensors takes none that share memory or have gaps
+        tensors = network.state_dict().items()  # copy: safetensors rejects tensors that share memory or have gaps
         copies = {key: each.detach().cpu().clone(memory_format=torch.contiguous_format) for key, each in tensors}
         yield f"{name}.safetensors", safetensors.torch.save(copies)
     scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
@@ -183,16 +185,16 @@ def _saved(content: Any) -> bytes:
 def check_progress(
     progress: Progress, score: str, epochs: int, steps: int, predicted: Sequence[str], val_samples: int, classes: int
 ) -> None:
-    """Raise ValueError unless a training could have come so far.
+    """Raise ValueError if this training could not have reached this progress.
 
     Args:
-        progress: As a file has it: its values may be of any type.
-        score: By which the best epoch is chosen.
-        epochs: All of them.
-        steps: Of an epoch.
+        progress: Progress from a file: its values may have any type.
+        score: The column that chooses the best epoch.
+        epochs: Number of epochs in all.
+        steps: Number of steps of an epoch.
         predicted: The columns of the predictions.
-        val_samples: What these are of.
-        classes: How many there are.
+        val_samples: Number of validation samples.
+        classes: Number of classes.
     """
     counts = {"step": steps, "finite": steps, "skipped": math.inf, "images": math.inf}
     for name, most in counts.items():
@@ -225,7 +227,7 @@ def check_progress(
 
 
 def _is_table(rows: Any) -> bool:
-    """Whether rows of a file have the same columns, and numbers and texts in them."""
+    """Return whether rows of a file have the same columns, and hold numbers and texts."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return False
     return all(
@@ -238,12 +240,12 @@ def _is_count(value: Any, below: int) -> bool:
 
 
 def load_state(accelerator: Accelerator, folder: Path, state: State, check: Callable[[Progress], None]) -> Progress:
-    """Puts networks, optimiser, scaler, generators and the sum of losses back as the checkpoint ``folder`` has them.
+    """Restore networks, optimiser, scaler, generators and the sum of losses from the checkpoint `folder`.
 
-    ``check`` raises ValueError where its progress is not one that this training could have made.
+    `check` raises ValueError if this training could not have made its progress.
 
     Raises:
-        UserError: It is of another model, number of processes, version or data, or cannot be read.
+        UserError: The checkpoint is of another model, number of processes, version or data, or cannot be read.
     """
     try:
         for name, network in state.networks.items():
@@ -268,9 +270,9 @@ def load_state(accelerator: Accelerator, folder: Path, state: State, check: Call
 
 
 def publish(arm: Path, progress: Progress, network: nn.Module, predicted: Sequence[str] = PREDICTIONS) -> None:
-    """Writes the weights of ``network``, the metrics and the predictions where the other commands look for them.
+    """Write the weights of `network`, the metrics and the predictions for the other commands.
 
-    ``predicted`` names the columns of the predictions.
+    `predicted` names the columns of the predictions.
     """
     if not progress.epoch:
         return
@@ -283,7 +285,7 @@ def publish(arm: Path, progress: Progress, network: nn.Module, predicted: Sequen
 def publish_again(
     arm: Path, progress: Progress, network: nn.Module, folder: Path | None, predicted: Sequence[str] = PREDICTIONS
 ) -> None:
-    """Puts the published files back to what they were at the checkpoint ``folder``, from which training goes on."""
+    """Restore the published files to their state at the checkpoint `folder`, before training resumes from it."""
     if not progress.epoch:
         for name in ("metrics.csv", "timings.csv", codebooks.FILE):
             (arm / name).unlink(missing_ok=True)
@@ -308,7 +310,7 @@ def _publish_rows(arm: Path, progress: Progress, predicted: Sequence[str]) -> No
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a CSV file with a header, whole or not at all; texts in it are made printable."""
+    """Write a CSV file with a header, whole or not at all; make its texts printable."""
     rows = [{name: printable(each) if isinstance(each, str) else each for name, each in row.items()} for row in rows]
     with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -317,7 +319,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Reads the numbers of a metrics.csv."""
+    """Read the numbers of a metrics.csv."""
     with open(path, newline="", encoding="utf-8") as file:
         return [
             {name: int(text) if name == "epoch" else float(text) for name, text in row.items()}
@@ -326,13 +328,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_results(arm: Path) -> list[Row]:
-    """The metrics of each epoch of an arm, with its speed."""
+    """Read the metrics of each epoch of an arm, with its speed."""
     pairs = zip(read_rows(arm / "metrics.csv"), read_rows(arm / "timings.csv"), strict=True)
     return [{**row, SPEED: timing[SPEED]} for row, timing in pairs]
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Reads the predictions.csv of a classification: name, target, prediction, loss and index of each validation sample."""
+    """Read the predictions.csv of a classification: name, target, prediction, loss and index of each validation sample."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     kinds = (str, int, int, float, int)

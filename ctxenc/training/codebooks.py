@@ -1,6 +1,6 @@
-"""The health of the codebooks in training: how many codewords are dead, how evenly they are used, how far they tell pixels apart.
+"""Measure the health of codebooks in training: dead codewords, evenness of use, and how well they tell pixels apart.
 
-It is taken after each epoch, of the network that is evaluated, on a sample of the validation images.
+Measured after each epoch, on the evaluated network and a sample of the validation images.
 """
 
 import csv
@@ -29,7 +29,8 @@ from ctxenc.training.segmentation.pairs import IGNORED
 from ctxenc.viz.observing import encoding_blocks
 from ctxenc.viz.usage import FEW_BITS, UsageSum
 
-IMAGES = 64  # of the validation set, evenly spaced: entropies 0.11 bits of 4 off at most, against all 585 tiles of the photographs
+# of the validation set, evenly spaced: entropies at most 0.11 bits of 4 off, against all 585 tiles of the photographs
+IMAGES = 64
 COLUMNS = ("epoch", "block", "codewords", "dead", "entropy", "pixel_entropy", "bits", "smoothing_min", "smoothing_max")
 FILE = "codebooks.csv"
 Row = dict[str, Any]
@@ -39,20 +40,20 @@ Row = dict[str, Any]
 def codebook_health(
     accelerator: Accelerator, network: nn.Module, samples: Dataset[Any], batch_size: int, channels_last: bool = False
 ) -> list[Row]:
-    """How a network uses its codebooks. Called on all processes, each of which takes its share of the images.
+    """Measure how a network uses its codebooks. Call it on all processes; each takes its share of the images.
 
     Args:
-        accelerator: Of the training.
+        accelerator: The training's accelerator.
         network: Not wrapped; left in eval mode.
         samples: Validation samples: an image (C, H, W), and a class or a mask (H, W). Stand-ins of broken images do not count.
-        batch_size: Images a batch; 1 where they differ in size.
+        batch_size: Images per batch; 1 if they differ in size.
         channels_last: Whether the network is in this memory format.
 
     Returns:
-        A row for each block, in the order of the network's modules; none where no image counts, or none reaches it:
-        "block", its name; "codewords", K; "dead", how many have a share below 1 % of 1 / K; "entropy" of the shares and
-        "pixel_entropy", the mean of that of a pixel's weights, in bits, at most log2(K); "bits", their difference, which tells
-        pixels apart; "smoothing_min" and "smoothing_max".
+        One row per block, in the order of the network's modules; no row if no image counts, or no image reaches the block.
+        "block" is its name; "codewords" is K; "dead" counts the codewords with a share below 1 % of 1 / K. "entropy" is the
+        entropy of the shares and "pixel_entropy" the mean entropy of a pixel's weights, in bits, at most log2(K). "bits" is
+        their difference, which tells pixels apart. "smoothing_min" and "smoothing_max" follow.
     """
     blocks = {
         name: block.encoding if isinstance(block, ContextEncoding) else block
@@ -90,7 +91,7 @@ def codebook_health(
 
 
 def left_out(target: int | Tensor) -> bool:
-    """Whether a class or a mask is that of an image that could not be read."""
+    """Return whether a class or a mask stands for an unreadable image."""
     mask = torch.as_tensor(target)
     return bool((mask == (IGNORED if mask.dim() else LEFT_OUT)).all())
 
@@ -111,19 +112,21 @@ def _row(name: str, block: Encoding, sums: Sequence[UsageSum]) -> Row:
 
 
 def complete(row: Row) -> Row:
-    """A row with its "bits": rows in checkpoints of earlier versions have none."""
+    """Return the row with its "bits": rows in checkpoints of earlier versions lack them."""
     return {"bits": max(row["entropy"] - row["pixel_entropy"], 0.0), **row}
 
 
-def name_idle_codebooks(run: Path, arms: Mapping[str, str], seeds: Sequence[int]) -> list[str]:
-    """A sentence an arm that names the blocks whose codebook tells pixels apart by less than 0.1 bits after the last epoch.
+def name_idle_codebooks(run: Path, arms: Mapping[str, str], seeds: Sequence[int], *, started: str) -> list[str]:
+    """Name the blocks with less than 0.1 bits to tell pixels apart after the last epoch, one sentence per arm.
 
     Args:
         run: A folder in which every arm has finished.
-        arms: What each arm is called.
-        seeds: Of each arm; a block is named where one of them is below.
+        arms: Titles of the arms.
+        seeds: Seeds of each arm; one of them below the limit is enough to name a block.
+        started: Start of the codebooks: "paper", "spread" or "calibrated".
     """
     lines = []
+    advice = "; try --codebook-start spread" if started == "paper" else ""
     for arm, label in arms.items():
         bits: dict[str, list[float]] = {}
         for seed in seeds:
@@ -133,18 +136,17 @@ def name_idle_codebooks(run: Path, arms: Mapping[str, str], seeds: Sequence[int]
         if idle:
             lines.append(
                 f"{label}: after the last epoch the codebook of {', '.join(idle)} tells less than {FEW_BITS:g} bits about a pixel. "
-                "It assigns all pixels almost alike, so the block sees little more than SE's mean over the pixels; "
-                "try --codebook-start spread."
+                f"It assigns all pixels almost alike, so the block sees little more than SE's mean over the pixels{advice}."
             )
     return lines
 
 
 def _last_bits(path: Path) -> dict[str, float]:
-    """The bits of each block in its last row; none where the network has no codebook."""
+    """Return the bits of each block of several codewords in its last row; an empty dict if the network has no codebook."""
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
-        return {row["block"]: float(row["bits"]) for row in csv.DictReader(file)}
+        return {row["block"]: float(row["bits"]) for row in csv.DictReader(file) if int(row["codewords"]) > 1}
 
 
 def _range(values: Sequence[float]) -> str:
@@ -153,10 +155,10 @@ def _range(values: Sequence[float]) -> str:
 
 
 def draw_codebooks(rows: Sequence[Row]) -> Figure:
-    """Dead codewords, use, bits that tell pixels apart, and smoothing by epoch; a line a block, from the first (dark) to the last.
+    """Draw dead codewords, use, bits and smoothing by epoch; one line per block, from the first (dark) to the last.
 
     Args:
-        rows: Those of codebook_health with their epochs, one at least.
+        rows: Rows of codebook_health with their epochs, at least one.
     """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     dead, entropy, apart, smoothing = figure.subplots(1, 4)

@@ -1,4 +1,4 @@
-"""The data sets: where images come from, how they are split, and the transforms that timm makes of a configuration."""
+"""The data sets: sources of images, their splits, and timm's transforms for a configuration."""
 
 import os
 import random
@@ -19,9 +19,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Compose, RandomCrop, Resize
 from tqdm import tqdm
 
+from ctxenc.runs.errors import UserError, one_line, printable
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import BrokenImageError, check_share
-from ctxenc.training.console import UserError, one_line, printable
 from ctxenc.training.fashion import FASHION_MNIST, FashionSource
 from ctxenc.training.files import both, nfc, subfolder, unused, walk
 from ctxenc.training.images import open_image
@@ -30,37 +30,37 @@ from ctxenc.training.settings import PHOTOGRAPHS, Settings
 CIFAR = ("cifar10", "cifar100")
 IMAGENET = "imagenet"
 VERIFIED_UP_TO = 2000  # images: about ten seconds of decoding; a larger set fails at the broken image
-LEFT_OUT = -1  # in the place of a target: counts nowhere
+LEFT_OUT = -1  # as a target: counts nowhere
 TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation", "dev", "eval", "test", "testing")  # the first that is there is taken
+VAL_NAMES = ("val", "valid", "validation", "dev", "eval", "test", "testing")  # the first existing one is used
 
 
 class Source(Protocol):
-    """Where samples come from: RGB images with their classes."""
+    """Provide RGB images with their classes."""
 
     classes: list[str]
     targets: list[int]
 
     def image(self, index: int) -> Image.Image:
-        """The RGB image of sample ``index``; may draw from the global generators, which are seeded for the sample."""
+        """Return the RGB image of sample `index`; may draw from the global generators, which are seeded for the sample."""
 
     def name(self, index: int) -> str:
-        """What to call sample ``index``: a path or a number."""
+        """Return a name for sample `index`: a path or a number."""
 
 
 class FolderSource:
-    """An image folder: one class a folder that holds images, under its own name and in timm's order.
+    """Read an image folder. Each folder with images is one class under its own name, in timm's order.
 
-    It is not read by timm, whose reader leaves out what it cannot read and joins folders of one name, and whose
-    dataset replaces an image that it cannot open by its neighbour.
+    timm's reader is not used: it skips unreadable files and joins folders of one name, and its dataset replaces an image that
+    it cannot open by the next one.
 
     Args:
         folder: Holds the class folders, at any depth.
         class_to_index: The numbering of classes (default: in the order of their names).
 
     Raises:
-        UserError: There is no such folder, an image lies in no class folder, a class folder holds none, two have one
-            name, or one is not in ``class_to_index``.
+        UserError: The folder does not exist, an image lies outside the class folders, a class folder is empty, two share a
+            name, or one is not in `class_to_index`.
     """
 
     def __init__(self, folder: Path, class_to_index: dict[str, int] | None = None) -> None:
@@ -80,7 +80,7 @@ class FolderSource:
         self.targets = [target for _, target in samples]
 
     def image(self, index: int) -> Image.Image:
-        """Sample ``index``, decoded.
+        """Decode sample `index`.
 
         Raises:
             UserError: The file cannot be read as an image; the text holds its path.
@@ -88,15 +88,15 @@ class FolderSource:
         return open_image(self.paths[index])
 
     def name(self, index: int) -> str:
-        """The path of sample ``index``, to be printed."""
+        """Return the printable path of sample `index`."""
         return printable(self.paths[index])
 
 
 def class_images(folder: Path) -> dict[str, list[str]]:
-    """The paths of the images below ``folder`` by the name of the folder that they lie in.
+    """Return the paths of the images below `folder`, by the name of their own folder.
 
     Raises:
-        UserError: There are none, one lies in no class folder, a class folder holds none, or two have one name.
+        UserError: There is no image, an image lies outside the class folders, a class folder is empty, or two share a name.
         OSError: A folder cannot be read.
     """
     images: dict[str, list[str]] = {}
@@ -118,10 +118,10 @@ def class_images(folder: Path) -> dict[str, list[str]]:
 
 
 class CifarSource:
-    """CIFAR-10 or CIFAR-100 from torchvision.
+    """Read CIFAR-10 or CIFAR-100 through torchvision.
 
     Raises:
-        UserError: The files are not there, or cannot be downloaded.
+        UserError: The files are missing, or cannot be downloaded.
     """
 
     def __init__(self, name: str, folder: str, split: str, download: bool) -> None:
@@ -135,16 +135,16 @@ class CifarSource:
         self.split = split
 
     def image(self, index: int) -> Image.Image:
-        """Image ``index``."""
+        """Return image `index`."""
         return self.dataset[index][0]
 
     def name(self, index: int) -> str:
-        """The split and number of image ``index``."""
+        """Return the split and number of image `index`."""
         return f"{self.split}:{index}"
 
 
 class Subset:
-    """Some samples of a source."""
+    """Select some samples of a source."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
@@ -152,24 +152,24 @@ class Subset:
         self.targets = [source.targets[index] for index in indices]
 
     def image(self, index: int) -> Image.Image:
-        """Image ``index`` of the subset."""
+        """Return image `index` of the subset."""
         return self.source.image(self.indices[index])
 
     def name(self, index: int) -> str:
-        """Name ``index`` of the subset."""
+        """Return name `index` of the subset."""
         return self.source.name(self.indices[index])
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """A source with a transform. What is random is drawn from (seed, epoch, index).
+    """Apply a transform to a source. Random draws follow from (seed, epoch, index).
 
-    So the sample does not depend on the worker that makes it, on what came before, or on an interruption, and the
-    generators of the process stay as they were.
+    So the sample does not depend on the worker, on earlier samples, or on an interruption, and the generators of the process
+    keep their states.
 
     Args:
-        source: Where images come from.
+        source: Provides the images.
         transform: Makes a (3, H, W) tensor of an image.
-        seed: Seed of all that is drawn.
+        seed: Seed of all random draws.
     """
 
     def __init__(self, source: Source, transform: Any, seed: int) -> None:
@@ -177,7 +177,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Names the epoch that the next samples are drawn for; before the loader starts its workers."""
+        """Set the epoch of the next samples; call it before the loader starts its workers."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -188,17 +188,17 @@ class Samples(Dataset[tuple[Tensor, int]]):
             return self.transform(self.source.image(index)), self.source.targets[index]
 
     def blank(self) -> tuple[Tensor, int]:
-        """A sample that counts nowhere."""
+        """Return a sample that counts nowhere."""
         return self.transform(Image.new("RGB", (1, 1))), LEFT_OUT
 
     def name(self, index: int) -> str:
-        """What to call sample ``index``."""
+        """Return a name for sample `index`."""
         return self.source.name(index)
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a fine-tuning needs: both sources over the same classes, and the folders of the data that are in neither."""
+    """Hold the data of a fine-tuning: both sources over the same classes, and the unused folders of the data."""
 
     train: Source
     val: Source
@@ -206,13 +206,13 @@ class Datasets:
 
     @property
     def classes(self) -> list[str]:
-        """Class names in the order of the logits."""
+        """Return the class names in the order of the logits."""
         return self.train.classes
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seeds the CPU generators of Python, numpy and torch with ``key``, and puts their states back at the end."""
+    """Seed the CPU generators of Python, numpy and torch with `key`, and restore their states at the end."""
     python, numpy, generator = random.getstate(), np.random.get_state(), torch.default_generator
     state = generator.get_state()
     first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
@@ -228,7 +228,7 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def build_datasets(settings: Settings) -> Datasets:
-    """The training and validation sources that ``settings`` name.
+    """Build the training and validation sources of `settings`.
 
     Raises:
         UserError: A path is wrong, a folder is empty, classes do not agree, or there are too few images.
@@ -250,16 +250,15 @@ def build_datasets(settings: Settings) -> Datasets:
 
 
 def validation_source(settings: Settings, classes: Sequence[str], data: str | None = None) -> Source:
-    """The source that a trained model is evaluated on.
+    """Return the source to evaluate a trained model on.
 
     Args:
-        settings: Those of the run.
+        settings: The settings of the run.
         classes: The model's class names.
-        data: A folder to evaluate on in place of the run's own validation set; its val folder where it has one,
-            else all of it.
+        data: A folder to use in place of the run's own validation set; its val folder if it has one, else all of it.
 
     Raises:
-        UserError: There is no such data, or it has a class that ``classes`` lacks.
+        UserError: The data does not exist, or has a class missing from `classes`.
     """
     if data is None:
         source = build_datasets(settings).val
@@ -291,12 +290,12 @@ def _folder_datasets(folder: Path, settings: Settings) -> Datasets:
 
 
 def stratified_split(source: Source, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Splits the samples of ``source`` class by class: the same split for the same seed and files.
+    """Split the samples of `source` class by class: the same split for the same seed and files.
 
     Args:
-        source: At least two samples a class.
-        fraction: Share of each class for validation: rounded, at least one sample, and one is left for training.
-        seed: Seed of the drawing.
+        source: At least two samples per class.
+        fraction: Share of each class for validation, rounded; at least one sample goes to each side.
+        seed: Seed of the draw.
 
     Returns:
         Sorted indices for training, and for validation.
@@ -319,10 +318,10 @@ def stratified_split(source: Source, fraction: float, seed: int) -> tuple[list[i
 
 
 def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -> None:
-    """Decodes every image of a small image folder, so that a broken one is told before training starts.
+    """Decode every image of a small image folder, so that a broken one shows before training starts.
 
     Raises:
-        UserError: An image is broken, or with ``skip`` too many are; the text holds its path.
+        UserError: An image is broken, or with `skip` too many are; the text holds its path.
     """
     sources = [source for source in (datasets.train, datasets.val) if isinstance(_base(source), FolderSource)]
     samples = [(source.image, index) for source in sources for index in range(len(source.targets))]
@@ -330,10 +329,10 @@ def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -
 
 
 def read_all(samples: Sequence[tuple[Callable[[int], Any], int]], text: str, show_progress: bool, skip: bool) -> None:
-    """Reads the samples of a small set, each a function and what it takes.
+    """Read the samples of a small set, each given as a function and its argument.
 
     Raises:
-        UserError: An image is broken, or with ``skip`` too many are.
+        UserError: An image is broken, or with `skip` too many are.
     """
     if len(samples) > VERIFIED_UP_TO:
         return
@@ -353,14 +352,14 @@ def _base(source: Source) -> Source:
 
 
 def train_transform(settings: Settings, data_config: dict[str, Any]) -> Any:
-    """The training transform of timm for ``data_config`` with the augmentation of ``settings``.
+    """Build timm's training transform for `data_config` with the augmentation of `settings`.
 
     Raises:
-        UserError: The policy of --auto-augment is not one of timm's.
+        UserError: timm does not know the policy of --auto-augment.
     """
     _, height, width = data_config["input_size"]
     padding, scale, ratio = settings.crop_padding, (settings.crop_scale, 1.0), None
-    if padding is not None:  # what timm then crops is all of it
+    if padding is not None:  # timm then crops the whole of it
         scale, ratio = (1.0, 1.0), (width / height, width / height)
     try:
         transform = create_transform(
@@ -387,5 +386,5 @@ def train_transform(settings: Settings, data_config: dict[str, Any]) -> Any:
 
 
 def eval_transform(data_config: dict[str, Any]) -> Any:
-    """The evaluation transform of timm for ``data_config``."""
+    """Build timm's evaluation transform for `data_config`."""
     return create_transform(**data_config, is_training=False)

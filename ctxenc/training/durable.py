@@ -1,7 +1,7 @@
-"""Folders that are there whole or not at all, and that tell when they are damaged.
+"""Write folders whole or not at all, and detect damage in them.
 
-A folder is written under a temporary name beside a list of its files with their checksums, put on the disk, and renamed. Whatever
-cuts this off leaves the folders that were there before.
+A folder is written under a temporary name beside a list of its files with their checksums, flushed to disk, and renamed. An
+interruption leaves the existing folders as they were.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 
 
 def write_folder(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Writes a folder with these files, names and contents; one that lies there is replaced.
+    """Write a folder with these files, given as names and contents; replace an existing one.
 
     Raises:
         OSError: It cannot be written; nothing has changed then.
@@ -46,7 +46,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Puts the names in ``folder`` on the disk."""
+    """Flush the names in `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,7 +55,7 @@ def _sync(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a folder of write_folder, in words: empty where each file is as it was written."""
+    """Describe the damage to a folder of write_folder; return an empty text if each file is as written."""
     try:
         sums = json.loads((folder / MANIFEST).read_bytes())
         if not isinstance(sums, dict) or {each.name for each in folder.iterdir()} != {MANIFEST, *sums}:
@@ -72,9 +72,9 @@ def damage(folder: Path) -> str:
 
 
 def keep_newest(folders: Path, last: str, keep: int, pattern: str = "*") -> None:
-    """Leaves of ``folders`` the newest ``keep`` by name up to ``last``; what cannot be removed stays, and what has another name.
+    """Keep the newest `keep` of `folders` by name up to `last`; ignore other names and entries that cannot be removed.
 
-    The pattern matters: ``folders`` may be a link to a place where there is more.
+    The pattern matters: `folders` may be a link to a place with other files.
     """
     found = list(folders.glob(pattern))
     names = sorted(each.name for each in found if not each.name.startswith(".") and each.name <= last)

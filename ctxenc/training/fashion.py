@@ -1,4 +1,4 @@
-"""Fashion-MNIST from its files on disk, which Debian packages and torchvision downloads."""
+"""Read Fashion-MNIST from its files on disk, in torchvision's or Debian's layout."""
 
 import gzip
 import math
@@ -9,22 +9,22 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 
-from ctxenc.training.console import UserError, one_line
+from ctxenc.runs.errors import UserError, one_line
 
 FASHION_MNIST = "fashion_mnist"
 MOST_BYTES = 1 << 28  # of an IDX file; Fashion-MNIST's largest has 47 million
 
 
 class FashionSource:
-    """Fashion-MNIST in torchvision's layout (FashionMNIST/raw), or in a folder of its four files, as Debian's package has it.
+    """Read Fashion-MNIST in torchvision's layout (FashionMNIST/raw), or from a folder of its four files (Debian's package).
 
     Args:
         folder: Holds either; files may be gzipped.
-        split: "train" or "val", which is the test set.
-        download: Fetch what is missing through torchvision.
+        split: "train" or "val" (the test set).
+        download: Download missing files through torchvision.
 
     Raises:
-        UserError: A file is not there, is none of Fashion-MNIST's, or cannot be downloaded.
+        UserError: A file is missing, does not belong to Fashion-MNIST, or cannot be downloaded.
     """
 
     def __init__(self, folder: str, split: str, download: bool) -> None:
@@ -40,7 +40,7 @@ class FashionSource:
                 if file is None:
                     raise OSError(f"no {name} or {name}.gz there, nor in FashionMNIST/raw")
             images, labels = (_read_idx(file) for file in files if file is not None)
-        except (RuntimeError, OSError, EOFError, zlib.error) as error:  # the last two of a damaged gzip file
+        except (RuntimeError, OSError, EOFError, zlib.error) as error:  # a damaged gzip file raises the last two
             hint = "; --download fetches it" if None in files and not download else ""
             raise UserError(f"{FASHION_MNIST} cannot be had from {folder}{hint}: {one_line(error)}") from error
         self.classes = list(FashionMNIST.classes)
@@ -52,26 +52,26 @@ class FashionSource:
         self.images, self.targets, self.split = images, labels.tolist(), split
 
     def image(self, index: int) -> Image.Image:
-        """Image ``index``, as RGB."""
+        """Return image `index`, as RGB."""
         return Image.fromarray(self.images[index]).convert("RGB")
 
     def name(self, index: int) -> str:
-        """The split and number of image ``index``."""
+        """Return the split and number of image `index`."""
         return f"{self.split}:{index}"
 
 
 def _fashion_file(folder: str, name: str) -> Path | None:
-    """Where a file of Fashion-MNIST lies, in torchvision's layout or Debian's."""
+    """Find a file of Fashion-MNIST, in torchvision's layout or Debian's."""
     places = (Path(folder, "FashionMNIST", "raw"), Path(folder))
     found = (place / file for place in places for file in (name, f"{name}.gz"))
     return next((file for file in found if file.is_file()), None)
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Read the array of bytes that an IDX file holds: two zeros, 8 for bytes, the number of dimensions, each size, the values.
+    """Read the byte array of an IDX file: two zeros, 8 for bytes, the number of dimensions, each size, the values.
 
     Raises:
-        OSError: It is no such file, or shorter than its sizes say.
+        OSError: The file has another format, or is shorter than its sizes say.
         EOFError: The gzipped file is cut off.
     """
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -83,7 +83,7 @@ def _read_idx(path: Path) -> np.ndarray:
         count = math.prod(shape)
         if not 0 < count <= MOST_BYTES:
             raise OSError(f"{path} must hold 1 to {MOST_BYTES} bytes, got the shape {shape}")
-        values = file.read(count + 1)  # one more, so that gzip reads on to its checksum
+        values = file.read(count + 1)  # one more byte, so that gzip reads on to its checksum
     if len(values) != count:
         raise OSError(
             f"{path} must hold {count} values by its header, got {'more' if len(values) > count else len(values)}"

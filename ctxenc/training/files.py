@@ -1,4 +1,4 @@
-"""Image files below a folder: one walk for every command, past what systems and tools leave beside the data."""
+"""Find image files below a folder, in one way for every command; skip the leftovers of systems and tools."""
 
 import os
 import unicodedata
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-# Lower case. Notebooks, macOS and git hide theirs: .ipynb_checkpoints, ._x.jpg, .git. Names that could be classes are not here.
+# Lower case. Notebooks, macOS and git hide theirs: .ipynb_checkpoints, ._x.jpg, .git. Possible class names are not here.
 LEFT_BEHIND = frozenset(
     (
         *(
@@ -25,14 +25,14 @@ LEFT_BEHIND = frozenset(
 
 
 def is_data(name: str) -> bool:
-    """Tell whether a file or folder of this `name`, found in a data set, belongs to it."""
+    """Return whether a file or folder called `name` belongs to a data set."""
     return not name.startswith(".") and name.lower() not in LEFT_BEHIND
 
 
 def walk(folder: Path, suffixes: Collection[str] = IMG_EXTENSIONS) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield `folder` and each folder below it: its path, the names of its subfolders, and those of its files of `suffixes`.
+    """Yield `folder` and each folder below it: its path, the names of its subfolders, and its files with `suffixes`.
 
-    Names are sorted. Links are followed, but not to a folder that they lie in.
+    Names are sorted. Links are followed, except to a folder above them.
 
     Raises:
         OSError: A folder cannot be read.
@@ -52,12 +52,12 @@ def walk(folder: Path, suffixes: Collection[str] = IMG_EXTENSIONS) -> Iterator[t
 
 
 def nfc(name: str) -> str:
-    """Return the name in the Unicode form NFC, in which names that look the same are equal: macOS and zip tools write NFD."""
+    """Return the name in the Unicode form NFC, so that equal-looking names are equal: macOS and zip tools write NFD."""
     return unicodedata.normalize("NFC", name)
 
 
 def both(first: str | Path, second: str | Path) -> str:
-    """Return the two paths as a text, which says so where they differ in their Unicode form alone."""
+    """Return the two paths as text; say so if they differ only in their Unicode form."""
     alike = nfc(str(first)) == nfc(str(second))
     return f"{first} and {second}{', one name in two Unicode forms' if alike else ''}"
 
@@ -68,13 +68,13 @@ def images_below(folder: Path, suffixes: Collection[str] = IMG_EXTENSIONS) -> li
 
 
 def subfolder(folder: Path, *names: str) -> Path | None:
-    """Return the subfolder of the first of these lower-case `names` that is there, in any case; None where there is none."""
-    found = {each.name.lower(): each for each in _subfolders(folder)}  # of two that differ in case alone, the lower one
+    """Return the first existing subfolder of these lower-case `names`, in any case; None if there is no match."""
+    found = {each.name.lower(): each for each in _subfolders(folder)}  # if two differ in case alone, the lower one
     return next((found[name] for name in names if name in found), None)
 
 
 def unused(root: Path, *used: Path | None) -> list[str]:
-    """Return the folders beside those that are `used`, as they are called below `root`."""
+    """Return the folders that are not `used`, as relative paths below `root`."""
     taken = [each for each in used if each is not None]
     beside = {each for parent in {each.parent for each in taken} for each in _subfolders(parent)}
     return sorted(str(each.relative_to(root)) for each in beside if each not in taken)

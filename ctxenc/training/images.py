@@ -1,4 +1,4 @@
-"""Image files as RGB images."""
+"""Read image files as RGB images."""
 
 import errno
 import os
@@ -11,25 +11,26 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from ctxenc.runs.errors import UserError, one_line
 from ctxenc.training.bad_images import BrokenImageError
-from ctxenc.training.console import UserError, one_line
 from ctxenc.viz.reading import FORMATS, as_rgb
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """The first image in the file at ``path``, to be decoded in the body.
+    """Yield the first image in the file at `path`; the body decodes it.
 
     Raises:
-        BrokenImageError: It is no image, is damaged, or has more than Pillow's 179 million pixels; the text holds the path.
-        UserError: The file is not there, or the system refuses it.
+        BrokenImageError: The file is not an image, is damaged, or has more than Pillow's 179 million pixels; the text holds the
+            path.
+        UserError: The file is missing, or the system refuses it.
     """
     try:
         mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a named pipe would be waited for
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a named pipe would block
             raise BrokenImageError(f"broken image {path}: it is no file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata and large images: the pixels are whole
+            warnings.simplefilter("ignore")  # odd metadata and large images: the pixels are intact
             with Image.open(path, formats=FORMATS) as image:
                 yield image
     except (UserError, MemoryError):
@@ -38,7 +39,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         told = isinstance(error, OSError) and error.errno not in (
             None,
             errno.EINVAL,
-        )  # the latter of a wrong offset in the file
+        )  # the latter from a wrong offset in the file
         if told and not os.path.islink(path):
             raise UserError(f"cannot read image {path}: {getattr(error, 'strerror', error)}") from error
         reason = getattr(error, "strerror", None) or one_line(error).replace(repr(str(path)), "it")
@@ -46,20 +47,21 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image at ``path``, decoded, as RGB: 16 bits a channel become their upper 8, transparency is left out.
+    """Return the image at `path`, decoded, as RGB: keep the upper 8 of 16 bits per channel, ignore transparency.
 
-    It is not turned as its EXIF orientation says, as timm and torchvision do not turn it; see ``orientation``.
+    Like timm and torchvision, ignore the EXIF orientation; see `orientation`.
 
     Raises:
-        BrokenImageError: It is no image, is damaged, or has 32 bits a channel, whose white is not known; the text holds the path.
-        UserError: The file is not there, or the system refuses it.
+        BrokenImageError: The file is not an image, is damaged, or has 32 bits per channel, with an unknown white; the text
+            holds the path.
+        UserError: The file is missing, or the system refuses it.
     """
     with opened(path) as image:
         return as_rgb(image)
 
 
 def orientation(path: str | Path) -> int:
-    """Return the EXIF orientation of the image at `path`: 1, or 2 to 8 where a viewer mirrors or turns it; 1 for a broken image."""
+    """Return the EXIF orientation of the image at `path`: 1, or 2 to 8 if a viewer mirrors or turns it; 1 for a broken image."""
     try:
         with opened(path) as image:
             number: Any = image.getexif().get(ExifTags.Base.Orientation)

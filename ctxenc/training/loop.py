@@ -1,4 +1,4 @@
-"""The loop that all trainings share: steps and epochs under Accelerate, which can be stopped at any step and gone on with."""
+"""The training loop of all commands: steps and epochs under Accelerate; it can stop at any step and resume."""
 
 import math
 import multiprocessing
@@ -25,6 +25,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ctxenc.runs.errors import UserError, one_line
+from ctxenc.runs.folders import SCORE
 from ctxenc.training import pictures, signals
 from ctxenc.training.checkpoint import (
     PREDICTIONS,
@@ -38,27 +40,26 @@ from ctxenc.training.checkpoint import (
     save_state,
 )
 from ctxenc.training.codebooks import codebook_health, draw_codebooks
-from ctxenc.training.console import UserError, one_line, say
+from ctxenc.training.console import say
 from ctxenc.training.nonfinite import Before, first_nonfinite, nonfinite_gradients
 from ctxenc.training.processes import make_accelerator
-from ctxenc.training.runs import SCORE
 from ctxenc.training.settings import TrainingSettings
 from ctxenc.training.tensorboard import Board
 
-NAMED = 16  # images that an error tells of
+NAMED = 16  # limit for the images listed in an error
 
 
 def make_optimizer(parameters: Any, settings: TrainingSettings, **more: Any) -> Optimizer:
-    """Timm's optimiser of ``settings`` for ``parameters``: a network, or groups of parameters.
+    """Build timm's optimiser of `settings` for `parameters`: a network, or groups of parameters.
 
     Raises:
-        UserError: It needs a package that is not there, or does not take these settings.
+        UserError: It needs a missing package, or rejects these settings.
     """
     try:
         optimizer = create_optimizer_v2(
             parameters, settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, **more
         )
-    except Exception as error:  # each optimiser has its own
+    except Exception as error:  # each optimiser raises its own
         raise UserError(f"--opt {settings.opt}: {one_line(error)}") from error
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"--opt must do with first derivatives, got {settings.opt}")
@@ -66,18 +67,18 @@ def make_optimizer(parameters: Any, settings: TrainingSettings, **more: Any) -> 
 
 
 def in_format(images: Tensor, channels_last: bool) -> Tensor:
-    """``images`` in the memory format of the network."""
+    """Return `images` in the memory format of the network."""
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Strips the traceback that the loader puts into the text of an error from one of its workers, and ends them.
+    """Strip the traceback from the text of a loader worker's error, and end the workers.
 
-    A worker that was killed becomes a UserError too.
+    A killed worker becomes a UserError too.
 
-    The error and its frames hold each other and the loader. Were these left to the garbage collector, the loader's queues would go
-    before it tells its workers to end, and the process would wait for them at its exit.
+    The error and its frames hold each other and the loader. If the garbage collector freed them, the loader's queues would go
+    before it tells its workers to end, and the process would wait for the workers at its exit.
     """
     try:
         yield
@@ -93,30 +94,30 @@ def worker_errors() -> Iterator[None]:
 
 
 class Loop(ABC):
-    """One arm with one seed. A subclass sets ``samples`` to train on and ``val`` to evaluate on, then calls this constructor.
+    """Train one arm with one seed. A subclass sets `samples` to train on and `val` to evaluate on, then calls this constructor.
 
-    Order matters: the network is put into its memory format and on its device, then copied for the moving average, then handed
-    to the optimiser, then wrapped.
+    Order matters: put the network into its memory format and on its device, copy it for the moving average, pass it to the
+    optimiser, then wrap it.
 
     Args:
-        settings: How to train.
-        arm: The folder to write to; training goes on from the newest checkpoint in it, if there is one.
-        seed: Seed of the weights and of all that is drawn.
+        settings: The training settings.
+        arm: The folder to write to; training resumes from the newest checkpoint in it, if there is one.
+        seed: Seed of the weights and of all random draws.
     """
 
-    score: ClassVar[str] = SCORE  # the column of metrics.csv by which the best epoch is chosen
+    score: ClassVar[str] = SCORE  # the column of metrics.csv that chooses the best epoch
     score_label: ClassVar[str] = "accuracy"
     predicted: ClassVar[tuple[str, ...]] = PREDICTIONS  # the columns of predictions.csv
-    config: Any  # of the arm; it names the classes
+    config: Any  # the arm's configuration; it names the classes
     poly_power: float = 0.9
-    ema_decay: float | None = None  # of a moving average of the weights
-    sync_bn: ClassVar[bool] = False  # where --sync-bn does not say
+    ema_decay: float | None = None  # decay of a moving average of the weights
+    sync_bn: ClassVar[bool] = False  # default if --sync-bn is not given
     network: Any
     samples: Any
     val: Any  # the samples to evaluate on
-    val_batch: int | None = None  # how many at a time where that is not the batch size: 1 where they differ in size
+    val_batch: int | None = None  # batch size for evaluation if it differs: 1 for images of different sizes
     ema: ModelEmaV3 | None = None
-    board: Board | None = None  # on the main process, where it is asked for
+    board: Board | None = None  # on the main process, if requested
 
     def __init__(self, settings: Any, arm: Path, seed: int) -> None:
         self.settings, self.arm, self.seed = settings, arm, seed
@@ -151,7 +152,7 @@ class Loop(ABC):
         averaged = {} if self.ema is None else {"ema": self.ema.module}
         loss = torch.zeros((), device=self.accelerator.device)
         self.state = State({"model": self.network, **averaged}, self.optimizer, loss)
-        set_seed(seed, device_specific=True)  # what the network draws differs between processes
+        set_seed(seed, device_specific=True)  # the network's random draws differ between processes
         self.progress = Progress(score=self.score)
         if checkpoint is not None:
             limits = (
@@ -171,60 +172,60 @@ class Loop(ABC):
 
     @abstractmethod
     def build(self, fresh: bool) -> nn.Module:
-        """The network; with its pretrained weights, if any are asked for, where training begins ``fresh``."""
+        """Build the network; load its requested pretrained weights if training begins `fresh`."""
 
     @abstractmethod
     def make_optimizer(self) -> Optimizer:
-        """The optimiser of ``self.network``."""
+        """Build the optimiser of `self.network`."""
 
     @abstractmethod
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
 
     def synchronized(self, network: nn.Module) -> nn.Module:
-        """``network``, its batch norms over the images of all processes if that is asked for, on several GPUs."""
+        """Return `network`; if requested, on several GPUs, with batch norms over the images of all processes."""
         wanted = self.sync_bn if self.settings.sync_bn is None else self.settings.sync_bn
         if not wanted or self.accelerator.num_processes == 1 or self.accelerator.device.type != "cuda":
             return network
         return convert_sync_batchnorm(network)  # timm's, which keeps the activation of its fused norms
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is given of the batch of step ``self.progress.step``."""
+        """Return the network's input and targets for the batch of step `self.progress.step`."""
         return images, targets
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """The measures of an epoch, those of metrics.csv; may set the predictions of ``self.progress``."""
+        """Return the measures of an epoch, the columns of metrics.csv; may set the predictions of `self.progress`."""
 
     def publish(self) -> None:
-        """Writes what an epoch leaves for others; on the main process."""
+        """Write an epoch's results for other commands; on the main process."""
         publish(self.arm, self.progress, self.evaluated, self.predicted)
         if self.board is not None:
             self.board.epoch(self.progress)
 
     def finish(self) -> None:
-        """Writes pictures of what the trained network does; on the main process, when the last epoch is over."""
+        """Draw pictures of the trained network's results; on the main process, after the last epoch."""
         if self.progress.codebooks:
             pictures.save(self.arm, pictures.CODEBOOKS, draw_codebooks(self.progress.codebooks))
 
     def codebooks(self) -> list[dict[str, Any]]:
-        """The health of the codebooks of the network that is evaluated."""
+        """Measure the codebooks of the evaluated network."""
         size = self.val_batch or self.settings.batch_size
         return codebook_health(self.accelerator, self.evaluated, self.val, size, self.settings.channels_last)
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and saved: the moving average where there is one."""
+        """Return the network to evaluate and save: the moving average if there is one."""
         return self.network if self.ema is None else self.ema.module
 
     def loader(self, samples: Dataset[Any], train: bool, batch_size: int | None = None) -> DataLoader:
-        """Loads ``samples``, in a random order to ``train`` on."""
+        """Build a loader of `samples`, in random order for training."""
         full_batch = len(samples) >= self.settings.batch_size * self.accelerator.num_processes  # type: ignore[arg-type]
         batches = -(-len(samples) // (batch_size or self.settings.batch_size))  # type: ignore[arg-type]
         workers = min(self.settings.workers, batches)
-        # Threads of gloo and NCCL run in these processes, and a fork while one of them holds a lock may hang.
+        # Threads of gloo and NCCL run in these processes; a fork while one of them holds a lock may hang.
         together = workers > 0 and self.accelerator.num_processes > 1
-        apart = together and "forkserver" in multiprocessing.get_all_start_methods()  # Windows forks nothing
+        apart = together and "forkserver" in multiprocessing.get_all_start_methods()  # Windows cannot fork
         if apart:
             multiprocessing.set_forkserver_preload([__name__])
         return DataLoader(
@@ -236,11 +237,12 @@ class Loop(ABC):
             multiprocessing_context="forkserver" if apart else None,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=signals.ignored,
-            generator=torch.Generator(),  # else each epoch draws from the process's, and one begun anew once more
+            # otherwise each epoch draws from the process's generator, and a restarted epoch draws again
+            generator=torch.Generator(),
         )
 
     def fit(self, label: str) -> None:
-        """Trains the epochs that are left; each ends with an evaluation, the published files, and a checkpoint.
+        """Train the remaining epochs; after each, evaluate, publish the files, and write a checkpoint.
 
         Raises:
             UserError: A loss or its gradient is not finite, an image is broken, or a file cannot be written.
@@ -269,11 +271,11 @@ class Loop(ABC):
                 self.stop_if_told()
             if main and self.seed == self.settings.seed:
                 self.finish()
-        self.stop_if_told()  # out of the body: none comes between this and the handlers from before
+        self.stop_if_told()  # outside the body: no signal can come between this and the earlier handlers
         self.accelerator.free_memory()
 
     def _train_epoch(self, bar: tqdm) -> float:
-        """Trains what is left of the epoch under way; returns its mean loss."""
+        """Train the rest of the current epoch; return its mean loss."""
         progress, every = self.progress, self.settings.checkpoint_every
         self.model.train()
         self.samples.set_epoch(progress.epoch)
@@ -287,7 +289,7 @@ class Loop(ABC):
             last = progress.step == self.updates_per_epoch
             if last and self.accelerator.num_processes > 1:
                 distribute_bn(self.network, self.accelerator.num_processes, reduce=True)
-                if self.ema is not None:  # checkpoints hold the first process's
+                if self.ema is not None:  # checkpoints hold the first process's buffers
                     distribute_bn(self.ema.module, self.accelerator.num_processes, reduce=False)
             if told:
                 self.stop()
@@ -297,7 +299,7 @@ class Loop(ABC):
         return float(self.accelerator.reduce(self.state.loss, "mean")) / max(progress.finite, 1)
 
     def _batches_left(self) -> Iterable[Any]:
-        """The batches of the epoch under way from its next step on."""
+        """Return the remaining batches of the current epoch."""
         self.train_loader.set_epoch(self.progress.epoch)
         if self.progress.step == self.updates_per_epoch:
             return ()
@@ -308,7 +310,7 @@ class Loop(ABC):
         return left
 
     def _step(self, images: Tensor, targets: Tensor) -> bool:
-        """Trains on a batch; returns whether a signal has come."""
+        """Train on a batch; return whether a signal has come."""
         progress, settings = self.progress, self.settings
         update = progress.epoch * self.updates_per_epoch + progress.step + 1
         images, targets = self.mix(images, targets)
@@ -319,7 +321,9 @@ class Loop(ABC):
         self.accelerator.backward(loss)
         self.accelerator.unscale_gradients()
         norm = get_total_norm([each.grad for each in self.network.parameters() if each.grad is not None])
-        finite = torch.stack([loss.detach().float(), norm]).isfinite().tolist()  # together: each look waits for a GPU
+        finite = (
+            torch.stack([loss.detach().float(), norm]).isfinite().tolist()
+        )  # together, because each read waits for a GPU
         broken_loss, broken_gradient, told = self._any(not finite[0], not finite[1], self.noted.signal is not None)
         broken = broken_loss or (broken_gradient and not self._scaled())
         progress.lr = self.optimizer.param_groups[0]["lr"]
@@ -340,20 +344,22 @@ class Loop(ABC):
         return told
 
     def _scaled(self) -> bool:
-        """Whether the loss is scaled up, for fp16: its scaler then leaves out what is not finite, and scales less."""
+        """Return whether the loss is scaled up, for fp16: the scaler then skips steps that are not finite, and lowers the
+        scale.
+        """
         return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
 
     def _any(self, *mine: bool) -> list[bool]:
-        """Whether each holds on any process."""
+        """Return for each flag whether it holds on any process."""
         if self.accelerator.num_processes == 1:
             return list(mine)
         counts = torch.tensor(mine, dtype=torch.float32, device=self.accelerator.device)
         return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
 
     def _skip_or_stop(self, loss: float, images: Tensor, broken_loss: bool) -> None:
-        """Leaves a step out whose loss or gradient is not finite, or stops where that has been too often."""
+        """Skip a step with a loss or gradient that is not finite; stop after too many of them."""
         progress = self.progress
-        mine = not broken_loss or not math.isfinite(loss)  # the gradient is that of all processes
+        mine = not broken_loss or not math.isfinite(loss)  # the gradient is shared by all processes
         found = [each for each in gather_object([(loss, self._batch_names() if mine else [])]) if each[1]]
         names = [name for _, names in found for name in names]
         step = f"step {progress.step + 1} of epoch {progress.epoch + 1}"
@@ -363,9 +369,9 @@ class Loop(ABC):
             text = f"{text}; {nonfinite_gradients(self.network, NAMED)}"
         if progress.skipped < self.settings.skip_nonfinite:
             progress.skipped += 1
-            self.before.restore(generators=False)  # running statistics that this batch may have spoilt
+            self.before.restore(generators=False)  # this batch may have spoilt the running statistics
             if self.accelerator.scaler is not None:
-                self.accelerator.scaler.update()  # it takes the next gradient only then
+                self.accelerator.scaler.update()  # otherwise it refuses the next gradient
             if self.accelerator.is_main_process:
                 say(f"{text}; left out, {progress.skipped} of {self.settings.skip_nonfinite} that may be", sys.stderr)
             return
@@ -378,25 +384,25 @@ class Loop(ABC):
         raise UserError(f"{text}; the state before it is {self.save()}")
 
     def _batch_names(self) -> list[str]:
-        """The names of this process's images of the step under way."""
-        self.train_loader.set_epoch(self.progress.epoch)  # the loader reads ahead, maybe into the next
+        """Return the names of this process's images in the current step."""
+        self.train_loader.set_epoch(self.progress.epoch)  # the loader reads ahead, maybe into the next epoch
         indices = next(islice(iter(self.train_loader.batch_sampler), self.progress.step, None))
         return [self.samples.name(index) for index in indices]
 
     def until_told(self, batches: Iterable[Any], common: int) -> Iterator[Any]:
-        """``batches``, until a signal comes; ``common`` is how many of them every process has at least."""
+        """Yield `batches` until a signal comes; every process has at least `common` of them."""
         for number, batch in enumerate(batches):
             if number < common:
                 self.stop_if_told()
             yield batch
 
     def stop_if_told(self) -> None:
-        """Stops if a signal has come to any process."""
+        """Stop if a signal has come to any process."""
         if self._any(self.noted.signal is not None)[0]:
             self.stop()
 
     def stop(self) -> None:
-        """Saves and stops.
+        """Save and stop.
 
         Raises:
             Stopped: Always.
@@ -405,5 +411,5 @@ class Loop(ABC):
         raise signals.Stopped(self.noted.signal or signals.SIGNALS[0])
 
     def save(self) -> Path:
-        """Writes a checkpoint; returns its folder."""
+        """Write a checkpoint; return its folder."""
         return save_state(self.accelerator, self.arm, self.progress, self.state, self.settings.keep)

@@ -1,4 +1,4 @@
-"""Accuracy over classes and its interval."""
+"""Compute class-balanced accuracy and its interval."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 
 def balanced_accuracy(targets: Tensor, predictions: Tensor, num_classes: int) -> float:
-    """The mean over classes of the share of their samples that is predicted right.
+    """Return the mean over classes of their accuracies.
 
     Classes without a sample do not count.
 
@@ -29,15 +29,15 @@ def balanced_accuracy(targets: Tensor, predictions: Tensor, num_classes: int) ->
 
 
 def bootstrap(targets: Tensor, scores: Tensor, draws: int = 2000, seed: int = 0) -> Tensor:
-    """Class-balanced means of ``scores`` over samples drawn again, with replacement, inside each class.
+    """Return class-balanced means of `scores` over samples redrawn, with replacement, inside each class.
 
-    Two models' scores of the same samples give the interval of their difference: pass the difference.
+    For the interval of the difference of two models on the same samples, pass the difference of their scores.
 
     Args:
         targets: True classes, (N,) int64.
-        scores: A number a sample, (N,), for instance the share of seeds that were right.
+        scores: One number per sample, (N,), for instance the share of seeds that were right.
         draws: Number of resamplings.
-        seed: Seed of the drawing.
+        seed: Seed of the draws.
 
     Returns:
         (draws,) float64.
@@ -52,7 +52,7 @@ def bootstrap(targets: Tensor, scores: Tensor, draws: int = 2000, seed: int = 0)
 
 
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The central ``level`` of ``values``, from quantile to quantile."""
+    """Return the central `level` of `values`, from quantile to quantile."""
     tail = (1 - level) / 2
     low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
     return low, high

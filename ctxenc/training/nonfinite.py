@@ -1,4 +1,4 @@
-"""Where a loss or a gradient that is not finite came from."""
+"""Find the source of a loss or a gradient that is not finite."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctxenc.training.console import UserError
+from ctxenc.runs.errors import UserError
 from ctxenc.training.rng import rng_state, set_rng_state
 
 
 class Before:
-    """What a forward in training changes, as it was before: the buffers of ``network``, and the generators."""
+    """Store the state before a training forward changes it: the buffers of `network`, and the generators."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self.device = device
@@ -21,16 +21,16 @@ class Before:
 
     @torch.no_grad()
     def note(self) -> None:
-        """Keeps what there is now."""
+        """Store the present state."""
         if self.buffers:
             torch._foreach_copy_(
                 self.kept, self.buffers
-            )  # each by itself takes a millisecond on a GPU, for a ResNet-50
+            )  # one by one they take a millisecond on a GPU, for a ResNet-50
         self.rng = rng_state(self.device)
 
     @torch.no_grad()
     def restore(self, generators: bool = True) -> None:
-        """Puts back what was kept, the generators only where they are to draw the same again."""
+        """Restore the stored state; include the generators only to repeat the same random draws."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.kept)
         if generators:
@@ -38,7 +38,7 @@ class Before:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether all numbers of a tensor, or of the tensors in a dict, list or tuple, are finite."""
+    """Return whether all numbers of a tensor, or of the tensors in a dict, list or tuple, are finite."""
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
     if isinstance(value, dict):
@@ -47,7 +47,7 @@ def is_finite(value: Any) -> bool:
 
 
 def check_outputs(network: nn.Module, outputs: Tensor, of: str) -> None:
-    """Raise UserError where the outputs of a trained network hold NaN or infinity; it names the weights that do."""
+    """Raise UserError if the outputs of a trained network hold NaN or infinity; name its weights that do."""
     if is_finite(outputs):
         return
     names = [name for name, each in network.state_dict().items() if not is_finite(each)]
@@ -56,7 +56,7 @@ def check_outputs(network: nn.Module, outputs: Tensor, of: str) -> None:
 
 
 def check_weights(network: nn.Module) -> None:
-    """Raise UserError where the weights of a trained network hold NaN or infinity."""
+    """Raise UserError if the weights of a trained network hold NaN or infinity."""
     if names := [name for name, each in network.state_dict().items() if not is_finite(each)]:
         raise UserError(f"the network's weights are not finite: NaN or infinity in {_few(names)}")
 
@@ -68,7 +68,7 @@ def _few(names: Sequence[str], most: int = 3) -> str:
 
 @torch.no_grad()
 def first_nonfinite(network: nn.Module, forward: Callable[[], Any]) -> str:
-    """The first layer of ``network`` whose output is not finite when ``forward`` runs, in words."""
+    """Describe the first layer of `network` with an output that is not finite when `forward` runs."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -90,7 +90,7 @@ def first_nonfinite(network: nn.Module, forward: Callable[[], Any]) -> str:
 
 @torch.no_grad()
 def nonfinite_gradients(network: nn.Module, most: int) -> str:
-    """The parameters of ``network`` whose gradient is not finite, in words, ``most`` of them by name."""
+    """Describe the parameters of `network` with a gradient that is not finite; list at most `most` names."""
     names = [name for name, each in network.named_parameters() if each.grad is not None and not is_finite(each.grad)]
     if not names:
         return "each number of it is finite, but its norm is not"

@@ -1,13 +1,13 @@
-"""report.html: what a finished run says of itself, on one page that needs no network and no other file."""
+"""Write report.html: a finished run on one page without external files or network access."""
 
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from ctxenc.runs.config import atomic
+from ctxenc.runs.errors import printable
 from ctxenc.training import pictures
-from ctxenc.training.config import atomic
-from ctxenc.training.console import printable
 
 FILE = "report.html"
 STYLE = """
@@ -23,7 +23,7 @@ figure { margin: 1em 0; }
 figcaption { font-size: 14px; opacity: .8; }
 img { max-width: 100%; background: white; }
 """
-# Nothing is fetched and nothing runs, whatever a class or a file is called.
+# The page fetches nothing and runs nothing, even if a class or file name is malicious.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -36,15 +36,15 @@ def write_page(
     arms: Mapping[str, str],
     settings: Mapping[str, object],
 ) -> None:
-    """Writes report.html into ``run``.
+    """Write report.html into `run`.
 
     Args:
         run: The folder of a finished run, with its curves.
-        title: Of the page.
-        header: Of the table of results.
-        cells: Under it.
-        notes: What must be said beside the table; a paragraph each.
-        arms: What each arm is called, by the folder whose pictures are shown.
+        title: Title of the page.
+        header: Header of the table of results.
+        cells: Rows of the table.
+        notes: Notes beside the table, one per paragraph.
+        arms: Titles of the arms, by the folder of their pictures.
         settings: Every setting of the run.
 
     Raises:
@@ -60,11 +60,15 @@ def write_page(
 
 def _results(run: Path, header: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return _table(header, cells) + paragraphs + _picture(run / "curves.png", "The score and the loss by epoch")
+    predictions = run / "predictions.png"
+    picture = _picture(predictions, "Predictions of the first seed") if predictions.is_file() else ""
+    return (
+        _table(header, cells) + picture + paragraphs + _picture(run / "curves.png", "The score and the loss by epoch")
+    )
 
 
 def _arm(folder: Path) -> str:
-    """The pictures of an arm, those that there are."""
+    """Return an arm's existing pictures as HTML."""
     captions = {
         pictures.CONFUSION: "Classes that are taken for others: the share of each true class, after the last epoch",
         pictures.WORST: "The worst images after the last epoch (in brackets the loss; of a segmentation mask and prediction)",

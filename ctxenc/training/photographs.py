@@ -1,7 +1,7 @@
-"""The embedded data set: 64 x 64 crops of the photographs that scikit-image ships in its wheel, one class each.
+"""The embedded data set: 64 x 64 crops of the photographs in scikit-image's wheel, one class each.
 
-Each photograph is cut in two along its longer side. Training draws random crops from the left or upper half; the test
-set is the grid of disjoint tiles of the other half. Nothing is downloaded.
+Each photograph is cut in two along its longer side. Training draws random crops from the left or upper half; the test set is
+the grid of disjoint tiles of the other half. Nothing is downloaded.
 """
 
 from importlib.util import find_spec
@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ctxenc.training.console import UserError
+from ctxenc.runs.errors import UserError
 from ctxenc.training.metrics import balanced_accuracy
 
 TILE = 64
-CROPS_PER_CLASS = 60  # in one epoch
+CROPS_PER_CLASS = 60  # per epoch
 
-# Left out of the wheel's images: drawings and masks (chessboards, colour wheel, horse, logo, phantom), images under two
-# tiles wide (microaneurysms), the second view of a pair (motorcycle_right), and clock_motion, nearly all of which is
-# one flat blur. None of the others is dropped or merged: the smallest, page and text, have six test tiles each.
+# Left out of the wheel's images: drawings and masks (chessboards, colour wheel, horse, logo, phantom), images under two tiles
+# wide (microaneurysms), the second view of a pair (motorcycle_right), and clock_motion, nearly all of it one flat blur. All
+# others stay, unmerged: the smallest, page and text, have six test tiles each.
 PHOTOGRAPHS = (
     "astronaut.png",
     "brick.png",
@@ -40,12 +40,12 @@ PHOTOGRAPHS = (
     "text.png",
 )
 CLASSES = [name.partition(".")[0] for name in PHOTOGRAPHS]
-# The retina is a disc on black: only the square inscribed in it is used, (left, upper, right, lower) in pixels.
+# The retina is a disc on black: use only its inscribed square, (left, upper, right, lower) in pixels.
 INSCRIBED = {"retina.jpg": (220, 220, 1191, 1191)}
 
 
 def read_photograph(name: str) -> Image.Image:
-    """The RGB photograph called ``name`` (a member of PHOTOGRAPHS), without a black surround.
+    """Read the RGB photograph called `name` (a member of PHOTOGRAPHS), without a black surround.
 
     Raises:
         UserError: scikit-image is not installed, or its wheel does not hold the photograph.
@@ -62,7 +62,7 @@ def read_photograph(name: str) -> Image.Image:
 
 
 def halves(photograph: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """The training and the test region: two halves along the longer side, which share no pixel."""
+    """Return the training and the test region: two halves along the longer side, without a common pixel."""
     width, height = photograph.size
     if width >= height:
         return photograph.crop((0, 0, width // 2, height)), photograph.crop((width // 2, 0, width, height))
@@ -70,7 +70,7 @@ def halves(photograph: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def tiles(region: Image.Image, stride: int = TILE) -> list[Image.Image]:
-    """All TILE x TILE squares of ``region`` on a grid of ``stride`` pixels, row by row."""
+    """Return all TILE x TILE squares of `region` on a grid of `stride` pixels, row by row."""
     width, height = region.size
     return [
         region.crop((left, upper, left + TILE, upper + TILE))
@@ -80,9 +80,9 @@ def tiles(region: Image.Image, stride: int = TILE) -> list[Image.Image]:
 
 
 class RandomCrops:
-    """Training samples: CROPS_PER_CLASS random TILE x TILE crops of each training region in an epoch.
+    """Draw training samples: CROPS_PER_CLASS random TILE x TILE crops of each training region in an epoch.
 
-    The place of a crop comes from torch's global generator, which the caller seeds for each sample.
+    The position of a crop comes from torch's global generator; the caller seeds it for each sample.
     """
 
     classes = CLASSES
@@ -92,18 +92,18 @@ class RandomCrops:
         self.targets = [index for index in range(len(CLASSES)) for _ in range(CROPS_PER_CLASS)]
 
     def image(self, index: int) -> Image.Image:
-        """A crop of the class of sample ``index``."""
+        """Return a crop of the class of sample `index`."""
         region = self.regions[self.targets[index]]
         left, upper = (int(torch.randint(side - TILE + 1, ())) for side in region.size)
         return region.crop((left, upper, left + TILE, upper + TILE))
 
     def name(self, index: int) -> str:
-        """The photograph of sample ``index`` and the crop's number among its own."""
+        """Return the photograph of sample `index` and the crop's number within it."""
         return f"{PHOTOGRAPHS[self.targets[index]]}, crop {index % CROPS_PER_CLASS}"
 
 
 class DisjointTiles:
-    """Test samples: the tiles of the test regions, in the order of PHOTOGRAPHS."""
+    """Hold the test samples: the tiles of the test regions, in the order of PHOTOGRAPHS."""
 
     classes = CLASSES
 
@@ -115,19 +115,19 @@ class DisjointTiles:
         self.names = [f"{name}:{number}" for name, grid in pairs for number in range(len(grid))]
 
     def image(self, index: int) -> Image.Image:
-        """Tile ``index``."""
+        """Return tile `index`."""
         return self.images[index]
 
     def name(self, index: int) -> str:
-        """The photograph of tile ``index`` and the tile's number in it."""
+        """Return the photograph of tile `index` and the tile's number within it."""
         return self.names[index]
 
 
 def colour_neighbours() -> torch.Tensor:
-    """The class that each test tile gets from its nearest training tile in colour alone, the score to beat.
+    """Classify each test tile by its nearest training tile in colour alone, the score to beat.
 
-    A tile is described by the mean and the standard deviation of each colour channel. The training tiles lie on a
-    grid of half a tile.
+    A tile is described by the mean and the standard deviation of each colour channel. The training tiles lie on a grid of half
+    a tile.
 
     Returns:
         Class indices, int64, in the order of DisjointTiles.
@@ -143,7 +143,7 @@ def colour_neighbours() -> torch.Tensor:
 
 
 def colour_score() -> float:
-    """Class-balanced accuracy of colour_neighbours on the test tiles."""
+    """Return the class-balanced accuracy of colour_neighbours on the test tiles."""
     return balanced_accuracy(torch.tensor(DisjointTiles().targets), colour_neighbours(), len(CLASSES))
 
 

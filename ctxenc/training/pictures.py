@@ -1,4 +1,4 @@
-"""Pictures of what a trained network does: which classes it confuses, its worst images, and what its blocks see."""
+"""Draw a trained network's results: its confusions, its worst images, and how its blocks encode them."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from typing import Any, TypeVar
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ctxenc.training.config import atomic
-from ctxenc.training.console import UserError
+from ctxenc.runs.config import atomic
+from ctxenc.runs.errors import UserError
 from ctxenc.viz import encoding_blocks, look, overview
 from ctxenc.viz.figures import literal
 
 FOLDER = "pictures"
 CONFUSION, WORST, CODEBOOKS, ASSIGNMENT = "confusion.png", "worst.png", "codebooks.png", "assignment-{}.png"
 WORST_SHOWN, LOOKED_AT, BLOCKS = 12, 3, 2
-LABELLED = 40  # classes; of more the names would overlap
+LABELLED = 40  # classes; the names of more would overlap
 LONGEST = 24  # letters of a name
 Item = TypeVar("Item")
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of the items, evenly from the first to the last; of one, the last."""
+    """Return `count` items, evenly from the first to the last; for one, the last."""
     if count >= len(items):
         return list(items)
     if count == 1:
@@ -31,13 +31,13 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def short(name: str) -> str:
-    """A name of a class or a file in one line that leaves room for the picture."""
+    """Shorten a class or file name to one line that leaves room for the picture."""
     line = " ".join(name.split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
 
 
 def save(arm: Path, name: str, figure: Figure) -> None:
-    """Writes a figure into the pictures of an arm.
+    """Write a figure into the pictures of an arm.
 
     Raises:
         UserError: It cannot be written.
@@ -51,23 +51,23 @@ def save(arm: Path, name: str, figure: Figure) -> None:
 
 
 def write(path: Path, figure: Figure, **options: Any) -> None:
-    """Write a figure to `path`, whole or not at all; the `options` are those of `savefig`."""
+    """Write a figure to `path`, whole or not at all; the `options` are keyword arguments of `savefig`."""
     with atomic(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the names may be of any script; the font draws boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names may be of any script; the font draws boxes
         figure.savefig(temporary, **options)
 
 
 def photograph(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The picture (H, W, 3) in [0, 1] of a normalised image (3, H, W)."""
+    """Return the picture (H, W, 3) in [0, 1] of a normalised image (3, H, W)."""
     shift, scale = (image.new_tensor(each)[:, None, None] for each in (mean, std))
     return (image * scale + shift).clamp(0, 1).permute(1, 2, 0)
 
 
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
-    """How often each class is taken for each: the shares of a row, in per cent.
+    """Draw the confusion matrix in per cent of each row.
 
     Args:
-        matrix: Of class i the samples that were taken for class j, (classes, classes); a row may be empty.
+        matrix: Number of samples of class i predicted as class j, (classes, classes); a row may be empty.
         classes: Their names.
     """
     shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
@@ -94,7 +94,7 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
 
 
 def _most_confused(shares: Tensor, classes: Sequence[str], count: int = 3) -> str:
-    """The pairs of a true class and another that it is most often taken for, in words."""
+    """Describe the most frequent confusions: a true class and a wrong prediction."""
     others = shares.clone().fill_diagonal_(0)
     values, places = others.flatten().topk(min(count, others.numel()))
     pairs = [
@@ -106,7 +106,7 @@ def _most_confused(shares: Tensor, classes: Sequence[str], count: int = 3) -> st
 
 
 def draw_worst(images: Sequence[Tensor], captions: Sequence[str], columns: int = 6) -> Figure:
-    """Images (H, W, 3) in [0, 1] with what is to be said of each below it."""
+    """Draw images (H, W, 3) in [0, 1] with their captions below."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(11, 2.5 * rows), layout="constrained")
     for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
@@ -120,9 +120,9 @@ def draw_worst(images: Sequence[Tensor], captions: Sequence[str], columns: int =
 def draw_assignments(
     arm: Path, network: nn.Module, images: Sequence[Tensor], names: Sequence[str], colours: dict[str, Any]
 ) -> None:
-    """Writes what the first and the last block of a network see in some normalised images; nothing where it has no block.
+    """Draw how the first and the last block of a network encode some normalised images; do nothing if it has no block.
 
-    ``colours`` holds mean and std, by which the images were normalised.
+    `colours` holds the mean and std of the normalisation.
     """
     blocks = list(encoding_blocks(network))
     chosen = spread(blocks, BLOCKS)

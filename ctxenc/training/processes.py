@@ -1,4 +1,4 @@
-"""The processes of a training: how they are set up, and what they do as one, decide and tell the user of a mistake."""
+"""The processes of a training: set them up, and let them decide and report errors as one."""
 
 import os
 from collections.abc import Callable
@@ -8,18 +8,18 @@ import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
-from ctxenc.training.console import UserError, one_line
-from ctxenc.training.runs import pick_device
+from ctxenc.runs.errors import UserError, one_line
+from ctxenc.runs.folders import pick_device
 from ctxenc.training.settings import TrainingSettings
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
-    """Accelerate set up for ``settings``; the order of training samples follows from ``seed`` and the epoch.
+    """Set up Accelerate for `settings`; the order of training samples follows from `seed` and the epoch.
 
     Raises:
-        UserError: The device is not there, or does not do this precision or SyncBatchNorm; or the launcher asks for shards.
+        UserError: The device is missing, or lacks this precision or SyncBatchNorm; or the launcher asks for shards.
     """
     pick_device(settings.device)
     if settings.device not in ("auto", "cpu"):
@@ -29,15 +29,15 @@ def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
     try:
         accelerator = Accelerator(
             cpu=settings.device == "cpu",
-            mixed_precision=settings.amp,  # None: what accelerate launch was told, else none
+            mixed_precision=settings.amp,  # None: the choice of accelerate launch, else full precision
             dynamo_backend="inductor" if settings.compile else None,
             dataloader_config=loading,
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"--device {settings.device}, --amp {settings.amp}: {one_line(error)}") from error
-    if settings.amp == "fp16" and accelerator.device.type == "cpu":  # which Accelerate would leave out without a word
+    if settings.amp == "fp16" and accelerator.device.type == "cpu":  # Accelerate would ignore it silently
         raise UserError("--amp fp16 needs a GPU; a CPU has bf16")
-    if accelerator.distributed_type in SHARDED:  # whose state a checkpoint would have to gather
+    if accelerator.distributed_type in SHARDED:  # a checkpoint would have to gather its state
         raise UserError(
             f"accelerate launch must leave each process the whole network (DDP), got {accelerator.distributed_type.value}"
         )
@@ -47,10 +47,10 @@ def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
 
 
 def agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
-    """What ``choose()`` gives on the main process, on every process.
+    """Return the main process's result of `choose()` on every process.
 
     Raises:
-        UserError: ``choose`` raised it there; on every process.
+        UserError: `choose` raised it there; raised on every process.
     """
     chosen: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -67,15 +67,15 @@ def agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
 
 
 def same(accelerator: Accelerator, value: str) -> bool:
-    """Whether ``value`` is the same on every process."""
+    """Return whether `value` is the same on every process."""
     return len(set(gather_object([value]))) == 1
 
 
 def speaks() -> bool:
-    """Whether this process tells of a mistake: the first that meets one, or before they are connected, the first of its machine."""
+    """Return whether this process reports errors: the first to meet one; before they connect, the first of its machine."""
     if not (dist.is_available() and dist.is_initialized()):
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("ctxenc/mistakes", 1) == 1
-    except RuntimeError:  # the process that kept the store is gone
+    except RuntimeError:  # the process with the store is gone
         return True

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: the table, report.md, report.html, curves.png and the metrics of all arms in one file."""
+"""Report a finished run: the table, report.md, report.html, curves.png and the metrics of all arms in one file."""
 
 import os
 import platform
@@ -12,14 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ctxenc.runs.config import RunConfig, atomic
+from ctxenc.runs.errors import printable
+from ctxenc.runs.folders import SCORE, build_model
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import COLUMNS, SPEED, Row, read_predictions, read_results, write_rows
 from ctxenc.training.codebooks import name_idle_codebooks
-from ctxenc.training.console import printable, text_table
+from ctxenc.training.console import text_table
 from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
 from ctxenc.training.page import write_page
-from ctxenc.training.runs import SCORE, RunConfig, atomic, build_model
 from ctxenc.training.settings import PHOTOGRAPHS, Settings, TrainingSettings
 
 NETWORKS = {"se": "SE", "context": "ContextEncoding"}
@@ -30,12 +32,12 @@ HEADER = ("network", "parameters", "balanced accuracy", "95 % interval", "each s
 
 @dataclass(frozen=True)
 class Arm:
-    """The results of one arm, all seeds.
+    """Hold the results of one arm, all seeds.
 
     Args:
         name: "se" or "context".
         parameters: Number of parameters of the network.
-        rows: The metrics and the speed of each seed, a row an epoch.
+        rows: The metrics and the speed of each seed, one row per epoch.
         targets: True classes of the validation samples, (N,).
         correct: Whether each seed's network was right after the last epoch, (seeds, N) bool.
         scores: Class-balanced accuracy of each seed after the last epoch.
@@ -50,24 +52,24 @@ class Arm:
 
     @property
     def score(self) -> float:
-        """Class-balanced accuracy, the mean over seeds."""
+        """Return the class-balanced accuracy, the mean over seeds."""
         return statistics.mean(self.scores)
 
     @property
     def share_right(self) -> Tensor:
-        """The share of seeds that were right on each sample, (N,) float64."""
+        """Return the share of seeds that were right on each sample, (N,) float64."""
         return self.correct.double().mean(dim=0)
 
     @property
     def images_per_s(self) -> float:
-        """Images a second in training, the median over epochs and seeds."""
+        """Return images per second in training, the median over epochs and seeds."""
         return statistics.median(row[SPEED] for rows in self.rows for row in rows)
 
 
 def read_arm(
     run: Path, name: str, config: RunConfig, seeds: Sequence[int], samples: Container[int] | None = None
 ) -> Arm:
-    """Reads the results of arm ``name`` from the folder ``run``: of the validation samples of these indices (default: all)."""
+    """Read the results of arm `name` from the folder `run`, for the validation samples of these indices (default: all)."""
     folders = [run / f"{name}-{seed}" for seed in seeds]
     rows = [read_predictions(each / "predictions.csv") for each in folders]
     kept = [[row[1:3] for row in each if samples is None or row[4] in samples] for each in rows]
@@ -86,16 +88,16 @@ def read_arm(
 
 
 def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, seconds: float) -> str:
-    """Writes metrics.csv, curves.png, report.md and report.html into ``run``.
+    """Write metrics.csv, curves.png, report.md and report.html into `run`.
 
     Args:
         run: A folder in which every arm has finished.
         configs: The configuration of each arm.
         settings: The run's settings.
-        seconds: How long the command took.
+        seconds: Run time of the command.
 
     Returns:
-        The table and what goes with it, as printed.
+        The table and its notes, as printed.
     """
     every = [
         read_predictions(run / f"{name}-{seed}" / "predictions.csv") for name in configs for seed in settings.seed_list
@@ -113,7 +115,8 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     with atomic(run / "curves.png") as path:
         draw_curves(arms, colour).savefig(path, dpi=120)
     cells = table_rows(arms, colour)
-    idle = name_idle_codebooks(run, {name: NETWORKS[name] for name in configs}, settings.seed_list)
+    started = "calibrated" if settings.start == "calibrated" else settings.codebook_start
+    idle = name_idle_codebooks(run, {name: NETWORKS[name] for name in configs}, settings.seed_list, started=started)
     notes = [*remarks(arms, settings), *idle, *noted(run)]
     config = next(iter(configs.values()))
     title, made = f"{config.model} on {settings.data}", how_made(config.versions, seconds)
@@ -126,7 +129,7 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
 
 
 def table_rows(arms: Sequence[Arm], colour: float | None) -> list[tuple[str, ...]]:
-    """The cells under HEADER: a row an arm, and one for the nearest neighbour on colour."""
+    """Return the cells under HEADER: one row per arm, and one for the nearest neighbour on colour."""
     baseline = arms[0].images_per_s
     rows: list[tuple[str, ...]] = []
     for arm in arms:
@@ -148,7 +151,7 @@ def table_rows(arms: Sequence[Arm], colour: float | None) -> list[tuple[str, ...
 
 
 def remarks(arms: Sequence[Arm], settings: Settings) -> list[str]:
-    """What must be said beside the table: how its figures were made, and the difference between the arms."""
+    """Return the notes beside the table: how its figures were made, and the difference between the arms."""
     samples = "test tiles" if settings.data == PHOTOGRAPHS else "validation images"
     count = len(arms[0].targets)
     lines = [
@@ -172,7 +175,7 @@ def remarks(arms: Sequence[Arm], settings: Settings) -> list[str]:
 def markdown(
     title: str, header: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str], settings: TrainingSettings
 ) -> str:
-    """The text of report.md: a table, what must be said beside it, and every setting."""
+    """Return the text of report.md: a table, its notes, and every setting."""
 
     def table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
         rows = (
@@ -195,13 +198,13 @@ def markdown(
 
 
 def how_made(versions: Mapping[str, str], seconds: float) -> str:
-    """The machine, the time and the versions that made a run."""
+    """Describe the machine, the time and the versions that made a run."""
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"Machine: {machine()}. The command took {seconds:.0f} s. Versions: {listed}."
 
 
 def machine() -> str:
-    """The processor, its cores that this process may use, and the GPU if there is one."""
+    """Describe the processor, the cores available to this process, and the GPU if there is one."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -214,7 +217,7 @@ def machine() -> str:
 
 
 def draw_curves(arms: Sequence[Arm], colour: float | None) -> Figure:
-    """Accuracy and losses by epoch: the mean over seeds, shaded from the lowest to the highest seed."""
+    """Draw accuracy and losses by epoch: the mean over seeds, shaded from the lowest to the highest seed."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for arm in arms:

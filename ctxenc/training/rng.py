@@ -1,4 +1,4 @@
-"""The generators of a process: Python's, numpy's, torch's, and that of its device."""
+"""Save and restore a process's generators: Python's, numpy's, torch's, and its device's."""
 
 import random
 from typing import Any, cast
@@ -8,7 +8,7 @@ import torch
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of all generators, of types that torch.load reads with weights_only."""
+    """Return the states of all generators, in types that torch.load reads with weights_only."""
     name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -21,7 +21,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts the generators back; that of a ``device`` which the state knows nothing of stays as it is."""
+    """Restore the generators; leave the generator of `device` as it is if the state lacks it."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -30,4 +30,4 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # of which there is one
+    return () if device.type == "mps" else (device,)  # mps has only one

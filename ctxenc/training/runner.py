@@ -1,4 +1,4 @@
-"""What the training commands share: a run folder with an arm for each network and seed, begun or gone on with."""
+"""Run a training command: a run folder with an arm for each network and seed, new or resumed."""
 
 import argparse
 import re
@@ -17,36 +17,37 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from ctxenc.runs.config import TEMPORARY, check_folder, read_config, write_config
+from ctxenc.runs.errors import UserError, one_line
 from ctxenc.training import checkpoint, pictures, signals, tensorboard
 from ctxenc.training.bad_images import SKIP
-from ctxenc.training.config import TEMPORARY, check_folder, read_config, write_config
-from ctxenc.training.console import UserError, one_line, say
+from ctxenc.training.console import say
 from ctxenc.training.processes import agree, make_accelerator, same, speaks
 from ctxenc.training.settings import option_name
 from ctxenc.training.tensorboard import check_tensorboard
 
 FOLDERS = (checkpoint.FOLDER, pictures.FOLDER, tensorboard.FOLDER)  # of an arm
-# What a stored configuration does not do by itself: these read or fetch weights of others, `download` a data set.
+# The command line must repeat these: they read or fetch foreign weights, and `download` fetches a data set.
 ASKED = ("pretrained", "initial_checkpoint", "pretrained_backbone")
 LOCK = ".lock"
-PATIENCE = 10.0  # seconds: the workers of a killed training keep its lock until they look for it, every 5 s
+PATIENCE = 10.0  # seconds: the workers of a killed training keep its lock until they notice, every 5 s
 UNFINISHED_CHECKPOINT = r"\.epoch-\d+-step-\d+\.[0-9a-f]{16}\.tmp"
-UNFINISHED = re.compile(rf"\.lock|{TEMPORARY}")  # what a kill before the first configuration leaves
+UNFINISHED = re.compile(rf"\.lock|{TEMPORARY}")  # leftovers of a kill before the first configuration
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training command.
+    """Describe a training command.
 
     Args:
-        name: As it is typed.
-        runs: Where its runs lie.
+        name: Name of the command.
+        runs: Parent folder of its runs.
         config: The dataclass of an arm's configuration.
-        options: The module of its settings: add_arguments, given, resolve, resumed.
-        build_datasets: The datasets of some settings.
-        verify: Reads what can be broken in them; shows its progress, and passes over what is, where it is told to.
-        describe: What is trained on, in a line.
-        configs: The configuration of each arm, tried out; with pretrained weights where the run is fresh.
+        options: The module of its settings: given, resolve, resumed.
+        build_datasets: Builds the datasets of some settings.
+        verify: Reads files that may be broken; shows its progress, and skips broken ones if told to.
+        describe: Describes the training data in one line.
+        configs: Returns the configuration of each arm, tried out; with pretrained weights if the run is fresh.
         trainer: Trains an arm with a seed; see Loop.
         write_report: Writes the report of a finished run; returns the table to print.
     """
@@ -63,26 +64,11 @@ class Training:
     write_report: Callable[[Path, dict[str, Any], Any, float], str]
 
 
-def add_arguments(parser: argparse.ArgumentParser, training: Training) -> None:
-    """Adds the arguments of a training command."""
-    group = parser.add_argument_group("run folder")
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"run folder to make (default: {training.runs}/001, ...)"
-    )
-    group.add_argument(
-        "--resume",
-        metavar="RUN",
-        help=f"go on with a run, with its own settings; auto takes --out, or the newest in {training.runs}, and starts a new "
-        "run where there is none",
-    )
-    training.options.add_arguments(parser)
-
-
 def run(args: argparse.Namespace, training: Training) -> None:
-    """Trains every arm with every seed, then writes and prints the report.
+    """Train every arm with every seed, then write and print the report.
 
     Raises:
-        UserError: A mistake; on one process alone, the others exit with its code.
+        UserError: A user error; raised on one process alone, the others exit with its code.
         SystemExit: SIGTERM came: 143.
         KeyboardInterrupt: Ctrl-C.
     """
@@ -121,7 +107,7 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
     if settings.tensorboard:
         check_tensorboard()
     accelerator = make_accelerator(settings)
-    if not same(accelerator, str(folder)):  # else they would wait for each other
+    if not same(accelerator, str(folder)):  # otherwise they would wait for each other
         raise UserError(
             f"--resume {args.resume}: not every process finds the same run, which must lie where all machines see it: {folder} here"
         )
@@ -133,7 +119,7 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
     with accelerator.local_main_process_first():
         configs = training.configs(settings, datasets, stored is None)
     folder = agree(accelerator, lambda: take_folder(folder, args.out, training.runs, held))
-    agree(accelerator, lambda: write_config(folder, configs[list(configs)[-1]]))  # from here on --resume takes it
+    agree(accelerator, lambda: write_config(folder, configs[list(configs)[-1]]))  # from here on --resume accepts it
     if accelerator.is_main_process:
         say(f"{training.describe(settings, datasets)}; run folder {folder}")
     try:
@@ -154,14 +140,14 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
     accelerator.end_training()
 
 
-MANY_SEEDS = 100  # that a stored configuration may ask for by itself
+MANY_SEEDS = 100  # limit for a stored configuration; more need the command line
 
 
 def folder_to_resume(resume: str | None, out: Path | None, runs: Path) -> Path | None:
-    """The folder of the run to go on with, or None for a new run.
+    """Return the folder of the run to resume, or None for a new run.
 
     Raises:
-        UserError: There is no run to go on with, or --out is another folder.
+        UserError: There is no run to resume, or --out is another folder.
     """
     if resume is None:
         return None
@@ -179,13 +165,13 @@ def folder_to_resume(resume: str | None, out: Path | None, runs: Path) -> Path |
 
 
 def consented(settings: Any, chosen: Mapping[str, Any], folder: Path) -> Any:
-    """The settings of a run that is resumed, which may come from others, without what the command line must ask for.
+    """Return the settings of a resumed run, possibly a stranger's; drop requests that the command line must repeat.
 
-    By itself a stored configuration has its data read, its network built and trained, and its own folder written.
+    A stored configuration alone may read its data, build and train its network, and write its own folder.
 
     Raises:
-        UserError: An arm has not begun, and starts from weights that the command line does not name; or there are more seeds than
-            MANY_SEEDS, and the command line does not say so.
+        UserError: An arm has not begun, and starts from weights that the command line does not name; or there are more seeds
+            than MANY_SEEDS, and the command line does not ask for them.
     """
     if settings.seeds > MANY_SEEDS and "seeds" not in chosen:
         raise UserError(f"--resume: the run has {settings.seeds} seeds: add --seeds {settings.seeds} to train them")
@@ -200,7 +186,7 @@ def consented(settings: Any, chosen: Mapping[str, Any], folder: Path) -> Any:
 
 
 def asked_again(settings: Any) -> str:
-    """The options that a resumed run must be given once more, each after a space."""
+    """Return the options to repeat for a resumed run, each after a space."""
     values = {option_name(name): getattr(settings, name, None) for name in ASKED}
     return "".join(
         f" {name}" if value is True else f" {name} {shlex.quote(value)}" for name, value in values.items() if value
@@ -213,7 +199,7 @@ def _age(run: Path) -> float:
 
 
 def check_format(folder: Path, config: Any) -> None:
-    """Raises UserError if the run in ``folder`` was begun by a ctxenc whose states this one cannot go on from."""
+    """Raise UserError if this ctxenc cannot resume from the states of the run in `folder`."""
     if any(folder.glob("*/state/epoch-*")):
         version = config.versions.get("ctxenc", "of an unknown version")
         raise UserError(
@@ -222,10 +208,10 @@ def check_format(folder: Path, config: Any) -> None:
 
 
 def take_folder(run: Path | None, out: Path | None, runs: Path, held: ExitStack) -> Path:
-    """Lock the folder of `run`, or that of a new one, which is made, until `held` is closed.
+    """Lock the folder of `run`, or create and lock a new one, until `held` is closed.
 
     Raises:
-        UserError: Another training holds it; or that of a new run holds something already, or cannot be made.
+        UserError: Another training holds it; or the folder of a new run is not empty, or cannot be created.
     """
     folder = run or new_folder(out, runs)
     held.enter_context(locked(folder))
@@ -236,10 +222,10 @@ def take_folder(run: Path | None, out: Path | None, runs: Path, held: ExitStack)
 
 
 def new_folder(out: Path | None, runs: Path) -> Path:
-    """Make the folder of a new run: `out`, or the next number in `runs` that no other training takes first.
+    """Create the folder of a new run: `out`, or the next free number in `runs`; another training may take one first.
 
     Raises:
-        UserError: It holds something already, or cannot be made.
+        UserError: It is not empty, or cannot be created.
     """
     try:
         if out is not None:
@@ -259,7 +245,7 @@ def new_folder(out: Path | None, runs: Path) -> Path:
 
 
 def check_empty(out: Path) -> None:
-    """Raise UserError where the folder `out` holds a run or anything else."""
+    """Raise UserError if the folder `out` holds a run or anything else."""
     if (out / "config.json").exists():
         raise UserError(f"--out {out} already holds a run: --resume {out} goes on with it")
     if out.is_dir() and not all(UNFINISHED.fullmatch(each.name) for each in out.iterdir()):
@@ -268,7 +254,7 @@ def check_empty(out: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder in the body. It ends with the process, however that ends.
+    """Hold the lock of a run folder in the body. The lock ends with the process, even if it is killed.
 
     Raises:
         UserError: Another training holds it.
@@ -287,7 +273,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def prepare_arm(arm: Path, config: Any) -> None:
-    """Make the folder of an arm, with its configuration, and remove what a kill left half written in it.
+    """Create the folder of an arm, with its configuration, and remove files that a kill left half written in it.
 
     Raises:
         UserError: It leads out of the run, or cannot be written.
@@ -303,7 +289,7 @@ def prepare_arm(arm: Path, config: Any) -> None:
 
 
 def sweep(*folders: Path) -> None:
-    """Remove the temporary files and folders that a killed training left: those of weights would fill the disk in time."""
+    """Remove the temporary files and folders of a killed training: its weights would fill the disk in time."""
     for each in (each for folder in folders for each in folder.glob(".*.tmp*")):
         if re.fullmatch(TEMPORARY, each.name):
             each.unlink(missing_ok=True)
@@ -312,7 +298,7 @@ def sweep(*folders: Path) -> None:
 
 
 def difference(stored: Iterable[str], found: Iterable[str]) -> str:
-    """What the classes of the data differ in from those of the run, in words."""
+    """Describe how the classes of the data differ from the classes of the run."""
     stored, found = list(stored), list(found)
     for text, names in (("lacks", set(stored) - set(found)), ("has in addition", set(found) - set(stored))):
         if names:

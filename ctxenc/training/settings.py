@@ -1,50 +1,53 @@
-"""The settings of a fine-tuning: their names, defaults, rules, and how the command line gives them."""
+"""The settings of a fine-tuning: names, defaults, rules and command line."""
 
 import argparse
 import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from timm.optim import list_optimizers
 
-from ctxenc.calibration import STARTS
+from ctxenc.runs.config import LONGEST_SIDE, MODEL_KWARGS_RULE, parse_json, shortened
+from ctxenc.runs.errors import UserError, near_names, one_line
+from ctxenc.swap.calibration import STARTS
 from ctxenc.training import bad_images
-from ctxenc.training.config import LONGEST_SIDE, MODEL_KWARGS_RULE, parse_json, shortened
-from ctxenc.training.console import UserError, add_swap_arguments, near_names, one_line, positive_int, swap_settings
+from ctxenc.training.console import positive_int, swap_settings
 
 ARMS = {"both": ("se", "context"), "se": ("se",), "context": ("context",)}
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
 PHOTOGRAPHS = "photographs"
-MAX_SEED = 2**32 - 1  # numpy's
-# What --resume may change.
+RUNS = Path("runs")  # parent folder of its runs
+MAX_SEED = 2**32 - 1  # numpy's limit
+# Settings that --resume may change.
 MOVABLE = (
     *("data", "data_dir", "download", "device", "workers", "threads"),
     *("checkpoint_every", "keep", "skip_nonfinite", "on_bad_image", "tensorboard"),
 )
-MAX_INTEGER = 2**63 - 1  # torch's
+MAX_INTEGER = 2**63 - 1  # torch's limit
 MAX_WORKERS = 256  # each is a process of some 300 MB
-MAX_THREADS = 1024  # which the system still makes; where it does not, OpenMP ends the process
-LARGEST = 1e9  # number: products of two are still fp32
+MAX_THREADS = 1024  # systems still create so many; if one cannot, OpenMP ends the process
+LARGEST = 1e9  # limit for numbers: products of two still fit fp32
 Rules = dict[str, tuple[str, Callable[[Any], bool]]]
 Kind = TypeVar("Kind")
 
 
 def option(default: Any, text: str, **keywords: Any) -> Any:
-    """A setting with its help text and what argparse needs to read it."""
+    """Declare a setting with its help text and its argparse arguments."""
     return field(default=default, metadata={"help": text, **keywords})
 
 
 def flag(text: str) -> Any:
-    """A setting that is off unless named."""
+    """Declare a setting that is off unless named."""
     return option(False, text, action=argparse.BooleanOptionalAction)
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """An argparse type: a JSON object."""
+    """Parse a JSON object for argparse."""
     try:
         value = parse_json(text)
     except ValueError as error:
@@ -55,9 +58,9 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def check_values(settings: Any, rules: Rules) -> None:
-    """Raises UserError for the first of ``settings`` that argparse would not have given: those of a file may be anything.
+    """Raise UserError for the first of `settings` that argparse would have refused: values of a file may be anything.
 
-    What has one of the ``rules`` is left to it, but for its type.
+    A setting with a rule in `rules` is checked for its type alone; the rule checks the rest.
     """
     kinds = get_type_hints(type(settings))
     for each in fields(settings):
@@ -82,7 +85,7 @@ def check_values(settings: Any, rules: Rules) -> None:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a setting's type. An integer is a float too; True is no number."""
+    """Return whether a JSON value has a setting's type. An integer is a float too; True is not a number."""
     if isinstance(kind, UnionType):
         return any(_is_of(value, each) for each in get_args(kind))
     if isinstance(value, bool) and kind is not bool:
@@ -91,7 +94,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    """Whether the system takes a text for a name: JSON may hold others."""
+    """Return whether the system accepts a text as a name: JSON may hold others."""
     try:
         return b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
@@ -99,7 +102,7 @@ def _is_text(value: str) -> bool:
 
 
 def check_rules(settings: object, rules: Rules) -> None:
-    """Raises UserError for the first of ``settings`` that breaks its rule; None breaks none."""
+    """Raise UserError for the first of `settings` that breaks its rule; None breaks no rule."""
     check_values(settings, rules)
     for name, (rule, holds) in rules.items():
         value = getattr(settings, name)
@@ -108,7 +111,7 @@ def check_rules(settings: object, rules: Rules) -> None:
 
 
 def check_optimizer(name: str) -> None:
-    """Raises UserError, with near names, unless timm has an optimiser of this ``name``."""
+    """Raise UserError, with near names, unless timm has an optimiser called `name`."""
     known = [str(each) for each in list_optimizers()]
     if name in known:
         return
@@ -145,7 +148,7 @@ _SHARED_RULES: Rules = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """The settings that all trainings share. A subclass adds its own, with their rules, and may have other defaults.
+    """Hold the settings of all trainings. A subclass adds its own, with their rules, and may have other defaults.
 
     Raises:
         UserError: A value breaks its rule; the text names the option, the rule and the value.
@@ -205,17 +208,18 @@ class TrainingSettings:
 
     @property
     def seed_list(self) -> range:
-        """The seeds that each arm is trained with."""
+        """Return the seeds of each arm."""
         return range(self.seed, self.seed + self.seeds)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values by name."""
+        """Return the settings as JSON values by name."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
-    """Every setting of a fine-tuning. Those of the swap have their texts in the console module, for all commands.
+    """Hold every setting of a fine-tuning. The help texts of the swap's settings are shared by all commands, in the console
+    module.
 
     Raises:
         UserError: A value breaks its rule; the text names the option, the rule and the value.
@@ -303,27 +307,27 @@ class Settings(TrainingSettings):
 
     @property
     def arm_names(self) -> tuple[str, ...]:
-        """The arms in the order of training."""
+        """Return the arms in the order of training."""
         return ARMS[self.arms]
 
     @property
     def start(self) -> str:
-        """How blocks in the place of SE blocks begin."""
+        """Return how swapped blocks start."""
         return self.init or ("calibrated" if self.pretrained or self.initial_checkpoint else "random")
 
     @property
     def swap(self) -> dict[str, Any]:
-        """The keyword arguments of ctxenc.patch_se_blocks."""
+        """Return the keyword arguments of ctxenc.patch_se_blocks."""
         return swap_settings(self)
 
 
-# The run with no arguments: small enough for two CPU cores, both arms side by side.
+# The run without arguments: small enough for two CPU cores, both arms side by side.
 EMBEDDED: dict[str, Any] = {
     "model": "resnet10t",
     "model_kwargs": {"block_args": {"attn_layer": "se"}, "channels": [24, 48, 96, 192], "stem_width": 8},
     "image_size": 64,
-    "channels_last": True,  # 1.4 times as many images a second as channels-first, on one core
-    "threads": 1,  # a second one gains little at this size, and loses all where another process wants its core
+    "channels_last": True,  # 1.4 times as many images per second as channels-first, on one core
+    "threads": 1,  # a second thread gains little at this size, and loses all if another process wants its core
     "arms": "both",
     "seeds": 3,
     "epochs": 12,
@@ -333,54 +337,18 @@ EMBEDDED: dict[str, Any] = {
 
 
 def option_name(name: str) -> str:
-    """The spelling of a setting on the command line."""
+    """Return the command line's spelling of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds an option for each setting. None stands for one that was not given, so that resolve can tell."""
-    add_options(parser, Settings(), {"the photographs": EMBEDDED})
-    add_swap_arguments(parser)
-    parser.set_defaults(**dict.fromkeys(asdict(Settings())))
-
-
-def add_options(parser: argparse.ArgumentParser, usual: Any, own: dict[str, dict[str, Any]]) -> None:
-    """Adds an option for each setting that has a text.
-
-    Args:
-        parser: Takes the options, in a group of their own.
-        usual: The settings with their defaults, a dataclass.
-        own: The defaults that differ from ``usual``, by the name of the data that they are for.
-    """
-    group = parser.add_argument_group("training")
-    shared = {each.name for each in fields(TrainingSettings)}
-    for each in sorted(fields(usual), key=lambda own: own.name in shared):  # what is trained comes before how
-        if not each.metadata:
-            continue
-        keywords = dict(each.metadata)
-        if not keywords["help"].endswith(")") and "action" not in keywords:
-            keywords["help"] += f" (default: {_default(each.name, usual, own)})"
-        group.add_argument(option_name(each.name), **keywords)
-
-
-def _default(name: str, usual: Any, own: dict[str, dict[str, Any]]) -> str:
-    value = getattr(usual, name)
-    texts = ["none" if value in (None, {}) else str(value)]
-    for data, defaults in own.items():
-        other = defaults.get(name, value)
-        if other != value and not isinstance(other, dict):
-            texts.append(f"{other} for {data}")
-    return "; ".join(texts)
-
-
 def given(args: argparse.Namespace, kind: type = Settings) -> dict[str, Any]:
-    """The settings (those of the dataclass ``kind``) that the command line names."""
+    """Return the settings of the dataclass `kind` that the command line names."""
     names = {each.name for each in fields(kind)}
     return {key: value for key, value in vars(args).items() if key in names and value is not None}
 
 
 def resolve(chosen: dict[str, Any]) -> Settings:
-    """The settings of a new run: the defaults (those of the photographs where they are the data), then ``chosen``.
+    """Return the settings of a new run: the defaults (the photographs have their own), then `chosen`.
 
     Raises:
         UserError: A value breaks its rule.
@@ -392,21 +360,21 @@ def resolve(chosen: dict[str, Any]) -> Settings:
 
 
 def resumed(stored: dict[str, Any], chosen: dict[str, Any]) -> Settings:
-    """The settings of a run that goes on: the stored ones, of which only where and how fast it runs may change.
+    """Return the settings of a resumed run: the stored ones; only place and speed of the run may change.
 
     Args:
         stored: The settings in the run's configuration.
-        chosen: The settings that the command line names.
+        chosen: The settings named on the command line.
 
     Raises:
-        UserError: ``chosen`` differs in a setting that shapes the result, or ``stored`` is not this version's.
+        UserError: `chosen` changes a setting that shapes the result, or `stored` is of another version.
     """
     return resumed_as(Settings, stored, chosen)
 
 
 def resumed_as(kind: Callable[..., Kind], stored: dict[str, Any], chosen: dict[str, Any]) -> Kind:
-    """What ``resumed`` does, for the settings of any command: those of the dataclass ``kind``."""
-    stored = {"aggregation": "sum"} | stored  # of runs older than this option
+    """Do the work of `resumed` for the settings of any command, given their dataclass `kind`."""
+    stored = {"aggregation": "sum"} | stored  # runs older than this option used the sum
     for name, value in chosen.items():
         if name not in MOVABLE and value != stored.get(name):
             raise UserError(f"--resume: {option_name(name)} was {stored.get(name)} in this run, got {value}")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in a training: it finishes its step, saves, and ends with exit code 128 + signal."""
+"""Handle SIGTERM and SIGINT in training: finish the step, save, and exit with code 128 + signal."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has stopped the training, as Ctrl-C does; ``signal`` is its number."""
+    """Report that a signal has stopped the training, like Ctrl-C; `signal` is its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -20,14 +20,14 @@ class Stopped(KeyboardInterrupt):
 
 
 class Noted:
-    """The first signal that came, or None."""
+    """Hold the first signal that came, or None."""
 
     signal: int | None = None
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """In the body a signal raises Stopped at once."""
+    """Raise Stopped at once if a signal comes in the body."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -38,7 +38,7 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[Noted]:
-    """In the body signals are noted, however many come: launchers send more than one. SIGKILL loses no more than steps."""
+    """Record signals in the body, however many come: launchers send more than one. SIGKILL loses only steps."""
     found = Noted()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -49,15 +49,15 @@ def noted() -> Iterator[Noted]:
 
 
 def ignored(worker: int) -> None:
-    """Makes a worker of a loader deaf: one sent to the whole group of processes must not take it from under the last step."""
+    """Make a loader's worker ignore signals, so that a signal to the whole group does not kill it during the last step."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
 
 @contextmanager
 def _handled(handler: Handler) -> Iterator[None]:
-    """``handler`` is in force in the body, but for signals that the process was started to ignore."""
-    if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
+    """Install `handler` in the body; signals ignored at the start of the process stay ignored."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
         yield
         return
     before = {each: signal.getsignal(each) for each in SIGNALS}

@@ -1,36 +1,36 @@
-"""Curves for TensorBoard, where they are asked for."""
+"""Write curves for TensorBoard, if requested."""
 
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ctxenc.runs.errors import UserError
 from ctxenc.training.checkpoint import Progress
-from ctxenc.training.console import UserError
 
 FOLDER = "tensorboard"
 HEALTH = ("dead", "entropy", "pixel_entropy", "bits", "smoothing_min", "smoothing_max")
 
 
 def check_tensorboard() -> None:
-    """Raises UserError unless the package is there."""
+    """Raise UserError unless the package is installed."""
     if find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs a package that is not here: pip install 'ctxenc[tensorboard]'")
 
 
 class Board:
-    """Writes the event files of one arm; everything stands at the number of its update.
+    """Write the event files of one arm; the x axis is the number of the update.
 
     Args:
         arm: The folder of the arm.
-        progress: Where training begins or goes on: what an interrupted run has logged after it is cut.
-        updates_per_epoch: Updates of an epoch.
+        progress: Start or resume point of the training; later entries of an interrupted run are cut.
+        updates_per_epoch: Updates per epoch.
 
     Raises:
-        UserError: The folder's name is no text, which the package cannot write to.
+        UserError: The folder's name is not valid text, so the package cannot write to it.
     """
 
     def __init__(self, arm: Path, progress: Progress, updates_per_epoch: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and the package
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and needs the package
 
         self.updates_per_epoch = updates_per_epoch
         done = progress.epoch * updates_per_epoch + progress.step
@@ -40,12 +40,12 @@ class Board:
             raise UserError(f"--tensorboard must have a run folder whose name is text, got {str(arm)!r}") from error
 
     def step(self, update: int, loss: float, lr: float) -> None:
-        """Logs a step: the loss of this process, and the learning rate."""
+        """Log a step: the loss of this process, and the learning rate."""
         self.writer.add_scalar("step/loss", loss, update)
         self.writer.add_scalar("step/lr", lr, update)
 
     def epoch(self, progress: Progress) -> None:
-        """Logs the last finished epoch: its metrics, its speed, and the health of the codebooks."""
+        """Log the last finished epoch: its metrics, its speed, and the health of the codebooks."""
         update = progress.epoch * self.updates_per_epoch
         for group, row in (("epoch", progress.rows[-1]), ("speed", progress.timings[-1])):
             for name, value in row.items():
@@ -58,5 +58,5 @@ class Board:
         self.writer.flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Close the file."""
         self.writer.close()

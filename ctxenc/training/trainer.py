@@ -1,4 +1,4 @@
-"""The fine-tuning of one arm with one seed, and its evaluation."""
+"""Fine-tune one arm with one seed, and evaluate it."""
 
 import math
 from collections.abc import Iterable
@@ -16,23 +16,23 @@ from torch.utils.data import Subset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm import tqdm
 
-from ctxenc.calibration import calibrate
+from ctxenc.runs.config import RunConfig, atomic
+from ctxenc.runs.errors import UserError, one_line
+from ctxenc.runs.folders import SCORE, build_model
+from ctxenc.swap.calibration import calibrate
 from ctxenc.training import pictures
 from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
-from ctxenc.training.config import atomic
-from ctxenc.training.console import UserError, one_line
 from ctxenc.training.data import LEFT_OUT, Datasets, Samples, Source, eval_transform, seeded, train_transform
 from ctxenc.training.loop import Loop, in_format, make_optimizer, worker_errors
 from ctxenc.training.metrics import balanced_accuracy
-from ctxenc.training.runs import SCORE, RunConfig, build_model
 from ctxenc.training.settings import Settings
 
-CALIBRATED_ON = 256  # images, of which a quarter is held out for the report
+CALIBRATED_ON = 256  # images; a quarter of them is held out for the report
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of every validation sample whose image can be read, in order.
+    """Hold the predictions of every readable validation sample, in order.
 
     Args:
         indices: The samples, (N,) int64 on the CPU.
@@ -50,17 +50,17 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy."""
+        """Return the mean cross entropy."""
         return float(self.losses.mean())
 
     @property
     def balanced_accuracy(self) -> float:
-        """Mean of the accuracies of the classes, in [0, 1]."""
+        """Return the mean of the accuracies of the classes, in [0, 1]."""
         return balanced_accuracy(self.targets, self.predictions, self.num_classes)
 
     @property
     def top1(self) -> float:
-        """Share of samples predicted right, in [0, 1]."""
+        """Return the share of samples predicted right, in [0, 1]."""
         return float((self.targets == self.predictions).double().mean())
 
 
@@ -68,7 +68,7 @@ class Evaluation:
 def evaluate(
     accelerator: Accelerator, model: nn.Module, loader: Iterable[Any], channels_last: bool = False
 ) -> Evaluation:
-    """Runs ``model`` in eval mode over ``loader`` (prepared by ``accelerator``); each sample counts once.
+    """Run `model` in eval mode over `loader` (prepared by `accelerator`); count each sample once.
 
     Raises:
         UserError: No image can be read.
@@ -89,14 +89,14 @@ def evaluate(
 
 
 class Trainer(Loop):
-    """One arm with one seed, from its configuration to its files.
+    """Fine-tune one arm with one seed, from its configuration to its files.
 
     Args:
-        config: What to build.
-        settings: How to train it.
-        datasets: What to train and evaluate on.
-        arm: The folder to write to; training goes on from the newest checkpoint in it, if there is one.
-        seed: Seed of the weights and of all that is drawn.
+        config: The network's configuration.
+        settings: The training settings.
+        datasets: The data for training and evaluation.
+        arm: The folder to write to; training resumes from the newest checkpoint in it, if there is one.
+        seed: Seed of the weights and of all random draws.
     """
 
     settings: Settings
@@ -113,7 +113,7 @@ class Trainer(Loop):
         self.val_loader = self.accelerator.prepare(self.loader(self.val, train=False))
 
     def _intact(self, source: Source, transform: Any, train: bool = True) -> Any:
-        """The samples of a source; without those that are broken, if these are to be skipped."""
+        """Return the samples of a source; without broken ones if the settings skip them."""
         samples = Samples(source, transform, self.seed)
         if self.settings.on_bad_image != SKIP:
             return samples
@@ -121,7 +121,7 @@ class Trainer(Loop):
         return Intact(samples, BadImages(self.arm.parent / FILE, total), train)
 
     def build(self, fresh: bool) -> nn.Module:
-        """The network of the configuration, its blocks begun as --init says."""
+        """Build the network of the configuration; start its blocks as --init says."""
         settings = self.settings
         network = build_model(
             self.config, settings.pretrained and fresh, settings.initial_checkpoint if fresh else None
@@ -131,7 +131,7 @@ class Trainer(Loop):
         return network
 
     def _calibrate(self, network: nn.Module) -> None:
-        """Starts the blocks from training images, and writes how near they are to the SE blocks.
+        """Start the blocks from training images, and write how close they are to the SE blocks.
 
         Raises:
             UserError: The network or its data cannot be calibrated.
@@ -151,22 +151,22 @@ class Trainer(Loop):
                 path.write_text(f"{found}\n", encoding="utf-8")
 
     def make_optimizer(self) -> Optimizer:
-        """The optimiser of the network."""
+        """Build the optimiser of the network."""
         return make_optimizer(self.network, self.settings)
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy."""
+        """Return the cross entropy."""
         return self.criterion(self.model(images), targets)
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch after mixup or CutMix, if asked for, drawn from (seed, epoch, step, process)."""
+        """Return the batch after mixup or CutMix, if requested, drawn from (seed, epoch, step, process)."""
         if self.mixup is None or len(images) % 2:
             return images, targets
         with seeded(self.seed, self.progress.epoch, self.progress.step, self.accelerator.process_index, 1):
             return self.mixup(images, targets)
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracies on the validation samples; their predictions go into the progress."""
+        """Return loss and accuracies on the validation samples; store their predictions in the progress."""
         batches = self.until_told(self.val_loader, len(self.val_loader))
         model = self.model if self.ema is None else self.ema.module
         result = evaluate(self.accelerator, model, batches, self.settings.channels_last)
@@ -177,7 +177,7 @@ class Trainer(Loop):
         return {"val_loss": result.loss, SCORE: result.balanced_accuracy, "top1": result.top1}
 
     def finish(self) -> None:
-        """Writes which classes are confused, the images of the largest losses, and what two blocks see."""
+        """Draw the confusion of classes, the images of the largest losses, and how two blocks encode images."""
         super().finish()
         classes, rows = [pictures.short(each) for each in self.config.classes], self.progress.predictions
         colours = {key: self.config.data_config[key] for key in ("mean", "std")}
@@ -199,7 +199,7 @@ class Trainer(Loop):
 
 
 def mixup_of(settings: Settings, num_classes: int) -> Mixup | None:
-    """Timm's mixup and CutMix where ``settings`` ask for one of them."""
+    """Return timm's mixup and CutMix if `settings` ask for one of them."""
     if not (settings.mixup or settings.cutmix):
         return None
     return Mixup(

@@ -1,4 +1,4 @@
-"""Seeing inside a network: which codeword owns which pixel, which codewords are in use, what the gates let through.
+"""Look inside a network: the owner codeword of every pixel, the use of the codebook, and the gates.
 
     import ctxenc.viz
     import matplotlib.pyplot  # then a notebook shows figures

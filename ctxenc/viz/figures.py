@@ -1,4 +1,4 @@
-"""The figures: matplotlib's, made for 1200 pixels of width at 100 dpi and readable at 800."""
+"""Draw the figures with matplotlib, for a width of 1200 pixels at 100 dpi and readable at 800."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from ctxenc.viz.observing import IMAGE_SIZE, Chosen, Look, Picture, choose_block
 from ctxenc.viz.palette import OTHERS, PALETTE, colours_of, owned, owners
 from ctxenc.viz.usage import usage_of
 
-WIDTH, DPI = 12.0, 100  # inches, and pixels an inch; the lengths below are inches too
-FONT = 12.0  # points: 17 pixels, 11 where 1200 pixels are shown at 800
+WIDTH, DPI = 12.0, 100  # inches, and pixels per inch; the lengths below are inches too
+FONT = 12.0  # points: 17 pixels, or 11 if 1200 pixels are shown at 800
 MARGIN, GAP, LINE = 0.15, 0.08, 0.3
 TITLE = 0.5
 LEGEND, USAGE = 1.0, 2.9
 LABELS = 1.6  # to the left of axes
-HIGHEST = 8.0  # of the image in assignment_map
+HIGHEST = 8.0  # height limit of the image in assignment_map
 FOLLOWED = 3
 TOP_CLASSES = 8
 
@@ -38,27 +38,27 @@ def assignment_map(
     std: Sequence[float] | None = None,
     image_size: int = IMAGE_SIZE,
 ) -> Figure:
-    """Which codeword owns each pixel of an image: the image, and over its grey copy the owners in their colours.
+    """Show the owner codeword of each pixel: the image, and the owners' colours over its grey copy.
 
-    A pixel's owner is the codeword whose weight lies most above its mean over the image. The opacity of its colour is the bits that
-    the pixel's assignment tells, full from 1 bit on; below 0.1 bits a pixel has no owner and no colour. So a block that assigns
-    all pixels alike leaves the copy grey. The map is the block's own, each of its pixels drawn as a rectangle. Codewords that own
-    most have a colour, the others are dark grey.
+    A pixel's owner is the codeword whose weight exceeds its own mean over the image the most. The colour's opacity is the
+    information of the pixel's assignment in bits, full from 1 bit on; below 0.1 bits a pixel has no owner and no colour. So a block
+    with the same assignment for all pixels leaves the copy grey. The map has the block's own resolution; each of its pixels is a
+    rectangle. Codewords with the most pixels have a colour, the others are dark grey.
 
     Args:
         model: as for look.
         image: a Pillow image, a path, or a normalised tensor (C, H, W) or (1, C, H, W).
         block: a name, an index or a module; the last block by default.
         mean: as for look.
-        std: likewise.
-        image_size: likewise.
+        std: as for look.
+        image_size: as for look.
 
     Returns:
-        A matplotlib figure: a notebook in which matplotlib.pyplot was imported shows it, `figure.savefig(path)` writes it.
+        A matplotlib figure: a notebook shows it once matplotlib.pyplot is imported, `figure.savefig(path)` writes it.
 
     Raises:
-        ValueError: as look.
-        TypeError: likewise.
+        ValueError: as for look.
+        TypeError: as for look.
         OSError: the image file cannot be read.
     """
     chosen = choose_blocks("assignment_map", model, [-1 if block is None else block])
@@ -79,23 +79,23 @@ def assignment_map(
 def overview(
     seen: Look, block: str, names: Sequence[str] | None = None, codewords: Sequence[int] | None = None
 ) -> Figure:
-    """What a block saw in some images, on a sheet: owners, codewords to follow from image to image, use, and gates.
+    """Draw a block's view of some images on one sheet: owners, codewords across images, use, and gates.
 
-    A row an image: the image, its owners as in assignment_map, though by means over all images, and for a few codewords the
-    weight of each pixel as the opacity of the codeword's colour. A codeword has one colour on the whole sheet. Below, the share of
+    Each image has a row: the image, its owners as in assignment_map (but with means over all images), and for a few codewords
+    their weight at each pixel as the opacity of their colour. A codeword has one colour on the whole sheet. Below are the share of
     each codeword, and the gates.
 
     Args:
-        seen: what look returned.
+        seen: the result of look.
         block: the name of one of its blocks.
         names: of the images; numbers by default.
-        codewords: which ones to follow; those that own most by default.
+        codewords: indices to follow across images; by default those with the most pixels.
 
     Returns:
         A matplotlib figure, 1200 pixels wide at its own resolution.
 
     Raises:
-        ValueError: there is no such block or codeword, or names are not one an image.
+        ValueError: there is no such block or codeword, or the number of names differs from the number of images.
     """
     if block not in seen.blocks:
         raise ValueError(f"overview: block must be one of {', '.join(map(repr, seen.blocks))}, got {block!r}")
@@ -115,7 +115,7 @@ def overview(
     _draw_maps(figure, top, side, seen.photographs, weights, labels, followed, colours)
     _legend(figure, top + maps, weights, colours)
     top += maps + LEGEND
-    inner = WIDTH - LABELS - 0.85  # room for three decimals beside the bar
+    inner = WIDTH - LABELS - 0.85  # leaves room for three decimals beside the bar
     _draw_usage(_place(figure, LABELS, top + LINE, inner, USAGE - 3.2 * LINE), weights, colours)
     if observation.gates is not None:
         top += USAGE + LINE
@@ -125,12 +125,12 @@ def overview(
 
 
 def presence_chart(seen: Look, classes: Sequence[str] | None = None, names: Sequence[str] | None = None) -> Figure:
-    """What the SE branch of an EncNet believes is in each scene: its likeliest classes, eight at most.
+    """Chart the SE branch's prediction for each scene: the most likely classes, at most eight.
 
     EncNet (arXiv 1803.08904), section 3.2.
 
     Args:
-        seen: what look returned.
+        seen: the result of look.
         classes: their names; numbers by default.
         names: of the images; numbers by default.
 
@@ -138,7 +138,7 @@ def presence_chart(seen: Look, classes: Sequence[str] | None = None, names: Sequ
         A matplotlib figure, 1200 pixels wide at its own resolution.
 
     Raises:
-        ValueError: the network has no such branch, or classes or names are not as many as there are.
+        ValueError: the network has no such branch, or classes or names have the wrong length.
     """
     if seen.presence is None:
         raise ValueError("presence_chart: seen must be of a network with an SE branch, got one without")
@@ -166,7 +166,7 @@ def presence_chart(seen: Look, classes: Sequence[str] | None = None, names: Sequ
 
 
 def owner_colours(weights: Sequence[Tensor], colours: Mapping[int, str]) -> list[Pixels]:
-    """The colour of each pixel's owner, (h, w, 4) an image, of weights (K, h, w); alpha: the bits that its assignment tells."""
+    """Return the colour of each pixel's owner, (h, w, 4) an image, from weights (K, h, w); alpha is the assignment's bits."""
     table = np.array([to_rgb(colours.get(code, OTHERS)) for code in range(len(weights[0]))])
     return [
         np.concatenate([table[owner.numpy()], (bits.clamp(max=1) * (owner >= 0)).numpy()[:, :, None]], axis=2)
@@ -175,7 +175,7 @@ def owner_colours(weights: Sequence[Tensor], colours: Mapping[int, str]) -> list
 
 
 def _weight_colours(weights: Tensor, code: int, colours: Mapping[int, str]) -> Pixels:
-    """One codeword's colour everywhere with its weight as alpha, (h, w, 4)."""
+    """Return one codeword's colour with its weight as alpha, (h, w, 4)."""
     colour = np.broadcast_to(to_rgb(colours.get(code, OTHERS)), (*weights.shape[1:], 3))
     return np.concatenate([colour, weights[code].numpy()[:, :, None]], axis=2)
 
@@ -226,7 +226,7 @@ def _draw_usage(axes: Axes, weights: Sequence[Tensor], colours: Mapping[int, str
 
 
 def _draw_gates(axes: Axes, bar: Axes, gates: Tensor, labels: Sequence[str]) -> None:
-    """A line an image, a column a channel, in the order of the channel's mean so that differences between images stand out."""
+    """Draw a row per image and a column per channel, sorted by the channel's mean so that differences between images stand out."""
     ordered = gates[:, gates.mean(0).argsort()].numpy()
     shown = axes.imshow(ordered, aspect="auto", cmap="cividis", interpolation="nearest")
     axes.set_title(f"gates of the {gates.shape[1]} channels, from the lowest mean to the highest", fontsize=FONT)
@@ -250,13 +250,13 @@ def _heading(figure: Figure, text: str) -> None:
 
 
 def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes by their place in inches from the left upper corner."""
+    """Add axes at a place in inches from the upper left corner."""
     page = figure.get_figheight()
     return figure.add_axes((left / WIDTH, 1 - (top + height) / page, width / WIDTH, height / page))
 
 
 def _show(axes: Axes, photograph: Tensor, over: Pixels | None = None) -> None:
-    """A photograph (H, W, 3) in axes without ticks, and over it a map (h, w, 4) stretched to its size."""
+    """Show a photograph (H, W, 3) in axes without ticks, under a map (h, w, 4) stretched to its size."""
     height, width = photograph.shape[:2]
     extent = (0.0, float(width), float(height), 0.0)
     axes.imshow(photograph.numpy(), extent=extent)
@@ -266,12 +266,12 @@ def _show(axes: Axes, photograph: Tensor, over: Pixels | None = None) -> None:
 
 
 def _grey(photograph: Tensor) -> Tensor:
-    """The photograph without its colours, which are the codewords' here, and pale, since on black no colour would show."""
+    """Return the photograph in pale grey: colours belong to the codewords, and on black no colour would show."""
     return (0.4 + 0.6 * photograph.mean(2, keepdim=True)).expand(-1, -1, 3)
 
 
 def _legend(figure: Figure, top: float, weights: Sequence[Tensor], colours: Mapping[int, str]) -> None:
-    """The share of the pixels that each codeword with a colour owns, that of all others, and that of pixels without an owner."""
+    """List the share of pixels owned by each coloured codeword, by all others, and by none."""
     shares = owned(weights).tolist()
     entries = [(colour, f"{code}: {_percent(shares[code])}") for code, colour in colours.items() if shares[code]]
     others = [share for code, share in enumerate(shares) if share and code not in colours]
@@ -310,5 +310,5 @@ def _short(text: str, limit: int) -> str:
 
 
 def literal(text: str) -> str:
-    """A name as matplotlib is to draw it: what stands between two dollars is no formula, and what is no text a question mark."""
+    """Escape a name for matplotlib: text between two dollars is not a formula, and invalid characters become question marks."""
     return text.replace("$", r"\$").encode("utf-8", "replace").decode("utf-8")

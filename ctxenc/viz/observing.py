@@ -1,4 +1,4 @@
-"""What the blocks of a network see: assignments and gates, taken by hooks while images run through it."""
+"""Observe the blocks of a network: hooks record assignments and gates while images run through it."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,17 +20,17 @@ Block = ContextEncoding | Encoding
 Chosen = str | int | nn.Module
 Picture = Image.Image | str | os.PathLike[str] | Tensor
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of the colours, where a model names none
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of the colours, if a model names none
 IMAGE_SIZE = 512
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a block saw in some images.
+    """Hold a block's record of some images.
 
     Attributes:
-        weights: for each image the assignment (K, h, w), fp32 or fp64; the weights of a pixel sum to one.
-        gates: (images, C), what each channel was multiplied by; None where there is an Encoding alone, which gates nothing.
+        weights: the assignment (K, h, w) of each image, fp32 or fp64; the weights of a pixel sum to one.
+        gates: (images, C), the factor of each channel; None for an Encoding alone: it gates nothing.
     """
 
     weights: list[Tensor]
@@ -39,13 +39,13 @@ class Observation:
 
 @dataclass(frozen=True)
 class Look:
-    """What a network saw in some images, all of it on the CPU.
+    """Hold a network's record of some images, on the CPU.
 
     Attributes:
-        photographs: the images as the network got them, with their colours put back: (H, W, 3) in [0, 1].
-        blocks: what each block saw, by the block's name.
-        presence: (images, classes), the probability of each class to be in the image, as the SE branch of an EncNet tells it;
-            None where the network has no such branch.
+        photographs: the images as the network got them, with their colours restored: (H, W, 3) in [0, 1].
+        blocks: the record of each block, by its name.
+        presence: (images, classes), the probability of each class in the image by the SE branch of an EncNet; None if the network
+            has no such branch.
     """
 
     photographs: list[Tensor]
@@ -55,7 +55,7 @@ class Look:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One image: what a Look holds of it."""
+    """Hold a Look's data of one image."""
 
     photograph: Tensor
     weights: dict[str, Tensor]
@@ -64,7 +64,7 @@ class _Pass:
 
 
 def encoding_blocks(model: nn.Module) -> dict[str, Block]:
-    """The blocks of a model that can be looked at: every ContextEncoding, and every Encoding outside of one.
+    """Return the observable blocks of a model: every ContextEncoding, and every Encoding outside of one.
 
     Args:
         model: any module; a block alone has the name "".
@@ -73,7 +73,7 @@ def encoding_blocks(model: nn.Module) -> dict[str, Block]:
         The blocks by name, in the order of the model's modules.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"encoding_blocks: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -97,20 +97,20 @@ def look(
     std: Sequence[float] | None = None,
     image_size: int = IMAGE_SIZE,
 ) -> Look:
-    """Run images through a network, one by one in eval mode, and keep what its blocks saw.
+    """Run images through a network, one by one in eval mode, and record its blocks.
 
-    What a block sees is taken where it encodes: the input of its Encoding layer goes to ctxenc.assign with that layer's codewords
-    and smoothing. A block that is called more than once in a forward shows its last call. Compiled models run eagerly meanwhile.
+    Each block is observed at its Encoding layer: ctxenc.assign gets the layer's input with its codewords and smoothing.
+    If a forward calls a block more than once, the last call counts. Compiled models run eagerly meanwhile.
 
     Args:
-        model: a patched network, an EncNet, a DeepTEN, or any other module that has blocks or is one; on any device, in any dtype.
-            Afterwards each of its modules is in the mode it was in.
-        images: Pillow images, paths, or normalised tensors (C, H, W) or (1, C, H, W), C = 3 but for a block alone.
+        model: a patched network, an EncNet, a DeepTEN, or any other module with a block, or a block; on any device, in any dtype.
+            Afterwards each module returns to its previous mode.
+        images: Pillow images, paths, or normalised tensors (C, H, W) or (1, C, H, W); C = 3, except for a block alone.
         blocks: names, indices or modules; all by default. See encoding_blocks.
-        mean: of the colours, by which a picture is normalised and a tensor gets its colours back. By default what timm knows of the
-            model, else ImageNet's.
-        std: likewise.
-        image_size: a picture whose longer side is larger is shrunk to it. A network of a fixed size gets its own size instead.
+        mean: of the colours, to normalise a picture and to restore a tensor's colours. By default timm's value for the model, else
+            ImageNet's.
+        std: of the colours, likewise.
+        image_size: shrink a picture to this longer side if it is larger. A network of a fixed size gets its own size instead.
 
     Returns:
         A Look.
@@ -118,7 +118,7 @@ def look(
     Raises:
         ValueError: there is no image, no block, or no such block; a tensor has another shape, a picture 32 bits a channel;
             image_size is not positive; or the forward did not reach a block.
-        TypeError: model is no module, or an image or a block is of no such type.
+        TypeError: model is not a module, or an image or a block has the wrong type.
         OSError: an image file cannot be read.
     """
     chosen = choose_blocks("look", model, blocks)
@@ -135,11 +135,11 @@ def look(
 
 
 def choose_blocks(caller: str, model: nn.Module, blocks: Sequence[Chosen] | None) -> dict[str, Block]:
-    """The chosen blocks by name, all of them for None.
+    """Return the chosen blocks by name; None chooses all.
 
     Raises:
-        ValueError: there is none, or no such one.
-        TypeError: model is no module, or a block is neither a name, an index nor a module.
+        ValueError: the model has no block, or no such block.
+        TypeError: model is not a module, or a block is neither a name, an index nor a module.
     """
     found = encoding_blocks(model)
     if not found:
@@ -178,7 +178,7 @@ def observe(
     std: Sequence[float] | None,
     image_size: int,
 ) -> Iterator[_Pass]:
-    """Run images through the model one by one, keeping nothing: there may be more of them than memory holds the weights of."""
+    """Run images through the model one by one, keeping nothing: the weights of all images may exceed the memory."""
     check_sizes(caller, image_size=image_size)
     if isinstance(images, str | os.PathLike | Image.Image | Tensor):
         raise TypeError(f"{caller}: images must be a sequence of images, got one {type(images).__name__}")
@@ -210,14 +210,14 @@ def observe(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, so that blocks have the names they had."""
+    """Return the module inside torch.compile's wrapper, so that blocks keep their names."""
     return getattr(model, "_orig_mod", model)
 
 
 def _tensor(
     caller: str, image: Picture, colours: Sequence[Tensor], image_size: int, fixed: tuple[int, int] | None
 ) -> Tensor:
-    """The image as the network gets it, (1, C, H, W)."""
+    """Return the network's input for an image, (1, C, H, W)."""
     if isinstance(image, Tensor):
         if not image.is_floating_point():
             raise TypeError(f"{caller}: image must be a normalised tensor of floats, got {image.dtype}")
@@ -240,7 +240,7 @@ def _tensor(
 
 
 def _photograph(x: Tensor, colours: Sequence[Tensor]) -> Tensor:
-    """The picture (H, W, 3) in [0, 1] of a tensor (C, H, W); the mean of its channels in grey, where these are no colours."""
+    """Return the picture (H, W, 3) in [0, 1] of a tensor (C, H, W); if its channels are not colours, their mean in grey."""
     x = x.float().cpu()
     if len(x) == 3:
         mean, std = colours
@@ -263,10 +263,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _hooked(blocks: Mapping[str, Block]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Weights (K, h, w) and gates (C,) by the block's name, filled while the model runs.
+    """Record weights (K, h, w) and gates (C,) by the block's name, while the model runs.
 
-    The hooks sit on the children of a block, for EncodingModule calls methods of the block and never the block itself. The gate
-    function is applied to what the linear layer gives, since a hook on the gate would switch the fused product off.
+    The hooks sit on the children of a block, because EncodingModule calls methods of the block and never the block itself. The gate
+    function is applied to the output of the linear layer, because a hook on the gate would disable the fused product.
     """
     weights: dict[str, Tensor] = {}
     gates: dict[str, Tensor] = {}

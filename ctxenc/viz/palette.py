@@ -1,4 +1,4 @@
-"""Colours of codewords, told apart with and without a colour vision deficiency, and which codeword gets which."""
+"""Assign colours to codewords, distinguishable with and without a colour vision deficiency."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ctxenc.viz.usage import FEW_BITS, bits_told, usage_of
 
-# Okabe and Ito's (jfly.uni-koeln.de/color) without black, then three that lie far from these and from OTHERS in CIELAB, for normal
-# vision and for simulated deuteranopia and protanopia.
+# Okabe and Ito's palette (jfly.uni-koeln.de/color) without black, and three more colours, far from these and from OTHERS in CIELAB
+# for normal vision and for simulated deuteranopia and protanopia.
 PALETTE = (
     "#E69F00",
     "#0072B2",
@@ -25,11 +25,11 @@ OTHERS = "#555555"
 
 
 def owners(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The owner of each pixel of these images, -1 for none, and the bits that its assignment tells, each (h, w).
+    """Return each pixel's owner in these images, -1 for no owner, and the bits of its assignment, each (h, w).
 
-    A pixel's owner is the codeword whose weight lies most above its mean over all pixels of the images, which count alike. The
-    largest weight would make one codeword the owner of everything wherever pixels are assigned alike. A pixel whose assignment
-    tells less than 0.1 bits has no owner.
+    A pixel's owner is the codeword whose weight exceeds its own mean the most; the mean is over all pixels of the
+    images, with equal weight. By the largest weight, one codeword would own everything if all pixels had the same
+    assignment. Below 0.1 bits of information a pixel has no owner.
 
     Args:
         weights: (K, h, w) for each image.
@@ -41,15 +41,15 @@ def owners(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def owned(weights: Sequence[Tensor]) -> Tensor:
-    """The share of the pixels of these images that each codeword owns, (K,) fp64; the rest has no owner."""
+    """Return each codeword's share of owned pixels in these images, (K,) fp64; the rest has no owner."""
     codes = torch.cat([code.flatten() for code, _ in owners(weights)])
     return torch.bincount(codes[codes >= 0], minlength=len(weights[0])).double() / len(codes)
 
 
 def colours_of(weights: Sequence[Tensor]) -> dict[int, str]:
-    """The colours of the codewords that own most pixels of these images, most first; all others have none.
+    """Return the colours of the codewords with the most pixels in these images, most first; all others get no colour.
 
-    Codewords that own as many, none for example, go by their mean weight.
+    Ties, for example at no pixels, are ordered by mean weight.
     """
     order: list[int] = usage_of(weights).shares.argsort(descending=True, stable=True).tolist()
     shares = owned(weights).tolist()

@@ -1,23 +1,23 @@
-"""Pictures as the networks get them: which formats are read, and what becomes of those that are not 8 bits a channel."""
+"""Read pictures in the networks' format: supported file formats, and conversion to 8 bits a channel."""
 
 import numpy as np
 from PIL import Image
 
-# Pillow knows others too; of PostScript, whatever it is called, it would have Ghostscript run the program.
+# Pillow supports more; for PostScript, under any file name, it would let Ghostscript run the program.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture decoded, as RGB: 16 bits a channel become their upper 8, transparency is left out.
+    """Decode the picture as RGB: 16 bits a channel become their upper 8, transparency is dropped.
 
-    It is not turned as its EXIF orientation says, as timm and torchvision do not turn it.
+    The EXIF orientation is ignored, as in timm and torchvision.
 
     Raises:
-        ValueError: it has 32 bits a channel, whose white is not known.
+        ValueError: it has 32 bits a channel, with an unknown white level.
     """
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not sixteen:
         raise ValueError(f"image must have 8 or 16 bits a channel, got 32 (mode {image.mode})")
-    if sixteen:  # which convert() would clip at 255
+    if sixteen:  # convert() would clip these at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

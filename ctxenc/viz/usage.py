@@ -1,4 +1,4 @@
-"""How much of a codebook is in use, and what the gates let through."""
+"""Measure the use of a codebook, and the gates."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from ctxenc.context import ContextEncoding
 from ctxenc.viz.observing import IMAGE_SIZE, Chosen, Picture, choose_blocks, observe
 
-FEW_BITS = 0.1  # an assignment that tells less counts as telling nothing: at the papers' start codebooks have 0.00 to 0.19 bits
-DEAD = 0.01  # a codeword is dead whose share is below this part of 1 / K, the share of each where all are used alike
+FEW_BITS = 0.1  # assignments below this count as uninformative: codebooks of the papers' start have 0.00 to 0.19 bits
+DEAD = 0.01  # a codeword with a share below this part of 1 / K, the share under uniform use, is dead
 
 
 @dataclass(frozen=True)
 class Usage:
-    """The use of a codebook over the pixels of some images, each of which counts alike.
+    """Describe the use of a codebook over the pixels of some images, each with equal weight.
 
     Attributes:
         shares: (K,) fp64, the mean weight of each codeword; they sum to one.
-        entropy: of the shares, in bits: log2(K) where all codewords are used alike, 0 where one is used alone.
-        pixel_entropy: the mean over the pixels of the entropy of a pixel's own weights, in bits: 0 where each has one owner.
-        dead: the codewords whose share is below 1 % of 1 / K.
+        entropy: of the shares, in bits: log2(K) under uniform use, 0 if a single codeword is used.
+        pixel_entropy: the mean over the pixels of the entropy of a pixel's own weights, in bits: 0 if each has one owner.
+        dead: the codewords with a share below 1 % of 1 / K.
     """
 
     shares: Tensor
@@ -35,16 +35,16 @@ class Usage:
 
     @property
     def bits(self) -> float:
-        """The bits that tell pixels apart: entropy minus pixel_entropy, 0 where all pixels are assigned alike, at most log2(K)."""
-        return max(self.entropy - self.pixel_entropy, 0.0)  # in this order a NaN stays one
+        """Bits that tell pixels apart: entropy minus pixel_entropy, 0 if all pixels have the same assignment, at most log2(K)."""
+        return max(self.entropy - self.pixel_entropy, 0.0)  # this order keeps a NaN
 
 
 def codebook_usage(model: nn.Module, images: Sequence[Picture], block: Chosen | None = None, **reading: Any) -> Usage:
-    """How much of a block's codebook some images use. Images go through one by one, so that there may be many.
+    """Measure how much of a block's codebook some images use. Images run one by one, so there may be many.
 
     Args:
         model: as for look.
-        images: likewise.
+        images: as for look.
         block: a name, an index or a module; the last block by default.
         **reading: mean, std and image_size, as for look.
 
@@ -52,8 +52,8 @@ def codebook_usage(model: nn.Module, images: Sequence[Picture], block: Chosen | 
         A Usage.
 
     Raises:
-        ValueError: as look.
-        TypeError: likewise.
+        ValueError: as for look.
+        TypeError: as for look.
         OSError: an image file cannot be read.
     """
     chosen = choose_blocks("codebook_usage", model, [-1 if block is None else block])
@@ -64,11 +64,11 @@ def codebook_usage(model: nn.Module, images: Sequence[Picture], block: Chosen | 
 
 
 def gates(model: nn.Module, images: Sequence[Picture], block: Chosen | None = None, **reading: Any) -> Tensor:
-    """What a block multiplies each channel by, for each image.
+    """Return a block's gate for each channel and image.
 
     Args:
         model: as for look.
-        images: likewise.
+        images: as for look.
         block: a name, an index or a module; the last block by default.
         **reading: mean, std and image_size, as for look.
 
@@ -76,8 +76,8 @@ def gates(model: nn.Module, images: Sequence[Picture], block: Chosen | None = No
         (images, C), fp32 on the CPU.
 
     Raises:
-        ValueError: as look, or the block is an Encoding alone, which has no gates.
-        TypeError: as look.
+        ValueError: as for look, or the block is an Encoding alone, which has no gates.
+        TypeError: as for look.
         OSError: an image file cannot be read.
     """
     chosen = choose_blocks("gates", model, [-1 if block is None else block])
@@ -93,7 +93,7 @@ def _reading(given: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class UsageSum:
-    """What a Usage is computed from, which adds up over images and processes.
+    """Hold the sums behind a Usage, which add up over images and processes.
 
     Attributes:
         weights: (K,) fp64 on the CPU, the sum over the pixels.
@@ -107,9 +107,9 @@ class UsageSum:
 
     @classmethod
     def of(cls, weights: Tensor) -> "UsageSum":
-        """The sums over the pixels of weights (B, K, *spatial)."""
+        """Sum over the pixels of weights (B, K, *spatial)."""
         flat = weights.flatten(2)
-        if flat.device.type != "mps":  # which has no fp64
+        if flat.device.type != "mps":  # mps has no fp64
             flat = flat.double()
         return cls(flat.sum((0, 2)).cpu().double(), _bits(flat, dim=1).sum().item(), flat.shape[0] * flat.shape[2])
 
@@ -117,19 +117,19 @@ class UsageSum:
         return UsageSum(self.weights + other.weights, self.bits + other.bits, self.pixels + other.pixels)
 
     def usage(self) -> Usage:
-        """The use of the codebook."""
+        """Return the use of the codebook."""
         shares = self.weights / self.pixels
         dead = (shares < DEAD / len(shares)).nonzero().flatten().tolist()
         return Usage(shares, _bits(shares, dim=0).item(), self.bits / self.pixels, dead)
 
 
 def usage_of(weights: Iterable[Tensor]) -> Usage:
-    """The use of the codebook that weights (K, h, w) of one image or more were taken with."""
+    """Return the use of the codebook from weights (K, h, w) of one image or more."""
     return reduce(add, (UsageSum.of(each[None]) for each in weights)).usage()
 
 
 def bits_told(weights: Tensor, shares: Tensor) -> Tensor:
-    """The bits that each pixel's assignment tells, (h, w) fp64: how far weights (K, h, w) diverge from the shares (K,).
+    """Return the information of each pixel's assignment in bits, (h, w) fp64, from weights (K, h, w) and shares (K,).
 
     It is the Kullback-Leibler divergence of a pixel's weights from the shares. Its mean over the pixels is Usage.bits.
     """
@@ -139,5 +139,5 @@ def bits_told(weights: Tensor, shares: Tensor) -> Tensor:
 
 
 def _bits(weights: Tensor, dim: int) -> Tensor:
-    """The entropy over a dimension."""
+    """Return the entropy over a dimension."""
     return torch.special.entr(weights).sum(dim) / math.log(2)

@@ -62,7 +62,7 @@ def test_a_flipped_sign_and_a_softmax_over_pixels_do_not_pass(monkeypatch):
     with torch.no_grad():
         layer.smoothing.neg_()
 
-    def over_pixels(x, codewords, smoothing):
+    def over_pixels(x, codewords, smoothing, aggregation):
         residuals = x.flatten(2).mT[:, :, None] - codewords
         weights = (-smoothing * residuals.square().sum(3)).softmax(1)
         return (weights[..., None] * residuals).sum(1)

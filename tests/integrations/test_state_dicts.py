@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from ctxenc.integrations import EncNet, load_encnet_checkpoint
 from ctxenc.integrations.checkpoints import MMSEGMENTATION, PYTORCH_ENCODING
 from ctxenc.integrations.state_dicts import read_pickle, side_by_side, unwrapped
-from ctxenc.training import runs
-from ctxenc.training.console import UserError
+from ctxenc.runs import folders
+from ctxenc.runs.errors import UserError
 
 
 def prefixed(prefix, state):
@@ -81,7 +81,7 @@ def encnets():
 def test_a_classifier_in_any_wrapping(classifier, tmp_path, how):
     model = timm.create_model("test_efficientnet", num_classes=5)
     torch.save(WRAPPED[how](classifier), tmp_path / "a.pth")
-    runs.load_initial(model, tmp_path / "a.pth")
+    folders.load_initial(model, tmp_path / "a.pth")
     assert all(torch.equal(tensor, classifier[name]) for name, tensor in model.state_dict().items())
 
 
@@ -124,7 +124,7 @@ def test_of_several_networks_none_is_guessed(classifier, tmp_path):
     torch.save({"state_dict": prefixed("model.", classifier) | prefixed("teacher.", classifier)}, tmp_path / "a.pth")
     model = timm.create_model("test_efficientnet", num_classes=5)
     with pytest.raises(UserError, match=r"must hold one network, got several: model\., teacher\."):
-        runs.load_initial(model, tmp_path / "a.pth")
+        folders.load_initial(model, tmp_path / "a.pth")
 
 
 def test_what_does_not_fit_is_shown_beside_ours(classifier, encnets, tmp_path):
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_shown_beside_ours(classifier, encnets, tmp_path):
     with pytest.raises(
         UserError, match=r"it has stem\.conv\.weight; the network conv_stem\.weight \(1 and 1 such names\)"
     ):
-        runs.load_initial(model, tmp_path / "a.pth")
+        folders.load_initial(model, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"head\.encmodule\.encoding\.3\.codewords or .* such as backbone.0.weight"):
         load_encnet_checkpoint({"backbone.0.weight": torch.ones(1)})
     assert side_by_side("ab", "ab") == ""

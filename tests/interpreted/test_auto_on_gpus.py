@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -60,12 +61,22 @@ def plainly_pooled(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.batch_norm(encoding, None, None, weight, bias, training=True).relu().mean(1)
 
 
-FUNCTIONS = {"encode": (ctxenc.encode, specified), "gate": (gated, plainly_gated), "pool": (pooled, plainly_pooled)}
+def specified_means(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
+    return specified(x, codewords, smoothing) / x[0, 0].numel()
+
+
+encode_means = partial(ctxenc.encode, aggregation="mean")
+FUNCTIONS = {
+    "encode": (ctxenc.encode, specified),
+    "encode_means": (encode_means, specified_means),
+    "gate": (gated, plainly_gated),
+    "pool": (pooled, plainly_pooled),
+}
 each_function = pytest.mark.parametrize("name", list(FUNCTIONS))
 
 
 def inputs(name: str) -> list[Tensor]:
-    shapes = {"encode": [], "gate": [(2, 6, 3, 5), (2, 6)], "pool": [(3, 4, 6), (4,), (4,)]}[name]
+    shapes = {"encode": [], "encode_means": [], "gate": [(2, 6, 3, 5), (2, 6)], "pool": [(3, 4, 6), (4,), (4,)]}[name]
     return [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)] or tensors()
 
 
@@ -239,6 +250,27 @@ def test_compiled_autograd(name):
     assert launches()
     wanted = inputs(name)
     assert_close([each.grad for each in given], torch.autograd.grad(specification(*wanted).square().sum(), wanted))
+    torch.compiler.reset()
+
+
+@each_function
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")  # the gradients are dropped below
+def test_second_derivatives_under_compiled_autograd(name):
+    function, specification = FUNCTIONS[name]
+    torch.compiler.reset()
+    given = inputs(name)
+    loss = function(*given).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss.backward(create_graph=True)
+    assert launches()
+    first = [each.grad for each in given]
+    second = torch.autograd.grad(sum(each.square().sum() for each in first), given)
+    wanted = inputs(name)
+    exact = torch.autograd.grad(specification(*wanted).square().sum(), wanted, create_graph=True)
+    assert_close([first, second], [exact, torch.autograd.grad(sum(each.square().sum() for each in exact), wanted)])
+    for each in given:
+        each.grad = None  # a circle of the gradient and its graph
     torch.compiler.reset()
 
 

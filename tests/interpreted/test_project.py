@@ -60,13 +60,12 @@ def projected(x, weight, shift):
     return (torch.einsum("dc,bcn->bdn", weight.double(), x.double()) + shift.double()[:, None]).relu()
 
 
-def excess(x, weight, shift, codewords, smoothing, cut=None):
+def excess(x, weight, shift, codewords, smoothing, cut=None, mean=False):
     """Error over tolerance of the encoding; the gradients that largest_excess asks for are not there, and not looked at."""
 
     def encode(z, d, s):
-        return triton_project.project_forward(x, weight, shift, d.detach(), s.detach()) + 0 * (
-            z.float().sum() + d.sum() + s.sum()
-        )
+        found = triton_project.project_forward(x, weight, shift, d.detach(), s.detach(), mean)
+        return found * (x.shape[2] if mean else 1) + 0 * (z.float().sum() + d.sum() + s.sum())
 
     z = projected(x, weight, shift)
     assert torch.equal(z, z.to(x.dtype).double())
@@ -81,9 +80,9 @@ def excess(x, weight, shift, codewords, smoothing, cut=None):
 
 
 @thorough
-@given(problems())
-def test_values(problem):
-    assert excess(*problem) <= 1
+@given(problems(), st.booleans())
+def test_values(problem, mean):
+    assert excess(*problem, mean=mean) <= 1
 
 
 def problem(B=2, C=40, N=50, D=20, K=5, dtype=torch.float32):

@@ -8,7 +8,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ctxenc.__main__ import main
-from ctxenc.training import runs
+from ctxenc.runs import folders
+from ctxenc.runs.config import RunConfig, write_config
 from ctxenc.training.settings import Settings
 from tests.training.small_runs import DATA_CONFIG, SMALL
 
@@ -16,14 +17,14 @@ CLASSES = ["cat", "dog", "newt"]
 
 
 def make_config(swap, settings):
-    return runs.RunConfig(
+    return RunConfig(
         model="test_efficientnet",
         model_kwargs={},
         classes=CLASSES,
         swap=swap,
         data_config=DATA_CONFIG,
         settings=settings,
-        versions=runs.installed_versions(),
+        versions=folders.installed_versions(),
     )
 
 
@@ -64,13 +65,13 @@ def run_folder(tmp_path_factory, config):
         folder = run / arm
         folder.mkdir(parents=True)
         own = replace(config, swap=None) if arm.startswith("se") else config
-        runs.write_config(folder, own)
-        model = runs.build_model(own)
-        for name in runs.CHECKPOINTS:
+        write_config(folder, own)
+        model = folders.build_model(own)
+        for name in folders.CHECKPOINTS:
             for tensor in model.parameters():
                 tensor.data.add_(torch.randn(tensor.shape, generator=generator), alpha=0.02)
-            runs.save_weights(folder / f"{name}.safetensors", model)
-        lines = (f"epoch,{runs.SCORE}", f"0,{best}", f"1,{last}")
+            folders.save_weights(folder / f"{name}.safetensors", model)
+        lines = (f"epoch,{folders.SCORE}", f"0,{best}", f"1,{last}")
         (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     return run
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet, load_encnet_checkpoint
+from ctxenc.runs.errors import UserError
 from ctxenc.training import data, durable, settings
-from ctxenc.training.console import UserError
 from tests.training.attacks import Bomb, Watch, calls, climbing_zip, forge, pickles, saved
 from tests.training.small_runs import checkpoints
 

@@ -14,15 +14,15 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from ctxenc.__main__ import main
+from ctxenc.runs.errors import UserError
 from ctxenc.training import data
 from ctxenc.training.bad_images import BrokenImageError
 from ctxenc.training.checkpoint import read_predictions
-from ctxenc.training.console import UserError
-from ctxenc.training.predict import find_images
-from ctxenc.training.segmentation import data as segmentation
+from ctxenc.training.prediction import find_images
+from ctxenc.training.segmentation import datasets as segmentation
 from ctxenc.training.segmentation import transforms
 from ctxenc.training.segmentation.pairs import Pairs
-from ctxenc.training.segmentation.settings import SegmentSettings
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
 from ctxenc.training.settings import Settings
 from tests.training.odd_images import READ, REFUSED
 from tests.training.small_runs import DATA_CONFIG, SMALL, make_pairs

@@ -140,8 +140,8 @@ def test_the_figure(network):
 def write_bits(folder: Path, *rows: tuple[str, float]) -> None:
     """A codebooks.csv in which each block has these bits, epoch after epoch."""
     folder.mkdir()
-    table = [{"epoch": 1, "block": block, "bits": bits} for block, bits in rows]
-    write_rows(folder / FILE, ("epoch", "block", "bits"), table)
+    table = [{"epoch": 1, "block": block, "codewords": 1 + (block != "one"), "bits": bits} for block, bits in rows]
+    write_rows(folder / FILE, ("epoch", "block", "codewords", "bits"), table)
 
 
 def test_a_block_that_tells_less_than_a_tenth_of_a_bit_at_last_is_named(tmp_path):
@@ -153,20 +153,23 @@ def test_a_block_that_tells_less_than_a_tenth_of_a_bit_at_last_is_named(tmp_path
         ("first", 0.02),
         ("second", 0.6),
         ("third", 0.1),
+        ("one", 0.0),  # codeword, which can tell nothing
     )
     (tmp_path / "se-0").mkdir()  # has no codebook
-    (line,) = name_idle_codebooks(tmp_path, {"se": "SE", "a": "Arm"}, [0])
+    (line,) = name_idle_codebooks(tmp_path, {"se": "SE", "a": "Arm"}, [0], started="paper")
     assert line.startswith(
         "Arm: after the last epoch the codebook of first (0.02) tells less than 0.1 bits about a pixel. "
     )
     assert line.endswith("; try --codebook-start spread.")
+    (other,) = name_idle_codebooks(tmp_path, {"a": "Arm"}, [0], started="calibrated")
+    assert other.endswith("SE's mean over the pixels.")
 
 
 def test_each_arm_has_one_sentence_over_its_seeds(tmp_path):
     write_bits(tmp_path / "a-0", ("first", 0.02), ("second", 0.6), ("third", 0.0))
     write_bits(tmp_path / "a-1", ("first", 0.3), ("second", 0.4), ("third", 0.001))
     write_bits(tmp_path / "b-0", ("first", 0.01))
-    lines = name_idle_codebooks(tmp_path, {"a": "A", "b": "B"}, [0, 1])
+    lines = name_idle_codebooks(tmp_path, {"a": "A", "b": "B"}, [0, 1], started="spread")
     assert [line.partition(" tells")[0] for line in lines] == [
         "A: after the last epoch the codebook of first (0.02 to 0.30), third (0.00)",
         "B: after the last epoch the codebook of first (0.01)",

@@ -20,8 +20,10 @@ from PIL import Image
 from torchvision.transforms.functional import normalize, resize, to_tensor
 
 import ctxenc
-from ctxenc.__main__ import COMMANDS, main
-from ctxenc.training import export, predict, runs
+from ctxenc.__main__ import COMMANDS, explain, main
+from ctxenc.runs import folders
+from ctxenc.runs.config import write_config
+from ctxenc.training import exporting, prediction
 from ctxenc.training.data import eval_transform
 from tests.training.small_runs import SMALL
 
@@ -102,16 +104,21 @@ class TestCommandLine:
             main(["--version"])
         assert capsys.readouterr().out == f"ctxenc {ctxenc.__version__}\n"
 
-    def test_a_missing_extra_is_named(self):
-        code = "import sys; sys.modules['timm'] = None; from ctxenc.__main__ import main; sys.exit(main())"
-        done = subprocess.run(
-            [sys.executable, "-c", code, "inspect", "resnet18"], capture_output=True, text=True, check=False
-        )
+    @pytest.mark.parametrize(
+        ("package", "arguments"), [("timm", ["inspect", "resnet18"]), ("matplotlib", ["look", "--help"])]
+    )
+    def test_a_missing_extra_is_named(self, package, arguments):
+        code = f"import sys; sys.modules['{package}'] = None; from ctxenc.__main__ import main; sys.exit(main())"
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 2
-        assert done.stderr == "ctxenc: error: inspect needs the package timm: pip install 'ctxenc[train]'\n"
+        extra = "pip install 'ctxenc[train]'"
+        assert done.stderr == f"ctxenc: error: {arguments[0]} needs the package {package}: {extra}\n"
+
+    def test_an_import_error_of_another_kind_is_a_bug(self):
+        assert explain(ImportError("cannot import name 'x' from 'timm'", name="timm"), "inspect") == ("", 1)
 
     def test_a_module_of_ctxenc_that_is_missing_is_a_bug(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "ctxenc.training.inspect", None)
+        monkeypatch.setitem(sys.modules, "ctxenc.commands.inspect", None)
         with pytest.raises(ModuleNotFoundError):
             main(["inspect", "resnet18"])
 
@@ -119,15 +126,15 @@ class TestCommandLine:
         def interrupt(*arguments):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(predict, "load_run", interrupt)
+        monkeypatch.setattr(prediction, "load_run", interrupt)
         assert command("predict", run_folder, image_folder) == (130, "", "ctxenc: interrupted\n")
 
     def test_ctrl_c_in_a_process(self, run_folder, tmp_path):
         fifo = tmp_path / "image.png"
         os.mkfifo(fifo)
         code = (
-            "import sys; from ctxenc.__main__ import main; from ctxenc.training import predict\n"
-            "predict.open_image = lambda path: open(path).read()\n"  # which itself refuses what is no file
+            "import sys; from ctxenc.__main__ import main; from ctxenc.training import prediction\n"
+            "prediction.open_image = lambda path: open(path).read()\n"  # which itself refuses what is no file
             "sys.exit(main())"
         )
         with start("predict", run_folder, fifo, program=("-c", code)) as process:
@@ -158,7 +165,7 @@ class TestCommandLine:
         monkeypatch.setenv("CTXENC_TRACEBACK", "1")
         with pytest.raises(Exception, match="unknown model"):
             main(["inspect", "nonsense"])
-        monkeypatch.setattr(runs.Path, "is_dir", forbid)
+        monkeypatch.setattr(folders.Path, "is_dir", forbid)
         with pytest.raises(PermissionError):
             main(["evaluate", str(tmp_path)])
 
@@ -175,10 +182,10 @@ class TestPathsThatTheSystemRefuses:
     def test_the_run(self, refused, monkeypatch, name, tmp_path):
         more = {"predict": [tmp_path], "evaluate": [], "export": ["--torch-export", tmp_path / "a.pt2"]}[name]
         if name == "predict":
-            monkeypatch.setattr(predict, "find_images", lambda arguments: [])
+            monkeypatch.setattr(prediction, "find_images", lambda arguments: [])
         assert self.LONG in refused(name, tmp_path / self.LONG, *more)
-        real = runs.Path.is_dir
-        monkeypatch.setattr(runs.Path, "is_dir", lambda path: forbid(path) if path.name == "run" else real(path))
+        real = folders.Path.is_dir
+        monkeypatch.setattr(folders.Path, "is_dir", lambda path: forbid(path) if path.name == "run" else real(path))
         message = refused(name, tmp_path / "run", *more)
         assert message == f"ctxenc: error: {tmp_path / 'run'}: Permission denied"
         assert not list(tmp_path.iterdir())
@@ -215,7 +222,7 @@ class TestPredict:
         [entry] = json.loads(out)
         side = resize(to_tensor(Image.open(path)), 32, interpolation=3, antialias=True).clamp(0, 1)
         assert entry["image"] == str(path)
-        loaded = predict.load_run(run_folder)
+        loaded = prediction.load_run(run_folder)
         image = eval_transform(loaded.config.data_config)(Image.open(path))
         assert image.shape == (3, 32, 32)
         assert torch.allclose(image, normalize(side, [0.5] * 3, [0.5] * 3)[..., 3:35], atol=0.1)
@@ -242,21 +249,21 @@ class TestPredict:
         assert [line.split()[0] for line in table[::3]] == [row["image"] for row in rows[::3]]
 
     def test_probabilities_are_taken_in_fp32(self, run_folder, image_folder):
-        loaded = predict.load_run(run_folder)
+        loaded = prediction.load_run(run_folder)
         paths = [image_folder / "val" / "cat" / f"{number}.png" for number in range(4)]
         kept = []
         loaded.model.register_forward_hook(lambda _, __, logits: kept.append(logits))
-        found = predict.predict(loaded, paths, top_k=3, batch_size=4, amp="bf16")
+        found = prediction.predict(loaded, paths, top_k=3, batch_size=4, amp="bf16")
         assert kept[0].dtype == torch.bfloat16
         expected = kept[0].float().softmax(1).sort(dim=1, descending=True).values
         assert torch.equal(torch.tensor([each.probabilities for each in found]), expected)
 
     def test_files_folders_and_globs(self, image_folder):
         cats = image_folder / "val" / "cat"
-        assert len(predict.find_images([str(image_folder)])) == 16
-        assert predict.find_images([str(cats / "*.png"), str(cats / "0.png")]) == sorted(cats.iterdir())
-        assert len(predict.find_images([str(image_folder / "val" / "*")])) == 10
-        assert len(predict.find_images([str(image_folder / "**" / "0.png")])) == 6
+        assert len(prediction.find_images([str(image_folder)])) == 16
+        assert prediction.find_images([str(cats / "*.png"), str(cats / "0.png")]) == sorted(cats.iterdir())
+        assert len(prediction.find_images([str(image_folder / "val" / "*")])) == 10
+        assert len(prediction.find_images([str(image_folder / "**" / "0.png")])) == 6
 
     def test_nothing_found(self, refused, run_folder, tmp_path):
         (tmp_path / "notes.txt").touch()
@@ -346,7 +353,7 @@ class TestEvaluate:
 
     @pytest.mark.parametrize(("name", "value"), [("data", 3), ("data", None), ("val_fraction", "0.2"), ("seed", True)])
     def test_settings_of_a_wrong_type(self, refused, config, run_folder, tmp_path, name, value):
-        runs.write_config(tmp_path, replace(config, settings=config.settings | {name: value}))
+        write_config(tmp_path, replace(config, settings=config.settings | {name: value}))
         shutil.copy(run_folder / "context-0" / "best.safetensors", tmp_path)
         assert f"settings: {name} must be of type" in refused("evaluate", tmp_path)
 
@@ -382,9 +389,9 @@ class TestExport:
 
     def test_a_program_that_differs_is_not_written(self, refused, run_folder, tmp_path, monkeypatch):
         pytest.importorskip("onnx")
-        trace = export.trace
+        trace = exporting.trace
         other = ctxenc.load(run_folder / "context-0", checkpoint="last")
-        monkeypatch.setattr(export, "trace", lambda model, images: trace(other, images))
+        monkeypatch.setattr(exporting, "trace", lambda model, images: trace(other, images))
         for option, name in (("--torch-export", "model.pt2"), ("--onnx", "model.onnx")):
             assert "does not give the model's outputs" in refused("export", run_folder, option, tmp_path / name)
         assert not list(tmp_path.iterdir())
@@ -401,7 +408,7 @@ class TestExport:
         assert not list(out.iterdir())
 
     def test_errors_before_anything_is_built(self, refused, run_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(export, "load_run", lambda *_, **__: pytest.fail("the model was built"))
+        monkeypatch.setattr(exporting, "load_run", lambda *_, **__: pytest.fail("the model was built"))
         assert "--onnx FILE or --torch-export FILE" in refused("export", run_folder)
         assert "must end in .pt2" in refused("export", run_folder, "--torch-export", tmp_path / "model.onnx")
         (tmp_path / "sub").mkdir()

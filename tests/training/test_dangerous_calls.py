@@ -47,8 +47,9 @@ ATTRIBUTES = {
 # What is allowed, and why.
 ALLOWED = {
     ("__main__.py", "importlib.import_module"): "a module of ours, named in the table of commands",
-    ("calibration.py", "import_module"): "timm's or torchvision's module of a class, from the table of SE blocks",
-    ("training/export.py", "importlib.import_module"): "onnxruntime, by its name",
+    ("commands/segment.py", "importlib.import_module"): "a module of ours, named in its table of commands",
+    ("swap/calibration.py", "import_module"): "timm's or torchvision's module of a class, from the table of SE blocks",
+    ("training/exporting.py", "importlib.import_module"): "onnxruntime, by its name",
     ("diagnosis/examination.py", "subprocess"): "this Python, for each kernel a process that may crash or hang",
     ("diagnosis/tasks.py", "subprocess"): "nvidia-smi, for the version of the driver",
     ("diagnosis/tasks.py", "importlib.import_module"): "timm, which need not be there",
@@ -56,7 +57,7 @@ ALLOWED = {
         "integrations/state_dicts.py",
         "zipfile",
     ): "the sizes of a checkpoint's parts, before torch reads it; nothing is unpacked",
-    ("training/export.py", "torch.export.load"): "the file that it wrote a moment ago",
+    ("training/exporting.py", "torch.export.load"): "the file that it wrote a moment ago",
 }
 
 

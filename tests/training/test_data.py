@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ctxenc.training import data, finetune
-from ctxenc.training.console import UserError
+from ctxenc.runs.errors import UserError
+from ctxenc.training import data, finetuning
 from ctxenc.training.fashion import FashionSource
-from ctxenc.training.predict import find_images
+from ctxenc.training.prediction import find_images
 from ctxenc.training.settings import Settings, resolve
 from tests.training.small_runs import DATA_CONFIG, make_cifar, make_fashion
 
@@ -149,7 +149,7 @@ class TestFolders:
         settings = Settings(data=str(tmp_path))
         datasets = data.build_datasets(settings)
         assert datasets.unused == unused
-        line = finetune.describe(settings, datasets)
+        line = finetuning.describe(settings, datasets)
         assert line.endswith(f"; left unused: {', '.join(unused)}") if unused else "; left" not in line
 
     def test_val_may_lack_a_class(self, tmp_path):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ctxenc.runs.errors import UserError
 from ctxenc.training import photographs
-from ctxenc.training.console import UserError
 from ctxenc.training.data import seeded
 
 PIXELS = photographs.TILE**2

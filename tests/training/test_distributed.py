@@ -17,16 +17,17 @@ from torch import nn
 import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet
+from ctxenc.runs.config import read_config
+from ctxenc.runs.folders import load_weights
+from ctxenc.runs.segment_config import SegmentConfig
+from ctxenc.runs.trained import load_run
+from ctxenc.training.accuracy import data_settings, evaluate_run, validation_source
 from ctxenc.training.checkpoint import read_predictions
-from ctxenc.training.evaluate import data_settings, evaluate_run, validation_source
 from ctxenc.training.processes import make_accelerator, speaks
-from ctxenc.training.runs import load_weights, read_config
-from ctxenc.training.segmentation import train as segmentation
-from ctxenc.training.segmentation.networks import SegmentConfig
-from ctxenc.training.segmentation.settings import SegmentSettings
-from ctxenc.training.segmentation.trainer import SegmentTrainer
+from ctxenc.training.segmentation import segment_training as segmentation
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
+from ctxenc.training.segmentation.segment_trainer import SegmentTrainer
 from ctxenc.training.settings import Settings
-from ctxenc.training.trained import load_run
 from ctxenc.training.trainer import Trainer
 from tests.training.launchers import launched
 from tests.training.small_runs import SEGMENT, SMALL, make_pairs, metrics

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.integrations import save_encnet_checkpoint
+from ctxenc.runs.segment_config import NoContext, PooledContext
 from ctxenc.training.checkpoint import read_rows
-from ctxenc.training.segmentation.networks import NoContext, PooledContext
 from tests.training.small_runs import SEGMENT, make_pairs
 
 

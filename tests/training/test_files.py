@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 
-from ctxenc.training import data, finetune
+from ctxenc.training import data, finetuning
 from ctxenc.training.console import counted, listed
 from ctxenc.training.files import LEFT_BEHIND, images_below, walk
-from ctxenc.training.predict import find_images
-from ctxenc.training.segmentation import train as segment
+from ctxenc.training.prediction import find_images
+from ctxenc.training.segmentation import segment_training as segment
 from ctxenc.training.segmentation.pairs import Pairs, matched
-from ctxenc.training.segmentation.settings import SegmentSettings
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
 from ctxenc.training.settings import Settings
 from tests.training import test_segmentation_layouts as layouts
 from tests.training.pair_files import build, error_of, names, plain, write_image, write_mask, write_pair
@@ -121,7 +121,7 @@ def test_cityscapes(tmp_path):
 
 def test_the_first_line_names_the_classes(classes, tmp_path):
     settings = Settings(data=str(classes))
-    line = finetune.describe(settings, data.build_datasets(settings))
+    line = finetuning.describe(settings, data.build_datasets(settings))
     assert line == f"{classes}: 2 classes, 4 training images (cat 2, dog 2), 2 validation images"
     plain(tmp_path / "pairs")
     (tmp_path / "pairs" / "classes.txt").write_text("road\nold wall\nsky\n")

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 import ctxenc
 from ctxenc.__main__ import main
-from ctxenc.training import loop, runs, trainer
+from ctxenc.runs import folders
+from ctxenc.runs.config import RunConfig, read_config
+from ctxenc.runs.errors import UserError
+from ctxenc.training import loop, trainer
 from ctxenc.training.checkpoint import Progress, publish, read_predictions, read_rows
-from ctxenc.training.console import UserError
 from ctxenc.training.data import build_datasets
 from ctxenc.training.settings import Settings
 from tests.training.small_runs import SMALL, assert_same_run, checkpoints, metrics
@@ -60,7 +62,7 @@ class TestRun:
             assert row["images_per_s"] == pytest.approx(6 / row["seconds"])  # of an epoch
 
     def test_the_model_comes_back(self, done):
-        config = runs.read_config(done / "context-0")
+        config = read_config(done / "context-0")
         model = ctxenc.load(done / "context-0", checkpoint="last")
         loaded = load_file(done / "context-0" / "last.safetensors")
         assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
@@ -111,16 +113,16 @@ def test_no_arguments_but_time(tmp_path, capsys):
     starts = [line.split("  ")[0] for line in out.splitlines()]
     assert {"SE", "ContextEncoding", "nearest neighbour on colour"} <= set(starts)
     assert len(read_predictions(tmp_path / "run" / "se-0" / "predictions.csv")) == 585
-    se, context = (runs.build_model(runs.read_config(tmp_path / "run" / arm)) for arm in ("se-0", "context-0"))
+    se, context = (folders.build_model(read_config(tmp_path / "run" / arm)) for arm in ("se-0", "context-0"))
     assert (len(ctxenc.find_se_blocks(se)), len(ctxenc.find_se_blocks(context))) == (4, 0)
     assert len(ctxenc.find_context_blocks(context)) == 4
 
 
 def test_arms_start_from_the_same_backbone(config):
     set_seed(5)
-    plain = runs.build_model(runs.RunConfig(**{**vars(config), "swap": None})).state_dict()
+    plain = folders.build_model(RunConfig(**{**vars(config), "swap": None})).state_dict()
     set_seed(5)
-    swapped = runs.build_model(config).state_dict()
+    swapped = folders.build_model(config).state_dict()
     shared = plain.keys() & swapped.keys()
     assert len(shared) > 0.8 * len(plain)
     assert len(swapped.keys() - plain.keys()) > 0
@@ -186,7 +188,7 @@ class TestSettingsTakeEffect:
         usual, changed = (load_file(run / "context-0" / "last.safetensors") for run in (done, tmp_path))
         shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (usual, changed)]
         assert shapes[0] != shapes[1] or any(not torch.equal(usual[name], changed[name]) for name in usual)
-        stored = runs.read_config(tmp_path).settings
+        stored = read_config(tmp_path).settings
         name = arguments[0].removeprefix("--").replace("-", "_")
         assert stored[name] != Settings().as_dict()[name]
 

@@ -6,7 +6,9 @@ import shutil
 import pytest
 
 from ctxenc.__main__ import main
-from ctxenc.training import loop, runs, trained
+from ctxenc.runs import trained
+from ctxenc.runs.config import read_config
+from ctxenc.training import loop
 from tests.training.small_runs import RANDOM, SMALL, assert_same_run, checkpoints
 
 
@@ -98,7 +100,7 @@ class TestResume:
         assert "--lr was 0.001 in this run, got 0.5" in line
         moved = shutil.copytree(image_folder, tmp_path / "moved")
         assert finetune("--resume", tmp_path / "run", data=moved)[0] == 0
-        assert runs.read_config(tmp_path / "run" / "context-0").settings["data"] == str(moved)
+        assert read_config(tmp_path / "run" / "context-0").settings["data"] == str(moved)
 
     def test_data_that_has_moved(self, finetune, tmp_path, image_folder, monkeypatch):
         """Between two arms, and when nothing is left but the report."""

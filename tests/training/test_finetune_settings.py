@@ -8,14 +8,15 @@ import pytest
 import timm
 
 import ctxenc
+from ctxenc.commands.finetune import add_arguments
+from ctxenc.runs.errors import UserError
 from ctxenc.training import settings as options
-from ctxenc.training.console import UserError
 from ctxenc.training.settings import EMBEDDED, Settings
 
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    options.add_arguments(parser)
+    add_arguments(parser)
     return options.given(parser.parse_args(arguments))
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import ctxenc
 from ctxenc.__main__ import main
-from ctxenc.training import runs
-from ctxenc.training.console import UserError
+from ctxenc.runs import folders
+from ctxenc.runs.errors import UserError
 from ctxenc.training.settings import resolve
 from tests.training.small_runs import SMALL, assert_same_run
 
@@ -120,14 +120,14 @@ class TestInitialCheckpoint:
 
     def test_all_but_the_classifier_of_other_classes_is_taken(self, weights, model):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        runs.load_initial(model, weights)
+        folders.load_initial(model, weights)
         stored = load_file(weights)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, (before if name.startswith("classifier.") else stored)[name]), name
 
     def test_that_of_as_many_classes_is_taken_too(self, weights):
         model = timm.create_model("test_efficientnet", num_classes=5)
-        runs.load_initial(model, weights)
+        folders.load_initial(model, weights)
         stored = load_file(weights)
         assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
 
@@ -135,7 +135,7 @@ class TestInitialCheckpoint:
         average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
         plain = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
         torch.save({"epoch": 3, "state_dict": plain, "state_dict_ema": average}, tmp_path / "last.pth.tar")
-        runs.load_initial(model, tmp_path / "last.pth.tar")
+        folders.load_initial(model, tmp_path / "last.pth.tar")
         assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
 
     def test_a_run_goes_on_from_the_se_network_of_another(self, finetune):
@@ -175,7 +175,7 @@ class TestInitialCheckpoint:
         elif content is not None:
             torch.save(content, path)
         with pytest.raises(UserError, match=re.escape(message)) as caught:
-            runs.load_initial(model, path)
+            folders.load_initial(model, path)
         assert f"--initial-checkpoint {path} " in str(caught.value)
         assert "weights_only=False" not in str(caught.value)
         assert not caplog.records

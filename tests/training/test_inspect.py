@@ -7,8 +7,8 @@ import torchvision
 
 import ctxenc
 from ctxenc.__main__ import main
-from ctxenc.training.console import UserError
-from ctxenc.training.inspect import inspect_model
+from ctxenc.runs.errors import UserError
+from ctxenc.training.inspection import inspect_model
 
 
 def count(module):
@@ -56,7 +56,7 @@ class TestInspectModel:
         seen = []
         patch = ctxenc.patch_se_blocks
         monkeypatch.setattr(
-            "ctxenc.training.inspect.patch_se_blocks",
+            "ctxenc.training.inspection.patch_se_blocks",
             lambda model, **swap: patch(seen.append(next(model.parameters()).device) or model, **swap),
         )
         inspect_model("seresnet50", 64)

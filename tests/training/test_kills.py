@@ -19,7 +19,7 @@ KILLS = int(os.environ.get("CTXENC_KILLS", "5"))  # of each command
 # Has imported everything, and runs each command in a child that it forks: an interpreter of its own takes seconds to start.
 SERVER = """
 import json, os, signal, sys, time
-import ctxenc.training.finetune, ctxenc.training.segment
+import ctxenc.training.finetuning, ctxenc.commands.segment
 from ctxenc.__main__ import main
 for line in sys.stdin:
     arguments, log, kill_after = json.loads(line)

@@ -8,7 +8,7 @@ from PIL import Image
 import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet, save_encnet_checkpoint
-from ctxenc.training import look as command
+from ctxenc.training import looking as command
 from ctxenc.training.segmentation import scenes
 from ctxenc.viz import codebook_usage
 

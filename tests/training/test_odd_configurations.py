@@ -13,9 +13,11 @@ import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet, load_encnet_checkpoint
 from ctxenc.integrations.checkpoints import METADATA, save_encnet_checkpoint
-from ctxenc.training import checkpoint, data, durable, runs, settings
-from ctxenc.training.console import UserError
-from ctxenc.training.segmentation import settings as segment_settings
+from ctxenc.runs import folders
+from ctxenc.runs.config import RunConfig
+from ctxenc.runs.errors import UserError
+from ctxenc.training import checkpoint, data, durable, settings
+from ctxenc.training.segmentation import segment_settings
 from tests.training.attacks import Watch, forge, saved
 
 CODE = "__import__('os').system('touch taken')"
@@ -89,10 +91,10 @@ class TestConfigurations:
         """Refused, or of no effect: JSON holds no code, and timm looks names up in tables of its own."""
         monkeypatch.chdir(tmp_path)
         with Watch(marker), suppress(UserError, ValueError):
-            runs.build_model(runs.RunConfig(**vars(config) | {"model": model, "model_kwargs": arguments, "swap": None}))
+            folders.build_model(RunConfig(**vars(config) | {"model": model, "model_kwargs": arguments, "swap": None}))
         if {"pretrained", "cache"} & {each.partition("_")[0] for each in arguments} or "checkpoint_path" in arguments:
             with pytest.raises(ValueError, match="model_kwargs must be"):
-                runs.RunConfig(**vars(config) | {"model_kwargs": arguments})
+                RunConfig(**vars(config) | {"model_kwargs": arguments})
 
     @pytest.mark.parametrize(
         ("key", "value"), [("interpolation", CODE), ("interpolation", "cubic"), ("crop_mode", CODE)]
@@ -104,7 +106,7 @@ class TestConfigurations:
         assert "config: data_config must be" in capsys.readouterr().err
 
     def test_every_interpolation_that_is_allowed_is_timms(self, config):
-        from ctxenc.training.config import CROP_MODES, INTERPOLATIONS
+        from ctxenc.runs.config import CROP_MODES, INTERPOLATIONS
 
         for key, values in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
             for value in values:

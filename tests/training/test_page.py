@@ -15,9 +15,9 @@ from PIL import Image
 
 import ctxenc
 from ctxenc.__main__ import main
+from ctxenc.runs.config import read_config
 from ctxenc.training import pictures, trainer
 from ctxenc.training.checkpoint import read_predictions
-from ctxenc.training.config import read_config
 from ctxenc.training.data import eval_transform, open_image
 from ctxenc.training.page import write_page
 from tests.training.small_runs import SEGMENT, make_pairs

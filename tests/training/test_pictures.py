@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ctxenc.training.segmentation import pictures
-from ctxenc.training.segmentation.pictures import colour_mask, legend, overlay, voc_palette
+from ctxenc.training.segmentation import mask_pictures
+from ctxenc.training.segmentation.mask_pictures import colour_mask, legend, overlay, voc_palette
 
 MASK = torch.tensor([[0, 1, 1, 1], [2, 255, 1, 1]])
 CLASSES = ["background", "aeroplane", "bicycle", "bird"]
@@ -68,13 +68,13 @@ def test_overlay_leaves_the_background():
 def rows(monkeypatch):
     """What legend draws, as text."""
     seen = []
-    draw = pictures._draw_rows
+    draw = mask_pictures._draw_rows
 
     def remember(rows, font_size):
         seen.extend(rows)
         return draw(rows, font_size)
 
-    monkeypatch.setattr(pictures, "_draw_rows", remember)
+    monkeypatch.setattr(mask_pictures, "_draw_rows", remember)
     return seen
 
 
@@ -160,12 +160,12 @@ def test_arguments_are_checked(call, error, text):
 def test_a_sheet_shows_photograph_mask_and_prediction_beside_each_other():
     photograph = torch.full((3, 48, 96), 70, dtype=torch.uint8)
     mask, prediction = torch.zeros(48, 96, dtype=torch.int64), torch.ones(48, 96, dtype=torch.int64)
-    picture = np.asarray(pictures.sheet([(photograph, mask, prediction)] * 2, 2))
+    picture = np.asarray(mask_pictures.sheet([(photograph, mask, prediction)] * 2, 2))
     assert picture.shape == (2 * 192 + 3 * 4, 3 * 384 + 4 * 4, 3)
-    palette = pictures.voc_palette(2)
+    palette = mask_pictures.voc_palette(2)
     for top in (4, 200):
         for number, colour in enumerate([(70, 70, 70), *palette]):
             left = 4 + number * 388
             assert (picture[top : top + 192, left : left + 384] == colour).all()
     with pytest.raises(ValueError, match="sheet: rows must hold at least one"):
-        pictures.sheet([], 2)
+        mask_pictures.sheet([], 2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ctxenc.training import report, runs
+from ctxenc.runs import folders
+from ctxenc.training import report
 from ctxenc.training.checkpoint import COLUMNS, PREDICTIONS, read_predictions, read_rows, write_rows
 from ctxenc.training.settings import Settings
 
@@ -47,7 +48,9 @@ def test_table(finished):
     se, context = (
         next(line for line in text.splitlines() if line.startswith(name)) for name in ("SE ", "ContextEncoding ")
     )
-    parameters = {arm: sum(p.numel() for p in runs.build_model(config).parameters()) for arm, config in configs.items()}
+    parameters = {
+        arm: sum(p.numel() for p in folders.build_model(config).parameters()) for arm, config in configs.items()
+    }
     # 50 % is the mean of 2/3 and 1/3: the last epoch, though the first was perfect.
     assert se.split()[1:4] == [f"{parameters['se']:,}", "50.0", "%"]
     assert se.split()[-4:] == ["66.7,", "33.3", "200", "1.00"]

@@ -14,9 +14,10 @@ import timm
 from safetensors.torch import save_file
 
 from ctxenc.__main__ import main
-from ctxenc.training import checkpoint, config, console, loop, runner
+from ctxenc.runs import config, errors
+from ctxenc.runs.errors import UserError
+from ctxenc.training import checkpoint, console, loop, runner
 from ctxenc.training.bad_images import BadImages, BrokenImageError
-from ctxenc.training.console import UserError
 from tests.training.small_runs import SEGMENT, make_pairs
 
 HOLDER = """
@@ -176,9 +177,9 @@ class TestNames:
     """Names of files and classes cannot steer a terminal."""
 
     def test_what_is_escaped(self):
-        assert console.printable(EVIL) == SHOWN
+        assert errors.printable(EVIL) == SHOWN
         assert (
-            console.printable("\u96ea \u0627\u0644 caf\u00e9 \U0001f600\u200d.png")
+            errors.printable("\u96ea \u0627\u0644 caf\u00e9 \U0001f600\u200d.png")
             == "\u96ea \u0627\u0644 caf\u00e9 \U0001f600\u200d.png"
         )
         assert console.text_table([EVIL], [[EVIL]]).splitlines() == [SHOWN, "-" * len(SHOWN), SHOWN]
@@ -206,7 +207,7 @@ class TestNames:
             out, err = capsys.readouterr()
             assert f"{tmp_path / SHOWN}.png" in out
             assert f"skipped broken image {tmp_path / SHOWN}: " in err
-            assert not console.CONTROLS.search((out + err).replace("\n", ""))
+            assert not errors.CONTROLS.search((out + err).replace("\n", ""))
         BadImages(tmp_path / "bad.txt", 9).add(BrokenImageError(f"broken image {EVIL}"))
         checkpoint.write_rows(tmp_path / "rows.csv", ["name"], [{"name": EVIL}])
         assert (tmp_path / "bad.txt").read_text() == f"broken image {SHOWN}\n"
@@ -239,7 +240,7 @@ class TestStoredConfigurations:
     def test_weights_of_others_are_asked_for(self, forged, monkeypatch, capsys, name, value, option):
         asked = []
         monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: asked.append("pretrained"))
-        monkeypatch.setattr("ctxenc.training.runs.load_initial", lambda *_: asked.append("initial_checkpoint"))
+        monkeypatch.setattr("ctxenc.runs.folders.load_initial", lambda *_: asked.append("initial_checkpoint"))
         run = forged(**{name: value})
         assert main(["finetune", "--resume", str(run)]) == 2
         assert capsys.readouterr().err.endswith(

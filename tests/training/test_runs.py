@@ -13,8 +13,9 @@ import timm
 import torch
 
 import ctxenc
-from ctxenc.training import runs, trained
-from ctxenc.training.console import UserError
+from ctxenc.runs import folders, trained
+from ctxenc.runs.config import atomic, read_config, write_config
+from ctxenc.runs.errors import UserError
 
 
 def rewrite(folder, **fields):
@@ -24,14 +25,14 @@ def rewrite(folder, **fields):
 
 @pytest.mark.parametrize("swap", [{}, {"aggregation": "mean"}])
 def test_a_run_of_before_there_was_a_choice_took_the_sum(config, swap):
-    model = runs.build_model(replace(config, swap={"num_codes": 4} | swap))
+    model = folders.build_model(replace(config, swap={"num_codes": 4} | swap))
     assert {found.aggregation for found in ctxenc.find_context_blocks(model)} == {swap.get("aggregation", "sum")}
 
 
 class TestConfig:
     def test_comes_back_equal(self, config, tmp_path):
-        runs.write_config(tmp_path, config)
-        assert runs.read_config(tmp_path) == config
+        write_config(tmp_path, config)
+        assert read_config(tmp_path) == config
         assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
 
     @pytest.mark.parametrize(
@@ -53,10 +54,10 @@ class TestConfig:
         ],
     )
     def test_a_wrong_field_is_named_with_its_value(self, config, tmp_path, field, value):
-        runs.write_config(tmp_path, config)
+        write_config(tmp_path, config)
         rewrite(tmp_path, **{field: value})
         with pytest.raises(UserError) as caught:
-            runs.read_config(tmp_path)
+            read_config(tmp_path)
         assert f"config: {field} must be" in str(caught.value)
         assert repr(value) in str(caught.value)
         with pytest.raises(ValueError, match=field):
@@ -86,33 +87,33 @@ class TestConfig:
             replace(config, data_config=config.data_config | {key: value})
 
     def test_another_format_is_refused_before_its_fields_are_read(self, config, tmp_path):
-        runs.write_config(tmp_path, config)
+        write_config(tmp_path, config)
         rewrite(tmp_path, format=2, novelty=1)
         with pytest.raises(UserError, match="format must be 1, got 2"):
-            runs.read_config(tmp_path)
+            read_config(tmp_path)
 
     def test_unknown_and_missing_fields_are_named(self, config, tmp_path):
-        runs.write_config(tmp_path, config)
+        write_config(tmp_path, config)
         rewrite(tmp_path, novelty=1)
         with pytest.raises(UserError, match="field novelty is unknown"):
-            runs.read_config(tmp_path)
+            read_config(tmp_path)
         table = json.loads((tmp_path / "config.json").read_text())
         del table["novelty"], table["classes"]
         (tmp_path / "config.json").write_text(json.dumps(table))
         with pytest.raises(UserError, match="field classes is missing"):
-            runs.read_config(tmp_path)
+            read_config(tmp_path)
 
     @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b'"x"'])
     def test_what_is_no_configuration_is_refused(self, tmp_path, text):
         (tmp_path / "config.json").write_bytes(text)
         with pytest.raises(UserError, match=r"config\.json"):
-            runs.read_config(tmp_path)
+            read_config(tmp_path)
 
     def test_what_is_no_json_leaves_the_old_file(self, config, tmp_path):
-        runs.write_config(tmp_path, config)
+        write_config(tmp_path, config)
         before = (tmp_path / "config.json").read_bytes()
         with pytest.raises(TypeError):
-            runs.write_config(tmp_path, replace(config, settings={"path": object()}))
+            write_config(tmp_path, replace(config, settings={"path": object()}))
         assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -120,7 +121,7 @@ class TestAtomic:
     def test_a_failure_leaves_what_was_there(self, tmp_path):
         path = tmp_path / "file.txt"
         path.write_text("old")
-        with suppress(KeyboardInterrupt), runs.atomic(path) as temporary:
+        with suppress(KeyboardInterrupt), atomic(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
         assert path.read_text() == "old"
@@ -138,37 +139,37 @@ class TestAtomic:
         thread = threading.Thread(target=read)
         thread.start()
         for _ in range(50):
-            with runs.atomic(path) as temporary:
+            with atomic(path) as temporary:
                 temporary.write_text("1" * 100_000)
         stop.set()
         thread.join()
         assert seen <= {"0" * 100_000, "1" * 100_000}
 
     def test_an_error_with_another_file_is_not_called_one_of_writing(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="elsewhere"), runs.atomic(tmp_path / "file.txt"):
+        with pytest.raises(FileNotFoundError, match="elsewhere"), atomic(tmp_path / "file.txt"):
             (tmp_path / "elsewhere").read_bytes()
         assert not list(tmp_path.iterdir())
         with (
             pytest.raises(UserError, match=r"cannot write .*file\.txt"),
-            runs.atomic(tmp_path / "file.txt") as temporary,
+            atomic(tmp_path / "file.txt") as temporary,
         ):
             temporary.unlink()
-        with pytest.raises(UserError, match=r"cannot write .*file\.txt"), runs.atomic(tmp_path / "file.txt"):
+        with pytest.raises(UserError, match=r"cannot write .*file\.txt"), atomic(tmp_path / "file.txt"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     @pytest.mark.parametrize("name", ["file.txt/below", "missing/file", "."])
     def test_what_cannot_be_written_is_told_before_the_body(self, tmp_path, name):
         (tmp_path / "file.txt").touch()
-        with pytest.raises(UserError, match="cannot write"), runs.atomic(tmp_path / name):
+        with pytest.raises(UserError, match="cannot write"), atomic(tmp_path / name):
             pytest.fail("the body ran")
 
 
 class TestBuild:
     def test_se_and_context(self, config):
-        se = runs.build_model(replace(config, swap=None))
+        se = folders.build_model(replace(config, swap=None))
         assert not ctxenc.find_context_blocks(se)
         assert len(ctxenc.find_se_blocks(se)) == 2
-        context = runs.build_model(config)
+        context = folders.build_model(config)
         assert len(ctxenc.find_context_blocks(context)) == 2
         assert not ctxenc.find_se_blocks(context)
         assert context(torch.zeros(2, 3, 32, 32)).shape == (2, len(config.classes))
@@ -190,17 +191,17 @@ class TestBuild:
     )
     def test_what_cannot_be_built_is_one_line(self, config, fields, words):
         with pytest.raises(UserError) as caught:
-            runs.build_model(replace(config, **fields))
+            folders.build_model(replace(config, **fields))
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 class TestWeights:
     def test_come_back_equal(self, config, tmp_path):
-        model, other = runs.build_model(config), runs.build_model(config)
+        model, other = folders.build_model(config), folders.build_model(config)
         model.to(memory_format=torch.channels_last)
-        runs.save_weights(tmp_path / "w.safetensors", model)
-        runs.load_weights(other, tmp_path / "w.safetensors")
+        folders.save_weights(tmp_path / "w.safetensors", model)
+        folders.load_weights(other, tmp_path / "w.safetensors")
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, other.state_dict()[name]), name
         assert [each.name for each in tmp_path.iterdir()] == ["w.safetensors"]
@@ -212,92 +213,92 @@ class TestWeights:
             return model
 
         model, other = tied(), tied()
-        runs.save_weights(tmp_path / "w.safetensors", model)
-        runs.load_weights(other, tmp_path / "w.safetensors")
+        folders.save_weights(tmp_path / "w.safetensors", model)
+        folders.load_weights(other, tmp_path / "w.safetensors")
         assert torch.equal(other[1].weight, model[0].weight)
         assert other[0].weight is other[1].weight
 
     @pytest.mark.parametrize("kept", ["conv_stem.weight", "bn1.weight", "nowhere"])
     def test_a_second_name_that_the_model_does_not_have(self, config, tmp_path, kept):
         """A file may name any tensor as the second name of another, of its own or of none."""
-        model, path = runs.build_model(config), tmp_path / "w.safetensors"
+        model, path = folders.build_model(config), tmp_path / "w.safetensors"
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         state = {name: tensor + 1 for name, tensor in before.items() if name != "bn1.bias"}
         safetensors.torch.save_file(state, path, {"bn1.bias": kept})
         with pytest.raises(UserError, match=r"does not fit the model of its configuration: .*bn1\.bias"):
-            runs.load_weights(model, path)
+            folders.load_weights(model, path)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
     @pytest.mark.parametrize("length", [0, 4, 100, -1])
     def test_truncated(self, config, tmp_path, length):
         path = tmp_path / "w.safetensors"
-        runs.save_weights(path, runs.build_model(config))
+        folders.save_weights(path, folders.build_model(config))
         path.write_bytes(path.read_bytes()[:length])
         with pytest.raises(UserError, match="damaged"):
-            runs.load_weights(runs.build_model(config), path)
+            folders.load_weights(folders.build_model(config), path)
 
     def test_missing(self, config, tmp_path):
-        model, path = runs.build_model(config), tmp_path / "w.safetensors"
+        model, path = folders.build_model(config), tmp_path / "w.safetensors"
         with pytest.raises(UserError, match=r"cannot read .*w\.safetensors: No such file or directory"):
-            runs.load_weights(model, path)
+            folders.load_weights(model, path)
         path.symlink_to(path)  # as root, no file is forbidden
         with pytest.raises(UserError, match=r"cannot read .*w\.safetensors: Too many levels of symbolic links"):
-            runs.load_weights(model, path)
+            folders.load_weights(model, path)
 
     def test_are_as_open_as_other_files(self, config, tmp_path):
         before = os.umask(0o027)
         try:
-            runs.save_weights(tmp_path / "w.safetensors", runs.build_model(config))
+            folders.save_weights(tmp_path / "w.safetensors", folders.build_model(config))
         finally:
             os.umask(before)
         assert stat.filemode((tmp_path / "w.safetensors").stat().st_mode) == "-rw-r-----"
 
     def test_of_another_model_leaves_the_model_unchanged(self, config, tmp_path):
         path = tmp_path / "w.safetensors"
-        model = runs.build_model(config)
+        model = folders.build_model(config)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        runs.save_weights(path, runs.build_model(replace(config, classes=["one"])))
+        folders.save_weights(path, folders.build_model(replace(config, classes=["one"])))
         with pytest.raises(UserError, match=r"classifier\.\w+ has shape"):
-            runs.load_weights(model, path)
-        runs.save_weights(path, runs.build_model(replace(config, swap=None)))
+            folders.load_weights(model, path)
+        folders.save_weights(path, folders.build_model(replace(config, swap=None)))
         with pytest.raises(
             UserError, match=r"it has blocks\.3\.0\.se\.conv_expand\.bias, .*; the network blocks\.3\.0\.se\.conv"
         ):
-            runs.load_weights(model, path)
+            folders.load_weights(model, path)
         safetensors.torch.save_file(before | {"extra": torch.zeros(1)}, path)
         with pytest.raises(UserError, match=r"it has extra \(1 and 0 such names\)"):
-            runs.load_weights(model, path)
+            folders.load_weights(model, path)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 class TestResolve:
     def test_the_first_seed_whatever_the_scores(self, run_folder, tmp_path):
         """The best of several seeds would be chosen on the images that it is then judged by."""
-        assert runs.resolve(run_folder).name == runs.resolve(run_folder, "last").name == "context-0"
+        assert folders.resolve(run_folder).name == folders.resolve(run_folder, "last").name == "context-0"
         for name in ("context-10", "context-9", "encnet_no_se_loss-0"):
             shutil.copytree(run_folder / "se-0", tmp_path / name)
-        assert runs.resolve(tmp_path).name == "context-9"
-        assert runs.resolve(run_folder, preferred=("se-",)).name == "se-0"
+        assert folders.resolve(tmp_path).name == "context-9"
+        assert folders.resolve(run_folder, preferred=("se-",)).name == "se-0"
 
     def test_an_arm_itself(self, run_folder):
-        assert runs.resolve(run_folder / "se-0") == run_folder / "se-0"
+        assert folders.resolve(run_folder / "se-0") == run_folder / "se-0"
 
     def test_se_arms_where_there_is_no_other(self, run_folder, tmp_path):
         for seed in range(2):
             shutil.copytree(run_folder / "se-0", tmp_path / f"se-{seed}")
-        assert runs.resolve(tmp_path).name.startswith("se-")
+        assert folders.resolve(tmp_path).name.startswith("se-")
 
     def test_errors(self, run_folder, tmp_path):
         with pytest.raises(UserError, match="no run at"):
-            runs.resolve(tmp_path / "none")
+            folders.resolve(tmp_path / "none")
         with pytest.raises(UserError, match="is no run folder"):
-            runs.resolve(tmp_path)
+            folders.resolve(tmp_path)
         with pytest.raises(UserError, match="checkpoint must be one of best, last, got 'first'"):
-            runs.resolve(run_folder, "first")
+            folders.resolve(run_folder, "first")
         shutil.copytree(run_folder, tmp_path / "run")
         (tmp_path / "run" / "context-0" / "best.safetensors").unlink()
         with pytest.raises(UserError, match=r"best\.safetensors does not exist"):
-            runs.resolve(tmp_path / "run")
+            folders.resolve(tmp_path / "run")
 
 
 class TestLoad:

@@ -8,11 +8,13 @@ from PIL import Image
 
 from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet, inference, save_encnet_checkpoint
+from ctxenc.runs import segment_config
+from ctxenc.runs.config import read_config
+from ctxenc.runs.segment_config import SegmentConfig, build_network
 from ctxenc.training.checkpoint import read_rows
-from ctxenc.training.config import read_config
-from ctxenc.training.segmentation import networks, predict, settings, trainer
-from ctxenc.training.segmentation.networks import ARMS, SegmentConfig, arm_configs, build_network
-from ctxenc.training.segmentation.settings import ALL_ARMS
+from ctxenc.training.segmentation import segment_prediction, segment_settings, segment_trainer
+from ctxenc.training.segmentation.arms import ARMS, arm_configs
+from ctxenc.training.segmentation.segment_settings import SEVERAL
 from tests.training.small_runs import SEGMENT, make_pairs
 
 
@@ -62,9 +64,9 @@ def read_rows_of(path):
 
 
 def test_arms_differ_in_their_context_alone():
-    chosen = settings.SegmentSettings(backbone="test_resnet", channels=16, num_codes=4, arms="all")
+    chosen = segment_settings.SegmentSettings(backbone="test_resnet", channels=16, num_codes=4, arms="all")
     configs = arm_configs(chosen, ["a", "b"])
-    assert tuple(configs) == ALL_ARMS == tuple(ARMS)
+    assert tuple(configs) == SEVERAL["all"] == tuple(ARMS)
     built = {arm: build_network(config) for arm, config in configs.items()}
     shared = set.intersection(*({*network.state_dict()} for network in built.values()))
     assert {name.partition(".")[0] for name in shared} == {"backbone", "reduce", "classifier", "aux"}
@@ -75,14 +77,16 @@ def test_arms_differ_in_their_context_alone():
         "encnet_no_se_loss": ["aux", "out"],
         "encnet": ["aux", "out", "se"],
     }
-    assert isinstance(built["fcn"].encoding, networks.NoContext)
-    assert isinstance(built["fcn_se"].encoding, networks.PooledContext)
+    assert isinstance(built["fcn"].encoding, segment_config.NoContext)
+    assert isinstance(built["fcn_se"].encoding, segment_config.PooledContext)
 
 
 def test_the_head_learns_faster_and_codewords_do_not_decay():
-    chosen = settings.SegmentSettings(backbone="test_resnet", channels=16, num_codes=4, lr=0.01, weight_decay=0.1)
+    chosen = segment_settings.SegmentSettings(
+        backbone="test_resnet", channels=16, num_codes=4, lr=0.01, weight_decay=0.1
+    )
     network = EncNet("test_resnet", 3, channels=16, num_codes=4)
-    optimizer = trainer.make_optimizer(network, chosen)
+    optimizer = segment_trainer.make_optimizer(network, chosen)
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     assert len(groups) == len(list(network.parameters()))
     for name, parameter in network.named_parameters():
@@ -127,7 +131,9 @@ def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys, monkeyp
     arguments += ["--out", str(tmp_path / "masks"), "--classes", str(names), "--crop", "24", "--scales", "0.5", "1"]
     shown = []
     monkeypatch.setattr(
-        predict, "predict", lambda *args, **options: shown.append(options) or inference.predict(*args, **options)
+        segment_prediction,
+        "predict",
+        lambda *args, **options: shown.append(options) or inference.predict(*args, **options),
     )
     assert main([*arguments, "--base-size", "50"]) == 0
     assert {(tuple(each["scales"]), each["base_size"], each["crop"]) for each in shown} == {((0.5, 1.0), 50, 24)}

@@ -1,5 +1,6 @@
 """What the trainer of segmentation does in a step, in an epoch and in evaluation, one thing at a time."""
 
+import argparse
 import csv
 import math
 from dataclasses import replace
@@ -13,14 +14,16 @@ from torch import nn
 from torchvision import tv_tensors
 
 from ctxenc.__main__ import main
+from ctxenc.commands.segment import add_predict_arguments
 from ctxenc.integrations import EncNet
+from ctxenc.runs.segment_config import PooledContext
+from ctxenc.runs.trained import load_run
 from ctxenc.training.checkpoint import read_rows
-from ctxenc.training.segmentation import predict, report, trainer
-from ctxenc.training.segmentation.data import Datasets
-from ctxenc.training.segmentation.networks import ARMS, PooledContext, arm_configs
-from ctxenc.training.segmentation.settings import SegmentSettings
-from ctxenc.training.segmentation.trainer import share_wrong
-from ctxenc.training.trained import load_run
+from ctxenc.training.segmentation import segment_prediction, segment_report, segment_trainer
+from ctxenc.training.segmentation.arms import ARMS, arm_configs
+from ctxenc.training.segmentation.datasets import Datasets
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
+from ctxenc.training.segmentation.segment_trainer import share_wrong
 from tests.training.small_runs import SEGMENT, make_pairs
 
 
@@ -69,7 +72,7 @@ def trainer_of(tmp_path, count=4, val=5, **changed):
     datasets = Datasets(Halves(count), Halves(val))
     (config,) = arm_configs(settings, list(Halves.classes)).values()
     config = replace(config, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
-    return trainer.SegmentTrainer(config, settings, datasets, tmp_path, 0)
+    return segment_trainer.SegmentTrainer(config, settings, datasets, tmp_path, 0)
 
 
 def test_the_rate_follows_poly_at_each_update(tmp_path):
@@ -153,7 +156,7 @@ def test_the_report_is_of_the_last_epoch():
         {"mean_iou": score, "pixel_accuracy": score, "images_per_s": 10.0, "iou/a": score, "iou/b": 0.0}
         for score in (0.9, 0.25)
     ]
-    header, cells = report.table({"encnet": [rows]}, {"encnet": config}, ["a"])
+    header, cells = segment_report.table({"encnet": [rows]}, {"encnet": config}, ["a"])
     row = dict(zip(header, cells[0], strict=True))
     assert (row["network"], row["mIoU"], row["pixel accuracy"]) == (ARMS["encnet"][0], "25.0 %", "25.0 %")
     assert (row["mIoU, ambiguous"], row["mIoU, others"]) == ("25.0 %", "0.0 %")
@@ -170,9 +173,9 @@ def test_predict_normalises_and_takes_the_likeliest_class(tmp_path, monkeypatch)
         left = torch.arange(30).expand(20, 30) < 10
         return torch.stack([left, ~left]).float()[None]
 
-    monkeypatch.setattr(predict, "predict", stand_in)
-    parser = predict.argparse.ArgumentParser()
-    predict.add_arguments(parser)
+    monkeypatch.setattr(segment_prediction, "predict", stand_in)
+    parser = argparse.ArgumentParser()
+    add_predict_arguments(parser)
     arguments = [
         tmp_path / "saved",
         tmp_path / "white.png",
@@ -182,7 +185,7 @@ def test_predict_normalises_and_takes_the_likeliest_class(tmp_path, monkeypatch)
         "--crop",
         8,
     ]
-    predict.run(parser.parse_args([*map(str, arguments), "--device", "cpu"]))
+    segment_prediction.run(parser.parse_args([*map(str, arguments), "--device", "cpu"]))
     assert (seen["flip"], seen["crop"], seen["scales"]) == (True, 8, [1.0])
     config = load_run(tmp_path / "saved").config
     wanted = (1 - torch.tensor(config.mean)) / torch.tensor(config.std)

@@ -11,10 +11,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from ctxenc.training.segmentation import data
+from ctxenc.training.segmentation import datasets as data
 from ctxenc.training.segmentation.pairs import Pairs, held_out, matched
-from ctxenc.training.segmentation.settings import SegmentSettings
-from ctxenc.training.segmentation.train import describe
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
+from ctxenc.training.segmentation.segment_training import describe
 from tests.training.pair_files import build, error_of, names, plain, read_error, write_image, write_mask, write_pair
 from tests.training.test_segmentation_layouts import LISTS, make_voc
 

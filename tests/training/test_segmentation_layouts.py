@@ -2,7 +2,7 @@
 
 import pytest
 
-from ctxenc.training.segmentation import data
+from ctxenc.training.segmentation import datasets as data
 from tests.training.pair_files import build, error_of, names, write_image, write_mask
 
 LISTS = {"train.txt": "a\nb\n", "val.txt": "v\n"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_jaccard_index
 
-from ctxenc.training.segmentation.metrics import SegmentationMetrics, as_floats
+from ctxenc.training.segmentation.segment_metrics import SegmentationMetrics, as_floats
 
 IGNORE = 255
 # Class 3 occurs nowhere, class 2 in the predictions alone.

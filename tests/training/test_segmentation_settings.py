@@ -6,15 +6,16 @@ from dataclasses import fields
 
 import pytest
 
-from ctxenc.training.console import UserError
-from ctxenc.training.segmentation import settings as options
-from ctxenc.training.segmentation.settings import OWN_DEFAULTS, SegmentSettings
+from ctxenc.commands.segment import add_train_arguments
+from ctxenc.runs.errors import UserError
+from ctxenc.training.segmentation import segment_settings as options
+from ctxenc.training.segmentation.segment_settings import OWN_DEFAULTS, SegmentSettings
 from ctxenc.training.settings import option_name
 
 
 def parser():
     made = argparse.ArgumentParser(prog="segment")
-    options.add_arguments(made)
+    add_train_arguments(made)
     return made
 
 

@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import RandomCrop, RandomRotation
 
 from ctxenc.training.data import seeded
-from ctxenc.training.segmentation.settings import SegmentSettings
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
 from ctxenc.training.segmentation.transforms import ScaleLongerSide, eval_transform, train_transform
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from ctxenc.__main__ import main
+from ctxenc.runs.errors import UserError
 from ctxenc.training import bad_images, data, durable, loop, trainer
 from ctxenc.training.bad_images import BadImages, BrokenImageError, Intact
 from ctxenc.training.checkpoint import read_predictions
-from ctxenc.training.console import UserError
 from ctxenc.training.settings import Settings
 from tests.training.small_runs import RANDOM, SEGMENT, SMALL, assert_same_run, checkpoints, make_pairs, metrics
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ctxenc.__main__ import main
 from ctxenc.training import durable, loop, signals, trainer
-from ctxenc.training.segmentation.trainer import SegmentTrainer
+from ctxenc.training.segmentation.segment_trainer import SegmentTrainer
 from tests.training.small_runs import RANDOM, SEGMENT, SMALL, assert_same_run, checkpoints, make_pairs
 
 ARMS = ["se-0", "context-0"]

@@ -7,9 +7,9 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ctxenc.runs.errors import UserError
 from ctxenc.training import trainer
 from ctxenc.training.checkpoint import Progress
-from ctxenc.training.console import UserError
 from ctxenc.training.tensorboard import Board
 from tests.training.small_runs import metrics
 

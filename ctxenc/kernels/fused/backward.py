@@ -1,7 +1,7 @@
-"""Backward of the operator: its kernels and their launcher.
+"""Define the operator's backward kernels and their launcher.
 
-The weights are taken again, x is read as in forward, and the gradient in x written on the way. With g = dL/de, r = x - d and
-p = r . g, the gradient in a logit is q = w (p - sum_k w p), and
+The kernel recomputes the weights, reads x as forward does, and writes the gradient in x in the same pass. With g =
+dL/de, r = x - d and p = r . g, the gradient in a logit is q = w (p - sum_k w p), and
 
     dL/dx = sum_k w g + 2 s q (d' - x')    dL/dd = 2 s sum_i q r - (sum_i w) g    dL/ds = -sum_i q |r|^2
 """
@@ -32,8 +32,8 @@ from ctxenc.kernels.fused.steps import (
 from ctxenc.kernels.fused.tiles import block_of, ceil_div, is_channels_last, partial_cost, share_tiles
 from ctxenc.kernels.fused.wide import assign_wide, load_map, map_pointers
 
-SIZES = ["p_x", "N", "tiles", "B", "share", "stride_b", "stride_n", "stride_d"]
-BLOCK, ROWS = 64, 16  # elements that a program of the finishing kernel adds up, and rows that it reads at a time
+SIZES = ["p_x", "N", "tiles", "B", "share", "stride_b", "stride_n", "stride_d", "count"]
+BLOCK, ROWS = 64, 16  # elements per program of the finishing kernel, and rows that it reads at a time
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
@@ -42,24 +42,25 @@ def encode_bwd_kernel(
     p_codewords,  # (K, D)
     p_smoothing,  # (K,) or ()
     p_grad,  # (B, K, D)
-    p_map,  # (B, tiles, BLOCK_N, BLOCK_K): weights, where D is WIDE
+    p_map,  # (B, tiles, BLOCK_N, BLOCK_K): weights, if WIDE
     p_q,  # the same: gradients in the logits
     p_dx,  # (B, D, N), dense, in the layout of x
-    p_rows,  # (programs, K D + K), fp32: gradients in the codewords less the term in grad, and in the smoothing
+    p_rows,  # (programs, K D + K), fp32: gradients in the codewords without the term in grad, and in the smoothing
     N,
-    tiles,  # of BLOCK_N pixels in an image
+    tiles,  # tiles of BLOCK_N pixels per image
     B,
-    share,  # of the tiles of all images for one program
+    share,  # tiles per program, over all images
     stride_b,
     stride_n,
     stride_d,
+    count,  # divisor of the encoding, and so of grad
     D: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
     LAYOUT: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
-    DX: tl.constexpr,  # whether the gradient in x is wanted
+    DX: tl.constexpr,  # compute the gradient in x
     DOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -88,7 +89,7 @@ def encode_bwd_kernel(
         b = (tile // tiles).to(tl.int64)
         o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        grad = load_rows(p_grad + b * K * D, o_d, o_k, D, K)
+        grad = load_rows(p_grad + b * K * D, o_d, o_k, D, K) * (1.0 / count)
         x = arrange(loaded, o_n, N, LAYOUT, BLOCK_N, BLOCK_D).to(tl.float32)
         operand = rounded((x - base[None, :]) * x_scale, DOT)
         grad_scale = scale_of(grad, DOT)
@@ -115,7 +116,7 @@ def encode_bwd_kernel(
             sq_operand = rounded(sq / sq_scale, DOT)
             dx = dot(weights, tl.trans(grad), DOT) * grad_scale
             dx += dot(sq_operand, tl.trans(high), DOT) * (sq_scale * scale)
-            if not SHARED:  # else its terms add up to 0
+            if not SHARED:  # if shared, its terms add up to 0
                 dx -= tl.sum(sq, 1)[:, None] * (x - c[None, :])
             p_out = p_dx + b * D * N + offsets(o_n, o_d, D, N, LAYOUT == "last")
             store_rounded(p_out, dx, m_n[:, None] & m_d[None, :])
@@ -177,7 +178,7 @@ def finish_bwd_kernel(
 
 
 def empty_dx(x: Tensor, wanted: bool) -> Tensor:
-    """Room for the gradient in x (B, D, N), dense, in the layout of x; none where it is not wanted."""
+    """Allocate the gradient in x (B, D, N), dense, in the layout of x; an empty tensor if it is not wanted."""
     if not wanted:
         return x.new_empty(0)
     B, D, N = x.shape
@@ -185,11 +186,17 @@ def empty_dx(x: Tensor, wanted: bool) -> Tensor:
 
 
 def encode_backward(
-    grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, weight_sum: Tensor, x_wanted: bool
+    grad: Tensor,
+    x: Tensor,
+    codewords: Tensor,
+    smoothing: Tensor,
+    weight_sum: Tensor,
+    x_wanted: bool,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x (or an empty tensor), codewords and smoothing, from that of the encoding (B, K, D), fp32.
+    """Return the gradients in x (or an empty tensor), codewords and smoothing, from grad (B, K, D), fp32, of the encoding or mean.
 
-    Memory moves x and dx once (x twice where D is wide), and 4 K (D + 1) bytes a program twice; L2 gives grad once a tile.
+    Memory traffic: x and dx once (x twice if D is wide), and 4 K (D + 1) bytes a program twice; L2 serves grad once a tile.
     """
     B, D, N = x.shape
     K = codewords.shape[0]
@@ -200,18 +207,18 @@ def encode_backward(
     x, grad, codewords, smoothing = make_readable(x), packed(grad), packed(codewords), packed(smoothing)
     key = key_of("backward" if x_wanted else "backward without dx", x, codewords, smoothing)
     plan = plan_of(key, x.device)
-    tiles, row = ceil_div(N, plan.tiles.block_n), K * (D + 1)
+    tiles, row, count = ceil_div(N, plan.tiles.block_n), K * (D + 1), N if mean else 1
     stride_b, stride_d, stride_n = x.stride()
     with torch.cuda.device_of(x):
         weights = q = grad
         if plan.wide:
-            weights, q, smoothing_rows = assign_wide(x, codewords, smoothing, plan, grad)
+            weights, q, smoothing_rows = assign_wide(x, codewords, smoothing, plan, grad, count)
         options = {"WIDE": plan.wide, "DX": x_wanted, **plan.options}
 
         def arguments(rows: Tensor, share: int) -> tuple:
             return (
                 *(x, codewords, smoothing, grad, weights, q, dx, rows),
-                *(N, tiles, B, share, stride_b, stride_n, stride_d),
+                *(N, tiles, B, share, stride_b, stride_n, stride_d, count),
             )
 
         slots = slots_of(encode_bwd_kernel, key, arguments(grad, 1), options) // plan.blocks

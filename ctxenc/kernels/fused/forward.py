@@ -1,7 +1,7 @@
-"""Forward of the operator: its kernels and their launcher.
+"""Define the operator's forward kernels and their launcher.
 
-Where a program holds all channels (64 of them at 32 codewords), one kernel does it all: it assigns the pixels of a tile and adds up
-their residuals, while the copy of the next tile is on its way. Wider maps take two: one assigns (wide.py), this one adds up.
+If a program holds all channels (64 of them at 32 codewords), one kernel does everything: it assigns the pixels of a tile and adds
+up their residuals while the next tile is copied. Wider maps take two kernels: one assigns (wide.py), this one adds up.
 
 Deep TEN (arXiv 1612.02844), section 3.
 """
@@ -29,8 +29,21 @@ from ctxenc.kernels.fused.steps import (
 from ctxenc.kernels.fused.tiles import ceil_div, partial_cost, split_images
 from ctxenc.kernels.fused.wide import assign_wide, load_map
 
-SIZES = ["p_x", "p_weight_sum", "N", "tiles", "share", "splits", "stride_b", "stride_n", "stride_d", "row_e", "row_w"]
-BLOCK = 256  # elements that a program of the finishing kernel adds up
+SIZES = [
+    "p_x",
+    "p_weight_sum",
+    "N",
+    "tiles",
+    "share",
+    "splits",
+    "stride_b",
+    "stride_n",
+    "stride_d",
+    "row_e",
+    "row_w",
+    "count",
+]
+BLOCK = 256  # elements per program of the finishing kernel
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
@@ -38,24 +51,25 @@ def encode_fwd_kernel(
     p_x,  # (B, D, N)
     p_codewords,  # (K, D)
     p_smoothing,  # (K,) or ()
-    p_map,  # (B, tiles, BLOCK_N, BLOCK_K): weights, where D is WIDE
+    p_map,  # (B, tiles, BLOCK_N, BLOCK_K): weights, if WIDE
     p_encoding,  # (B, splits, K, D), fp32
     p_weight_sum,  # (B, splits, K), fp32: sums of the weights over pixels
     N,
-    tiles,  # of BLOCK_N pixels in an image
-    share,  # of them for one program
-    splits,  # programs that share the pixels of an image
+    tiles,  # tiles of BLOCK_N pixels per image
+    share,  # tiles per program
+    splits,  # programs per image
     stride_b,
     stride_n,
     stride_d,
     row_e,  # strides from one split to the next
     row_w,
+    count,  # divisor of both results: N for means, else 1
     D: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,  # one smoothing factor for all codewords: |x'|^2 cancels
-    LAYOUT: tl.constexpr,  # "last" or "first": channels or pixels lie side by side; "run": all channels of an image do, first
-    VECTOR: tl.constexpr,  # elements that the address, the strides and N are multiples of; in a run D * N
-    WIDE: tl.constexpr,  # a program takes one block of the channels, and finds the weights in p_map
+    LAYOUT: tl.constexpr,  # "last" or "first": channels or pixels are contiguous; "run": a whole image is, channels first
+    VECTOR: tl.constexpr,  # divides the address, the strides and N (in a run, D * N), in elements
+    WIDE: tl.constexpr,  # a program takes one block of channels, and reads the weights from p_map
     DOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,7 +93,7 @@ def encode_fwd_kernel(
         p_x, first, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
     )
     for tile in tl.range(first, last, num_stages=1, disable_licm=True):
-        # Asked for before the products of this tile, so that the copy goes on beneath them.
+        # Load before the products of this tile, so that the copy overlaps them.
         ahead = load_tile(
             p_x, tile + 1, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
         )
@@ -94,7 +108,8 @@ def encode_fwd_kernel(
         weight_sum += tl.sum(weights.to(tl.float32), 0)
         sums -= dot(tl.trans(operand), weights, DOT)
         loaded = ahead
-    residuals = -sums / x_scale - weight_sum[None, :] * d
+    weight_sum *= 1.0 / count
+    residuals = sums * (-1.0 / count) / x_scale - weight_sum[None, :] * d
     p_row = p_encoding + row * row_e
     tl.store(p_row + o_k[None, :] * D + o_d[:, None], residuals, mask=(o_d < D)[:, None] & m_k[None, :])
     tl.store(p_weight_sum + row * row_w + o_k, weight_sum, mask=m_k & (block == 0))
@@ -110,7 +125,7 @@ def finish_fwd_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the sums of all splits of an image, in their order."""
+    """Add the sums of all splits of an image in order."""
     BLOCKS: tl.constexpr = (KD + K + BLOCK - 1) // BLOCK
     b = (tl.program_id(0) // BLOCKS).to(tl.int64)
     o = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -122,36 +137,36 @@ def finish_fwd_kernel(
 
 
 def add_up(
-    kernel: Any, key: Key, plan: Plan, inputs: tuple[Tensor, ...], options: dict[str, Any]
+    kernel: Any, key: Key, plan: Plan, inputs: tuple[Tensor, ...], options: dict[str, Any], mean: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launch a kernel of forward, its programs sharing the tiles of an image, and add their sums.
+    """Launch a forward kernel with several programs per image, and add their sums or, for a mean, their shares.
 
     Returns:
         The encoding (B, K, D) and the sums of the weights over pixels (B, K), both fp32.
     """
     x = inputs[0]
     (B, _, N), (K, D) = x.shape, (key.K, key.D)
-    tiles, row = ceil_div(N, plan.tiles.block_n), K * (D + 1)
+    tiles, row, count = ceil_div(N, plan.tiles.block_n), K * (D + 1), N if mean else 1
     stride_b, stride_d, stride_n = x.stride()
     encoding, weight_sum = x.new_empty((B, K, D), dtype=torch.float32), x.new_empty((B, K), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        one = (*inputs, encoding, weight_sum, N, tiles, tiles, 1, stride_b, stride_n, stride_d, K * D, K)
+        one = (*inputs, encoding, weight_sum, N, tiles, tiles, 1, stride_b, stride_n, stride_d, K * D, K, count)
         slots = max(1, slots_of(kernel, key, one, options) // plan.blocks)
         splits, share = split_images(B, tiles, slots, partial_cost(K, plan.tiles.block_n, x.element_size()))
         if splits == 1:
             kernel[(plan.blocks * B,)](*one, **options)
             return encoding, weight_sum
         rows = x.new_empty(B * splits * row, dtype=torch.float32)
-        several = (*inputs, rows, rows[K * D :], N, tiles, share, splits, stride_b, stride_n, stride_d, row, row)
+        several = (*inputs, rows, rows[K * D :], N, tiles, share, splits, stride_b, stride_n, stride_d, row, row, count)
         kernel[(plan.blocks * B * splits,)](*several, **options)
         finish_fwd_kernel[(B * ceil_div(row, BLOCK),)](rows, encoding, weight_sum, splits, K * D, K, BLOCK, **FUSED)
     return encoding, weight_sum
 
 
-def encode_forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode x (B, D, N): the encoding (B, K, D) and the sums of the weights over pixels (B, K), both fp32.
+def encode_forward(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> tuple[Tensor, Tensor]:
+    """Encode x (B, D, N): the encoding (B, K, D) and the sums of the weights over pixels (B, K), both fp32; or their means.
 
-    Memory moves x once (twice where D is wide) and 4 K (D + 1) bytes an image; as many a split, twice, where there are several.
+    Memory traffic: x once (twice if D is wide) and 4 K (D + 1) bytes an image; with several splits, as many bytes a split, twice.
     """
     if x.numel() == 0:
         (B, _, _), (K, D) = x.shape, codewords.shape
@@ -161,4 +176,5 @@ def encode_forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Ten
     plan = plan_of(key, x.device)
     with torch.cuda.device_of(x):
         weights = assign_wide(x, codewords, smoothing, plan)[0] if plan.wide else codewords
-    return add_up(encode_fwd_kernel, key, plan, (x, codewords, smoothing, weights), {"WIDE": plan.wide, **plan.options})
+    options = {"WIDE": plan.wide, **plan.options}
+    return add_up(encode_fwd_kernel, key, plan, (x, codewords, smoothing, weights), options, mean)

@@ -1,16 +1,17 @@
-"""The fused gate: y = x * sigmoid(logits), or EncNet's y = relu(x + x * sigmoid(logits)), forward and backward as Triton kernels.
+"""Define the fused gate: y = x * sigmoid(logits), or EncNet's y = relu(x + x * sigmoid(logits)), forward and backward in Triton.
 
-Forward reads x and writes y, once each. Backward reads x and dy and writes dx, once each, and sums dy * x over the pixels on its
-way; where programs share the pixels of a channel, a last launch adds their sums in a fixed order. No atomics: the same bits come
-out of every run. The cut depends on sizes alone, so that another GPU adds in the same order. Arithmetic is fp32.
+Forward reads x and writes y, once each. Backward reads x and dy and writes dx, once each, and sums dy * x over the pixels. If
+several programs share the pixels of a channel, a last launch adds their sums in a fixed order. There are no atomics, so every run
+gives the same bits. The cut depends on sizes alone, so every GPU adds in the same order. Arithmetic is fp32.
 
-An image is one run of C * N elements. Channels first, a row of N pixels is read by the chunks of 16 bytes that touch it, for 7 x 7
-or 14 x 14 pixels of half precision are no multiple of them. A chunk is written with the row that it begins in.
+An image is one run of C * N elements. Channels first, a row of N pixels is read by the 16-byte chunks that touch it: 7 x 7 or
+14 x 14 pixels of half precision are not a multiple of a chunk. A chunk is written with the row in which it begins.
 
-The first form is that of Squeeze-and-Excitation (arXiv 1709.01507), the second that of EncNet (arXiv 1803.08904), section 3.1.
+The first form is Squeeze-and-Excitation (arXiv 1709.01507), the second EncNet (arXiv 1803.08904), section 3.1.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,20 +21,20 @@ from torch import Tensor
 
 from ctxenc.kernels.backends import is_watched
 from ctxenc.kernels.fused import proof
-from ctxenc.kernels.fused.encode import DEVICES, differentiable, takes_formula
+from ctxenc.kernels.fused.encode import DEVICES, differentiable, differentiate_again, takes_formula
 from ctxenc.kernels.fused.steps import multiple, store_rounded
 from ctxenc.kernels.fused.tiles import ceil_div, is_channels_last
 from ctxenc.kernels.verdicts import Arguments, Constants, Operator, place
 
-# One binary for all sizes: how x and dy are aligned is in the explicit constexpr VECTOR.
+# One binary for all sizes: the explicit constexpr VECTOR gives the alignment of x and dy.
 SIZES = ["p_x", "p_logits", "p_dy", "B", "C", "N", "tiles_c", "tiles_n", "splits", "steps", "stride_b", "dy_stride_b"]
 
-WALK, PROGRAMS = 256, 512  # programs of backward share an image from 256 pixels each on, until there are 512 of them
+WALK, PROGRAMS = 256, 512  # backward splits an image into programs of at least 256 pixels, until there are 512 programs
 
 
 @triton.jit
 def _place(tiles_c, tiles_n, LAST: tl.constexpr):
-    """Image, int64, tile of channels and tile of pixels of this program: neighbours lie side by side in memory."""
+    """Return image (int64), channel tile and pixel tile of this program: neighbours are adjacent in memory."""
     pid = tl.program_id(0)
     if LAST:
         return (pid // tiles_c // tiles_n).to(tl.int64), pid % tiles_c, pid // tiles_c % tiles_n
@@ -43,13 +44,13 @@ def _place(tiles_c, tiles_n, LAST: tl.constexpr):
 
 @triton.jit
 def _at(p_x, offset, VECTOR: tl.constexpr):
-    """Address of an element. It is a multiple of VECTOR elements, and the compiler sees that, as it does not on arguments."""
+    """Return the address of an element, shown to the compiler as a multiple of VECTOR; arguments cannot show it."""
     return tl.multiple_of(p_x + offset, VECTOR * p_x.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
 def _sigmoid(p_logits, mask):
-    """Sigmoid of some logits and its derivative, neither of which overflows or cancels."""
+    """Return the sigmoid of logits and its derivative, without overflow or cancellation."""
     logits = tl.load(p_logits, mask=mask, other=0.0).to(tl.float32)
     e = tl.exp(-tl.abs(logits))
     return tl.where(logits >= 0, 1.0, e) / (1 + e), e / ((1 + e) * (1 + e))
@@ -57,9 +58,9 @@ def _sigmoid(p_logits, mask):
 
 @triton.jit
 def _tile(c, o_n, C, N, LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Channels c (BLOCK_C,) and pixels o_n (BLOCK_N,) of an image.
+    """Address channels c (BLOCK_C,) and pixels o_n (BLOCK_N,) of an image.
 
-    Returns offsets, and masks: to read, to write, of the channel's own row, and of all before the next row.
+    Returns offsets, and masks: to read, to write, of the channel's own row, and of everything before the next row.
     """
     m_c = (c < C)[:, None]
     if LAST:
@@ -67,7 +68,7 @@ def _tile(c, o_n, C, N, LAST: tl.constexpr, VECTOR: tl.constexpr):
         return o_n.to(tl.int64)[None, :] * C + c[:, None], mask, mask, mask, mask
     else:
         row, o_n = c.to(tl.int64) * N, o_n[None, :]
-        before = (row % VECTOR).to(tl.int32)[:, None]  # elements of the first chunk that are of the row before
+        before = (row % VECTOR).to(tl.int32)[:, None]  # elements of the first chunk in the previous row
         end = before + N
         read = m_c & (o_n < multiple(end + VECTOR - 1, VECTOR))
         written = read & (o_n >= multiple(before + VECTOR - 1, VECTOR))
@@ -76,13 +77,13 @@ def _tile(c, o_n, C, N, LAST: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
 def gate_fwd_kernel(
-    p_x,  # (B, C, N), or (B, N, C) where LAST; an image is one run
+    p_x,  # (B, C, N), or (B, N, C) if LAST; an image is one run
     p_logits,  # (B, C)
     p_y,  # as x, dense
     C, N, tiles_c, tiles_n, stride_b,
     RESIDUAL: tl.constexpr,  # EncNet's form
     LAST: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements that addresses are multiples of, and C where LAST, C * N elsewhere
+    VECTOR: tl.constexpr,  # divides addresses, and C if LAST, else C * N (in elements)
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     if LAST:
@@ -105,17 +106,17 @@ def gate_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
 def gate_bwd_kernel(
-    p_x,  # (B, C, N), or (B, N, C) where LAST; an image is one run
+    p_x,  # (B, C, N), or (B, N, C) if LAST; an image is one run
     p_logits,  # (B, C)
     p_dy,  # as x
     p_dx,  # as x, dense
     p_dlogits,  # (B, splits, C)
     C, N, tiles_c,
-    splits,  # programs that share the pixels of an image
-    steps,  # tiles of each
+    splits,  # programs per image
+    steps,  # tiles per program
     stride_b, dy_stride_b,
     RESIDUAL: tl.constexpr,
-    DX: tl.constexpr,  # whether the gradient in x is wanted
+    DX: tl.constexpr,  # compute the gradient in x
     LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     if LAST:
@@ -135,7 +136,7 @@ def gate_bwd_kernel(
         if not LAST and VECTOR > 1:
             gate = tl.where(own, gate, next_gate[:, None])
         if RESIDUAL:
-            dy = tl.where(x + x * gate <= 0, 0.0, dy)  # as torch's relu has it, NaN too
+            dy = tl.where(x + x * gate <= 0, 0.0, dy)  # as torch's relu does, for NaN too
         sums += tl.where(in_row, dy * x, 0.0)
         if DX:
             dx = dy * gate
@@ -147,7 +148,7 @@ def gate_bwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def add_splits_kernel(p_sums, p_total, B, C, splits, BLOCK: tl.constexpr):
-    """Add fp32 sums (B, splits, C) up over the splits: (B, C)."""
+    """Add fp32 sums (B, splits, C) over the splits: (B, C)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p_sums, total = p_sums + (i // C).to(tl.int64) * splits * C + i % C, tl.zeros((BLOCK,), tl.float32)
     for split in range(0, splits):
@@ -156,7 +157,7 @@ def add_splits_kernel(p_sums, p_total, B, C, splits, BLOCK: tl.constexpr):
 
 
 def _as_runs(x: Tensor, last: bool) -> Tensor:
-    """X (B, C, N) in the layout that is asked for, copied unless each image is one run."""
+    """Return x (B, C, N) in the requested layout, copied unless each image is one run."""
     _, C, N = x.shape
     if last:
         return x if x.stride()[1:] == (1, C) else x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -164,7 +165,7 @@ def _as_runs(x: Tensor, last: bool) -> Tensor:
 
 
 def _empty_as(x: Tensor) -> Tensor:
-    """Room for x (B, C, N), dense, in its layout."""
+    """Allocate a dense tensor like x (B, C, N), in its layout."""
     B, C, N = x.shape
     return x.new_empty((B, N, C)).transpose(1, 2) if is_channels_last(x) else x.new_empty((B, C, N))
 
@@ -174,18 +175,18 @@ def _empty_rows(logits: Tensor) -> Tensor:
 
 
 def _tiles(itemsize: int, last: bool, vector: int, backward: bool) -> tuple[int, int]:
-    """Channels and pixels of a tile. Not timed.
+    """Return the channels and pixels of a tile. Not timed.
 
     A row of 64 elements is one or two cache lines, and 7 x 7 or 14 x 14 pixels fill three quarters of theirs. With 4 warps a thread
-    has four loads of 16 bytes in flight, in backward two of x and two of dy. Unaligned half precision gets the tiles of fp32: with
-    its own, a thread takes 154 registers. B, C and N would each be compiled for.
+    has four 16-byte loads in flight, in backward two of x and two of dy. Unaligned half precision gets the tiles of fp32: with its
+    own, a thread takes 154 registers. A tile chosen by B, C and N would compile anew for each of them.
     """
     rows = (64 if backward else 128) // (itemsize if vector > 1 else 4)
     return (64, rows) if last else (rows, 64)
 
 
 def _plan(x: Tensor, *others: Tensor, last: bool) -> tuple[int, int, dict[str, Any]]:
-    """Tiles along the channels and along the pixels, and the constants of a launch on x, in backward also dy."""
+    """Return the number of channel and pixel tiles, and the constants of a launch on x, in backward also on dy."""
     (_, C, N), itemsize = x.shape, x.element_size()
     vector = 16 // itemsize
     aligned = all(y.data_ptr() % 16 == 0 and (len(y) == 1 or y.stride(0) % vector == 0) for y in (x, *others))
@@ -193,20 +194,20 @@ def _plan(x: Tensor, *others: Tensor, last: bool) -> tuple[int, int, dict[str, A
         vector = 1
     block_c, block_n = _tiles(itemsize, last, vector, bool(others))
     constants = {"LAST": last, "VECTOR": vector, "BLOCK_C": block_c, "BLOCK_N": block_n}
-    constants |= {"num_warps": 4, "enable_fp_fusion": True}  # which Triton 3.10 would turn over
-    # The longest row with what is before and behind it in its chunks.
+    constants |= {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 would flip it
+    # The longest row, with the rest of its first and last chunk.
     pixels = N if last else ceil_div(N + vector - math.gcd(N, vector), vector) * vector
     return ceil_div(C, block_c), ceil_div(pixels, block_n), constants
 
 
 def _cut(programs: int, tiles_n: int, block_n: int) -> tuple[int, int]:
-    """Of backward: programs that share the pixels of an image, and tiles of each."""
+    """Cut backward: programs that share the pixels of an image, and tiles of each."""
     splits = max(1, min(ceil_div(tiles_n * block_n, WALK), PROGRAMS // programs))
     steps = ceil_div(tiles_n, splits)
     return ceil_div(tiles_n, steps), steps
 
 
-# Bytes: x and the logits read, y written; see benchmarks/bytes.py.
+# Bytes: reads x and the logits, writes y; see benchmarks/bytes.py.
 def _forward(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     B, C, N = x.shape
     y, last = _empty_as(x), is_channels_last(x)
@@ -220,7 +221,8 @@ def _forward(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     return y
 
 
-# Bytes: x, dy and the logits read, dx and the sums written, which are added up where there are several; see benchmarks/bytes.py.
+# Bytes: reads x, dy and the logits, writes dx and the sums, and adds the sums up if there are several; see
+# benchmarks/bytes.py.
 def _backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: bool) -> tuple[Tensor, Tensor]:
     B, C, N = x.shape
     dx, dlogits, last = _empty_as(x) if x_wanted else x.new_empty(0), _empty_rows(logits), is_channels_last(x)
@@ -239,7 +241,7 @@ def _backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_wanted: b
     return dx, dlogits
 
 
-# The PyTorch path, laid out as the kernels' results are
+# The PyTorch path, in the layout of the kernels' results
 
 
 def plain_forward(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
@@ -262,11 +264,11 @@ def plain_backward(dy: Tensor, x: Tensor, logits: Tensor, residual: bool, x_want
     return dx, dlogits.to(logits.dtype)
 
 
-# How the kernels prove themselves
+# Proof of the kernels
 
 
 def _constants(x: Tensor, logits: Tensor, *flags: bool, dy: Tensor | None = None) -> Constants | None:
-    """Everything that a kernel is compiled for; the flags are residual and, for backward, x_wanted."""
+    """Return everything that a kernel is compiled for; the flags are residual and, for backward, x_wanted."""
     if not x.numel():
         return None
     last = is_channels_last(x)
@@ -282,9 +284,9 @@ def _backward_constants(dy: Tensor, x: Tensor, logits: Tensor, *flags: bool) -> 
 
 
 def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
-    """Three images of some tiles of channels and runs of WALK pixels, and of fewer, which no programs share.
+    """Make three images of some channel tiles and WALK-pixel runs, and smaller images, which one program handles.
 
-    Logits from -9 to 9; zeros, where relu has its kink.
+    Logits range from -9 to 9; x has zeros, at the kink of relu.
     """
     found = [_problem(constants, device, N) for N in (2 * WALK + int(constants["BLOCK_N"]), int(constants["BLOCK_N"]))]
     return [problem for problem in found if problem is not None]
@@ -307,7 +309,7 @@ def _problem(constants: Constants, device: torch.device, N: int) -> Arguments | 
 
 
 def _over(got: Tensor, wanted: Tensor, terms: Tensor) -> float:
-    """Error over tolerance: 2 eps of the result's dtype, 16 of fp32 of the sum of its absolute terms, and a subnormal step."""
+    """Return error over tolerance: 2 eps of the result's dtype, 16 of fp32 of its sum of absolute terms, and a subnormal step."""
     own = torch.finfo(got.dtype)
     tolerance = own.eps * (2 * wanted.abs() + own.smallest_normal) + 16 * torch.finfo(torch.float32).eps * terms
     return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
@@ -365,6 +367,15 @@ def _(
     return _empty_as(x) if x_wanted else x.new_empty(0), _empty_rows(logits)
 
 
+def _plainly(x: Tensor, logits: Tensor, residual: bool, *_: bool) -> Tensor:
+    """Gate by the PyTorch path, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return plain_forward(x, logits, residual)
+
+
+differentiate_again(_gate_backward_op, _plainly, count=2)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.flags = inputs[2:]
@@ -374,12 +385,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, logits = ctx.saved_tensors
     residual, strict = ctx.flags
     if takes_formula(dy):
-
-        def plainly(x: Tensor, logits: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, enabled=False):
-                return plain_forward(x, logits, residual)
-
-        return *differentiable(plainly, (x, logits), dy), None, None
+        return *differentiable(partial(_plainly, residual=residual), (x, logits), dy), None, None
     x_wanted = ctx.needs_input_grad[0]
     arguments = dy, x, logits, residual, x_wanted
     dx, dlogits = _gate_backward_op(*arguments, strict) if is_watched() else BACKWARD(strict, *arguments)
@@ -390,7 +396,7 @@ _gate_op.register_autograd(_gradients, setup_context=_save)
 
 
 class _Gate(torch.autograd.Function):
-    """The same without the dispatcher, for eager mode."""
+    """Run the kernels without the dispatcher, for eager mode."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits: Tensor, residual: bool, strict: bool) -> Tensor:
@@ -403,10 +409,10 @@ class _Gate(torch.autograd.Function):
 
 
 def gate(x: Tensor, logits: Tensor, residual: bool = False, strict: bool = False) -> Tensor:
-    """X * sigmoid(logits), or relu(x + x * sigmoid(logits)), of x (B, C, N) and logits (B, C): (B, C, N), dense, in x's layout.
+    """Return x * sigmoid(logits), or relu(x + x * sigmoid(logits)), for x (B, C, N) and logits (B, C): (B, C, N), dense, like x.
 
-    fp32, fp16 and bf16 on a GPU, any strides: x is read where it lies if each image is dense, copied otherwise.
-    strict: raise RuntimeError where no kernel has proved itself, instead of taking the PyTorch path.
+    Takes fp32, fp16 and bf16 on a GPU, with any strides: x is read in place if each image is dense, else copied.
+    strict: raise RuntimeError if no kernel has proved itself, instead of taking the PyTorch path.
     """
     if is_watched():
         return _gate_op(x, logits, residual, strict)

@@ -1,4 +1,4 @@
-"""What every launch needs: the constants of a compile key, the room on the GPU, and x in a layout that kernels read."""
+"""Prepare every launch: the constants of a compile key, the GPU's free room, and x in a readable layout."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,59 +19,59 @@ from ctxenc.kernels.fused.tiles import (
     vector,
 )
 
-FUSED = {"enable_fp_fusion": True}  # Triton 3.10 turns its default over
+FUSED = {"enable_fp_fusion": True}  # Triton 3.10 flips its default
 
 
 class Key(NamedTuple):
-    """Everything that a kernel is compiled for, beside the versions and the GPU."""
+    """Hold everything that a kernel is compiled for, except the versions and the GPU."""
 
     direction: str  # "forward", "backward", "backward without dx" or "project"
-    dtypes: tuple[torch.dtype, ...]  # of x, codewords, smoothing
+    dtypes: tuple[torch.dtype, ...]  # dtypes of x, codewords, smoothing
     D: int
     K: int
     shared: bool  # one smoothing factor for all codewords
     layout: str  # "last", "first" or "run"
     vector: int
-    dot: str  # how products are taken
+    dot: str  # precision of the products
 
 
 class Plan(NamedTuple):
-    """How the kernels of a key are launched."""
+    """Describe the launch of a key's kernels."""
 
     tiles: Tiles
-    wide: bool  # more channels than a program holds
-    blocks: int  # of channels
+    wide: bool  # more channels than one program holds
+    blocks: int  # number of channel blocks
     options: dict[str, Any]
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products are taken: "bf16", "fp16", or fp32's input_precision by torch's own setting."""
+    """Return the precision of products: "bf16", "fp16", or fp32's input_precision by torch's own setting."""
     if dtype == torch.bfloat16:
         return "bf16"
     if dtype == torch.float16:
         return "fp16"
-    if torch.version.hip:  # has fp32 matrix instructions, and no tf32
+    if torch.version.hip:  # AMD has fp32 matrix instructions, and no tf32
         return "ieee"
-    matmul = torch.backends.cuda.matmul  # of the two settings, the old one raises where the new one was used
+    matmul = torch.backends.cuda.matmul  # torch has two settings; reading the old one raises once the new one was used
     setting = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
     return "tf32" if setting == "tf32" else "tf32x3"
 
 
 def make_readable(x: Tensor) -> Tensor:
-    """Copy x (B, D, N) where neither its channels nor its pixels lie side by side."""
+    """Copy x (B, D, N) if neither its channels nor its pixels are contiguous."""
     if x.stride(2) == 1 or x.shape[2] == 1 or is_channels_last(x):
         return x
     return x.contiguous()
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """Copy a small tensor that is not contiguous or begins off a multiple of 16 bytes, for which Triton would compile anew."""
+    """Copy a small tensor that is not contiguous or not aligned to 16 bytes: Triton would compile a variant for it."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def key_of(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Key:
-    """Compile key of a call on a readable x."""
+    """Return the compile key of a call on a readable x."""
     layout = "last" if is_channels_last(x) else "run" if is_run(x) else "first"
     elements = 16 // x.element_size() if layout == "run" else vector(x, layout == "last")
     dtypes = (x.dtype, codewords.dtype, smoothing.dtype)
@@ -105,13 +105,13 @@ _slots: dict[Any, int] = {}
 
 
 def slots_of(kernel: Any, key: Key, arguments: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Count the programs of a kernel that the GPU runs at a time, from the registers and shared memory that it compiles to."""
+    """Count the programs of a kernel that the GPU runs at a time, from its compiled registers and shared memory."""
     device = arguments[0].device
-    name = kernel, key, options.get("C"), device  # C is the projection's own
+    name = kernel, key, options.get("C"), device  # only the projection passes C
     found = _slots.get(name)
     if found is None:
         gpu, programs = gpu_of(device), 2
-        if not INTERPRETED and not torch.version.hip:  # AMD's registers are counted otherwise
+        if not INTERPRETED and not torch.version.hip:  # AMD counts registers differently
             compiled = kernel.warmup(*arguments, grid=(1,), **options)
             compiled.run  # noqa: B018 - loads the binary, which tells its registers
             programs = programs_per_multiprocessor(gpu, compiled.n_regs, compiled.metadata.shared, options["num_warps"])

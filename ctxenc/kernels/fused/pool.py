@@ -1,10 +1,10 @@
-"""The fused pool: BatchNorm over the codewords, ReLU and the mean over the codewords, forward and backward as Triton kernels.
+"""Define the fused pool: BatchNorm over the codewords, ReLU and the mean over the codewords, forward and backward in Triton.
 
-An encoding (B, K, C) becomes features (B, C). A codeword has B * C values. In training a first launch takes the moments of parts of
-them, a second combines these in a fixed order and does the rest, running statistics included; evaluation takes one launch. Backward
-takes two: sums of parts, and the gradients. No atomics: the same bits come out of every run, and the cut depends on sizes alone.
+An encoding (B, K, C) becomes features (B, C). A codeword has B * C values. In training, a first launch computes the moments of
+parts of them; a second combines these in a fixed order and does the rest, running statistics included. Evaluation takes one launch.
+Backward takes two: sums of parts, and the gradients. Without atomics, and with a cut by sizes alone, every run gives the same bits.
 Arithmetic is fp32. There is no registered operator: functional.fuses_pool leaves all graphs to the plain expression. The kernels
-prove themselves as the others do (verdicts.py).
+prove themselves like the others (verdicts.py).
 
 EncNet (arXiv 1803.08904), section 3.1.
 """
@@ -21,26 +21,26 @@ from ctxenc.kernels.fused.encode import differentiable, takes_formula
 from ctxenc.kernels.fused.steps import store_rounded
 from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
-PARTS = 32  # at most so many programs share a codeword's values; each later program reads all their sums
-BLOCK = 1024  # values that one of them takes at a time
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 turns that default over
+PARTS = 32  # most programs per codeword; each later program reads all their sums
+BLOCK = 1024  # values per step of a program
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips that default
 
 OFFSET = 30.0  # of the codewords in a proof: a variance by the mean square would lose digits
 
-# One binary for all batches, wherever the tensors begin.
+# One binary for all batches and alignments.
 SIZES = ["values", "share", "parts"]
 PARAMETERS = ["p_weight", "p_bias", "p_running_mean", "p_running_var", "p_tracked", "p_dfeatures"]
 
 
 @triton.jit
 def _offsets(i, K: tl.constexpr, C: tl.constexpr):
-    """Offsets in (B, K, C) of values i = b * C + c of the first codeword."""
+    """Return offsets in (B, K, C) of values i = b * C + c of the first codeword."""
     return (i // C).to(tl.int64) * (K * C) + i % C
 
 
 @triton.jit
 def _load_parts(p_parts, o_k, parts, K: tl.constexpr, PARTS: tl.constexpr):
-    """Both numbers of all parts of (K, parts, 2): two times (BLOCK_K, PARTS)."""
+    """Load both numbers of all parts of (K, parts, 2): two times (BLOCK_K, PARTS)."""
     o_p = tl.arange(0, PARTS)
     mask = (o_k < K)[:, None] & (o_p < parts)[None, :]
     pointers = p_parts + (o_k[:, None] * parts + o_p[None, :]) * 2
@@ -51,9 +51,9 @@ def _load_parts(p_parts, o_k, parts, K: tl.constexpr, PARTS: tl.constexpr):
 def pool_moments_kernel(
     p_encoding,  # (B, K, C), fp32
     p_moments,  # (K, parts, 2), fp32: the mean of a part, and the sum of squares about it
-    values,  # of a codeword, B * C
-    share,  # of them for a program, a multiple of BLOCK
-    parts,  # programs of a codeword
+    values,  # values per codeword, B * C
+    share,  # values per program, a multiple of BLOCK
+    parts,  # programs per codeword
     K: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -65,7 +65,7 @@ def pool_moments_kernel(
         i = start + tl.arange(0, BLOCK)
         total += tl.load(p_encoding + k * C + _offsets(i, K, C), mask=i < last, other=0.0)
     mean = tl.sum(total, 0) / (last - first)
-    for start in range(first, last, BLOCK):  # mostly one step, whose values are still in L1
+    for start in range(first, last, BLOCK):  # usually one step; its values are still in L1
         i = start + tl.arange(0, BLOCK)
         away = tl.load(p_encoding + k * C + _offsets(i, K, C), mask=i < last, other=0.0) - mean
         squares += tl.where(i < last, away * away, 0.0)
@@ -83,7 +83,7 @@ def pool_fwd_kernel(
     p_running_mean,
     p_running_var,
     p_tracked,  # (), int64: batches seen
-    p_statistics,  # (2, K), fp32: the mean and 1 / deviation that are taken, for backward
+    p_statistics,  # (2, K), fp32: the applied mean and 1 / deviation, for backward
     p_features,  # (B, C)
     values,
     share,
@@ -141,7 +141,7 @@ def pool_sums_kernel(
     p_weight,
     p_bias,
     p_dfeatures,  # (B, C)
-    p_sums,  # (K, parts, 2), fp32: of the gradient behind the norm, and of it times what is normalised
+    p_sums,  # (K, parts, 2), fp32: sums of the gradient after the norm, and of it times the normalised values
     values,
     share,
     parts,
@@ -159,7 +159,7 @@ def pool_sums_kernel(
         encoding = tl.load(p_encoding + k * C + _offsets(i, K, C), mask=i < last, other=0.0)
         dz = tl.load(p_dfeatures + i, mask=i < last, other=0.0).to(tl.float32) * (1 / K)
         normed = (encoding - mean) * scale
-        dz = tl.where(normed * weight + bias <= 0, 0.0, dz)  # as torch's relu has it, NaN too
+        dz = tl.where(normed * weight + bias <= 0, 0.0, dz)  # as torch's relu does, for NaN too
         dz_sum += dz
         product += dz * normed
     p_own = p_sums + tl.program_id(0) * 2
@@ -209,13 +209,13 @@ def pool_bwd_kernel(
 
 
 def _cut(values: int) -> tuple[int, int]:
-    """Values of a codeword that a program takes, and how many programs that makes."""
+    """Return the values of a codeword per program, and the number of programs."""
     share = -(-values // (BLOCK * PARTS)) * BLOCK
     return share, -(-values // share)
 
 
 def _tile(K: int) -> dict[str, int]:
-    """Of all codewords and some values: programs enough for small batches, and at most 32 values a thread. Not timed."""
+    """Choose a tile of all codewords and some values: enough programs for small batches, at most 32 values a thread. Not timed."""
     block_k = 1 << (K - 1).bit_length()
     return {"BLOCK_K": block_k, "BLOCK": max(16, min(64, 2048 // block_k)), "PARTS": PARTS}
 
@@ -224,7 +224,7 @@ def _forward(
     encoding: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, tracked: Tensor,
     training: bool, momentum: float | None, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Features, and the statistics that they were normalised with; in training the running statistics change."""
+    """Return features and the statistics used to normalise them; in training, update the running statistics."""
     B, K, C = encoding.shape
     share, parts = _cut(B * C)
     features, statistics = encoding.new_empty((B, C), dtype=dtype), encoding.new_empty((2, K))
@@ -265,7 +265,7 @@ def _backward(
 
 
 def _statistics(encoding: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean, 1 / deviation and variance of each codeword."""
+    """Return the mean, 1 / deviation and variance of each codeword."""
     variance, mean = torch.var_mean(encoding, (0, 2), correction=0)
     return mean, (variance + eps).rsqrt(), variance
 
@@ -302,7 +302,7 @@ def plain_backward(
     return dz * scale * weight[:, None], dweight, dbias
 
 
-# How the kernels prove themselves
+# Proof of the kernels
 
 
 def _constants(
@@ -322,9 +322,9 @@ def _backward_constants(
 
 
 def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
-    """Enough images that a program takes two steps; one step in the interpreter. The last step is ragged.
+    """Make enough images for two steps a program, or one step in the interpreter. The last step is ragged.
 
-    Each codeword lies some deviations off 0. No value is near the kink of relu, where a rounding decides on a gradient.
+    Each codeword lies some deviations off 0. No value is near the kink of relu, where rounding would decide on a gradient.
     """
     draw, K, C = proof.drawing(device), int(constants["K"]), int(constants["C"])
     B = BLOCK * (PARTS if device.type == "cuda" else 2) // C + 7
@@ -337,7 +337,7 @@ def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
 
 
 def _backward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
-    """The same; all gradients are positive, so that no sum of them cancels."""
+    """Make the same problems with positive gradients, so that no sum of them cancels."""
     ((encoding, weight, bias, *_),) = _problems({**constants, "momentum": 0.1, "eps": 1e-5}, device)
     dfeatures = torch.rand(len(encoding), encoding.shape[2], **proof.drawing(device, 1)) + 0.5
     dtype, statistics = getattr(torch, str(constants["features"])), torch.stack(_statistics(encoding, 1e-5)[:2])
@@ -345,7 +345,7 @@ def _backward_problems(constants: Constants, device: torch.device) -> list[Argum
 
 
 def _over(got: Tensor, wanted: Tensor) -> float:
-    """Error over tolerance: 16 eps of fp32 of the largest value, and one eps of the result's dtype. Rounding takes half of it."""
+    """Return error over tolerance: 16 eps of fp32 of the largest value and 1 eps of the result's dtype (rounding takes half)."""
     tolerance = 16 * torch.finfo(torch.float32).eps * wanted.abs().max() + torch.finfo(got.dtype).eps * wanted.abs()
     return float(((got.double() - wanted).abs() / tolerance).nan_to_num(float("inf")).max())
 
@@ -397,10 +397,12 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dfeatures: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, statistics = ctx.saved_tensors
+        if torch.compiler.is_compiling():  # compiled autograd may differentiate the statistics too
+            if ctx.training:
+                statistics = torch.stack(_statistics(inputs[0], ctx.eps)[:2])
+            return *plain_backward(dfeatures, *inputs, statistics, ctx.training), None, None, None
         if not takes_formula(dfeatures):
-            arguments = dfeatures, *inputs, statistics, ctx.training
-            results = plain_backward(*arguments) if torch.compiler.is_compiling() else BACKWARD(ctx.strict, *arguments)
-            return *results, None, None, None
+            return *BACKWARD(ctx.strict, dfeatures, *inputs, statistics, ctx.training), None, None, None
 
         def plainly(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             mean, scale = _statistics(encoding, ctx.eps)[:2] if ctx.training else statistics
@@ -410,10 +412,9 @@ class _Pool(torch.autograd.Function):
 
 
 def pool(encoding: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype, strict: bool = False) -> Tensor:
-    """Mean over the codewords of relu(norm(encoding)), of an encoding (B, K, C): (B, C) in the given dtype.
+    """Return the mean over the codewords of relu(norm(encoding)), for an encoding (B, K, C): (B, C) in the given dtype.
 
-    The encoding and all of the norm are fp32, contiguous and on a GPU. In training the norm's running statistics change, and B * C
-    must be more than 1.
-    strict: raise RuntimeError where no kernel has proved itself, instead of taking the PyTorch path.
+    The encoding and all of the norm are fp32, contiguous and on a GPU. Training updates the norm's running statistics and needs
+    B * C above 1. strict: raise RuntimeError if no kernel has proved itself, instead of taking the PyTorch path.
     """
     return _Pool.apply(encoding, norm.weight, norm.bias, norm, dtype, strict)

@@ -1,8 +1,10 @@
-"""Projection and encoding as one kernel, for inference: z = relu(x @ weight^T + shift), a 1x1 convolution with its norm folded, and
-the encoding of z, which is never in memory. Sections 3.1 of EncNet (arXiv 1803.08904) and 3 of Deep TEN (arXiv 1612.02844).
+"""Project and encode in one kernel, for inference.
 
-A program projects a tile of pixels in blocks of channels, rounds z to the dtype of x as if it had been stored, and encodes it in
-registers, as forward.py does with x. Memory gives x once; L2 gives the weight once a tile.
+The projection is z = relu(x @ weight^T + shift), a 1x1 convolution with its norm folded in. The kernel encodes z without storing it
+in memory. EncNet (arXiv 1803.08904), section 3.1; Deep TEN (arXiv 1612.02844), section 3.
+
+A program projects a tile of pixels in blocks of channels, rounds z to the dtype of x as a stored z would be, and encodes it in
+registers, as forward.py does with x. Memory serves x once; L2 serves the weight once a tile.
 """
 
 from collections.abc import Sequence
@@ -38,7 +40,20 @@ from ctxenc.kernels.fused.steps import (
 from ctxenc.kernels.fused.tiles import block_of
 from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
-SIZES = ["p_x", "p_weight_sum", "N", "tiles", "share", "splits", "stride_b", "stride_n", "stride_c", "row_e", "row_w"]
+SIZES = [
+    "p_x",
+    "p_weight_sum",
+    "N",
+    "tiles",
+    "share",
+    "splits",
+    "stride_b",
+    "stride_n",
+    "stride_c",
+    "row_e",
+    "row_w",
+    "count",
+]
 
 
 @triton.jit
@@ -47,7 +62,7 @@ def project(
     LAYOUT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Features z (BLOCK_N, BLOCK_D) of a tile: values of the dtype of x, in fp32; zero beyond D."""
+    """Return features z (BLOCK_N, BLOCK_D) of a tile: values of the dtype of x, in fp32; zero beyond D."""
     z = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         o_c = start + tl.arange(0, BLOCK_C)
@@ -59,7 +74,7 @@ def project(
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         z = tl.dot(x, weight, z)
     z += tl.load(p_shift + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
-    # Lets NaN through, but no 0 * inf of channels that are not there.
+    # Let NaN through, but not 0 * inf from channels beyond D.
     z = tl.where((z < 0) | (o_d >= D)[None, :], 0.0, z)
     dtype = p_image.dtype.element_ty
     if _INTERPRETED and dtype == tl.bfloat16:  # it truncates
@@ -78,14 +93,15 @@ def project_encode_kernel(
     p_encoding,  # (B, splits, K, D), fp32
     p_weight_sum,  # (B, splits, K), fp32
     N,
-    tiles,  # of BLOCK_N pixels in an image
-    share,  # of them for one program
-    splits,  # programs that share the pixels of an image
+    tiles,  # tiles of BLOCK_N pixels per image
+    share,  # tiles per program
+    splits,  # programs per image
     stride_b,
     stride_n,
     stride_c,
     row_e,  # strides from one split to the next
     row_w,
+    count,  # divisor of both results: N for means, else 1
     C: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
@@ -121,22 +137,25 @@ def project_encode_kernel(
         weights = rounded(softmax(nearness, s, o_n < N, m_k), DOT)
         weight_sum += tl.sum(weights.to(tl.float32), 0)
         sums -= dot(tl.trans(operand), weights, DOT)
-    residuals = -sums / x_scale - weight_sum[None, :] * d
+    weight_sum *= 1.0 / count
+    residuals = sums * (-1.0 / count) / x_scale - weight_sum[None, :] * d
     p_row = p_encoding + row * row_e
     tl.store(p_row + o_k[None, :] * D + o_d[:, None], residuals, mask=(o_d < D)[:, None] & m_k[None, :])
     tl.store(p_weight_sum + row * row_w + o_k, weight_sum, mask=m_k)
 
 
 def may_project(dtype: torch.dtype, D: int, K: int) -> bool:
-    """Whether one kernel can project to D channels and encode on K codewords: where a program holds all channels.
+    """Return whether one kernel can project to D channels and encode with K codewords: a program must hold all channels.
 
-    In half precision alone: an fp32 convolution has a setting of its own for tf32, and three terms of it take more registers.
+    It takes half precision only: fp32 convolutions have their own tf32 setting, and three terms of tf32 take more registers.
     """
     return dtype in (torch.float16, torch.bfloat16) and D <= 64 and block_of(D) * block_of(K) <= 2048
 
 
-def project_forward(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Encoding (B, K, D), fp32, of relu(weight @ x + shift), of x (B, C, N) and weight (D, C) of one dtype."""
+def project_forward(
+    x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False
+) -> Tensor:
+    """Encode relu(weight @ x + shift), for x (B, C, N) and weight (D, C) of one dtype: (B, K, D), fp32, or divided by N."""
     B, C, _ = x.shape
     if x.numel() == 0:
         return x.new_zeros((B, *codewords.shape), dtype=torch.float32)
@@ -146,16 +165,19 @@ def project_forward(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor,
     plan = plan_of(key, x.device)
     options = {**plan.options, "C": C, "BLOCK_C": min(64, block_of(C))}
 
-    return add_up(project_encode_kernel, key, plan, (x, weight, shift, codewords, smoothing), options)[0]
+    return add_up(project_encode_kernel, key, plan, (x, weight, shift, codewords, smoothing), options, mean)[0]
 
 
-def plain(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """The same by the PyTorch path."""
+def plain(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> Tensor:
+    """Compute the same by the PyTorch path."""
     z = F.conv2d(x.unsqueeze(3), weight[:, :, None, None], shift.to(x.dtype)).relu()
-    return torch_encode.encode(z.flatten(2), codewords, smoothing).contiguous()
+    encoding = torch_encode.encode(z.flatten(2), codewords, smoothing)
+    return (encoding / x.shape[2] if mean else encoding).contiguous()
 
 
-def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:
+def _constants(
+    x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False
+) -> Constants | None:
     if not x.numel():
         return None
     names = {"C": x.shape[1], "shift": proof.name_of(shift.dtype)}
@@ -163,18 +185,18 @@ def _constants(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoo
 
 
 def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
-    """Many images, and one whose sums are added up from several programs.
+    """Make many images, encoded as means, and one image whose sums several programs add up.
 
-    Small integers, of which the projected features are exact; they reach from 0 to beyond 40, as channels differ.
+    Values are small integers, so the projected features are exact. They range from 0 to beyond 40, as channels differ.
     """
     C, D, K = (int(constants[name]) for name in "CDK")
     dtypes = {name: getattr(torch, str(constants[name])) for name in ("x", "shift", "codewords", "smoothing")}
     draw = proof.drawing(device)
-    kept = min(1.0, 256 / C)  # share of x that is not 0: bf16 could not hold longer sums
+    kept = min(1.0, 256 / C)  # share of nonzero x: bf16 could not hold longer sums
     spread = (C * kept) ** 0.5 / 2
     shift = torch.tensor([-5, 20, 40], device=device).repeat(-(-D // 3))[:D]
     codewords = spread * torch.randn(K, D, **draw) + shift
-    # Near each other: fp16 would hold nothing of the weights of a codeword that is left out.
+    # Near each other: otherwise fp16 could not represent the weights of an omitted codeword.
     smoothing = (0.75 + 0.5 * torch.rand(() if constants["shared"] else (K,), **draw)) / (2 * D**0.5 * spread**2)
     weight = torch.randint(-1, 2, (D, C), **draw)
     given = {"x": weight, "shift": shift, "codewords": codewords, "smoothing": smoothing}
@@ -184,18 +206,22 @@ def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
         for x in proof.candidates(constants, C, device, one_image):
             if _constants(x, *rest) == constants:
                 proof.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < kept))
-                found.append((x, *rest))
+                found.append((x, *rest, not one_image))
                 break
     return found
 
 
 def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    x, weight, shift, *codebook = arguments
+    x, weight, shift, *codebook, mean = arguments
+    count = x.shape[2] if mean else 1
+    results, exact = (tuple(count * each for each in found) for found in (results, exact))
     z = (torch.matmul(weight.double(), x.double()) + shift.double()[:, None]).relu()
     return proof.excess(("encoding",), results, exact, exact[0], z.to(x.dtype), *codebook)
 
 
-def _key(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Any, ...]:
+def _key(
+    x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False
+) -> tuple[Any, ...]:
     return *proof.key(x, codewords, smoothing), shift.dtype
 
 
@@ -204,14 +230,21 @@ PROJECT = Operator("project_encode", project_forward, plain, _constants, _proble
 
 @torch.library.custom_op("ctxenc::project_encode", mutates_args=(), device_types=DEVICES)
 def project_encode(
-    x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    codewords: Tensor,
+    smoothing: Tensor,
+    strict: bool = False,
+    mean: bool = False,
 ) -> Tensor:
-    """Encoding (B, K, D), fp32, of relu(weight @ x + shift) on codewords (K, D), without derivatives.
+    """Encode relu(weight @ x + shift) with codewords (K, D), without derivatives: (B, K, D), fp32, or its mean over N
+    pixels.
 
-    x (B, C, N) and weight (D, C) are of one dtype, fp16, bf16 or fp32. The sizes that fit are those of may_project.
+    x (B, C, N) and weight (D, C) are of one dtype, fp16, bf16 or fp32. may_project checks the sizes.
 
     Raises:
-        ValueError: sizes do not fit each other, which no kernel would notice.
+        ValueError: sizes do not match; the kernels would not notice.
         RuntimeError: strict, and the kernel has not proved itself.
     """
     D, C = weight.shape
@@ -220,16 +253,16 @@ def project_encode(
         raise ValueError(
             f"project_encode: must get x (B, C, N), weight (D, C), shift (D,), codewords (K, D), got {sizes}"
         )
-    return PROJECT(strict, x, weight, shift, codewords, smoothing)
+    return PROJECT(strict, x, weight, shift, codewords, smoothing, mean)
 
 
 @project_encode.register_fake
-def _(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False) -> Tensor:
+def _(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty((x.shape[0], *codewords.shape), dtype=torch.float32)
 
 
 @register_flop_formula(torch.ops.ctxenc.project_encode)
 def _flops(x: Sequence[int], weight: Sequence[int], shift: Any, codewords: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of the projection and the two products of the encoding, given shapes."""
+    """Count the flops of the projection and the two products of the encoding, from shapes."""
     (B, C, N), (K, D) = x, codewords
     return 2 * B * N * D * (C + 2 * K)

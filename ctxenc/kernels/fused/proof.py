@@ -1,8 +1,8 @@
-"""How the encode kernels prove themselves: what they are compiled for, problems where a lost term shows, how far off they may be.
+"""Define the proof of the encode kernels: their constants, problems that expose a lost term, and the error bounds.
 
-The tolerance of tests/tolerance.py is a bound for any input. Here the inputs are known, and the bound can be close: each row of a
-result may be off by some units of round-off of the sum of the row's absolute terms, such as sum_i w_ik |r_ik| for the encoding of a
-codeword, in the Euclidean norm over its channels.
+The tolerance in tests/tolerance.py bounds the error for any input. Here the inputs are known, so the bound can be tight: in the
+Euclidean norm over channels, each row of a result may be off by some units of round-off of the sum of the row's absolute terms (for
+the encoding of a codeword, sum_i w_ik |r_ik|).
 """
 
 import math
@@ -19,19 +19,19 @@ from ctxenc.kernels.verdicts import Arguments, Constants, place
 
 PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}  # tf32 has fp16's unit
 LARGEST = 2**23  # elements of x or the weights in a problem, beyond three images: an fp64 copy takes 64 MB
-AXES = {"encoding": 2, "dx": 1, "dcodewords": 1}  # of the channels of a result
-# Allowed error in units of the products' dtype, by whether that is half precision: of dx, where errors do not average out, and of
-# sums over pixels. In the interpreter a right kernel takes a quarter of it at most, one without the low-order operand 2.6 times.
+AXES = {"encoding": 2, "dx": 1, "dcodewords": 1}  # axis of a result's channels
+# Allowed error in units of the products' dtype, keyed by half precision: for dx, where errors do not average out, and for sums
+# over pixels. In the interpreter a right kernel takes at most a quarter of it, one without the low-order operand 2.6 times.
 UNITS = {True: (4.0, 0.5), False: (64.0, 64.0)}
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As getattr(torch, name) takes it."""
+    """Return the dtype's name, for getattr(torch, name)."""
     return str(dtype).removeprefix("torch.")
 
 
 def describe(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants:
-    """Everything that the kernels of a direction are compiled for which read x (B, channels, N)."""
+    """Return everything that the kernels of a direction are compiled for, on x (B, channels, N)."""
     key = key_of(direction, make_readable(x), codewords, smoothing)
     return {
         "x": name_of(x.dtype),
@@ -47,21 +47,21 @@ def describe(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) ->
     }
 
 
-def key(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Any, ...]:
-    """Everything that `describe` depends on."""
+def key(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> tuple[Any, ...]:
+    """Return everything that `describe` depends on. A mean takes the same binary with another divisor."""
     setting = precision(x.dtype) if x.dtype == torch.float32 else None
     return *place(x), codewords.shape, codewords.dtype, smoothing.dtype, smoothing.dim(), setting
 
 
-def forward_constants(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants | None:
-    """Of encode_forward."""
+def forward_constants(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> Constants | None:
+    """Return the constants of encode_forward."""
     return describe("forward", x, codewords, smoothing) if x.numel() else None
 
 
 def backward_constants(
-    _grad: Any, x: Tensor, codewords: Tensor, smoothing: Tensor, _weight_sum: Any, x_wanted: bool
+    _grad: Any, x: Tensor, codewords: Tensor, smoothing: Tensor, _weight_sum: Any, x_wanted: bool, mean: bool = False
 ) -> Constants | None:
-    """Of encode_backward."""
+    """Return the constants of encode_backward."""
     if not x.numel():
         return None
     direction = "backward" if x_wanted else "backward without dx"
@@ -71,7 +71,7 @@ def backward_constants(
 def placed(
     B: int, C: int, sizes: range, channels_last: bool, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Tensor]:
-    """Empty tensors (B, C, N) of one layout, some sizes N and every alignment; with images of their own, then one repeated."""
+    """Return empty tensors (B, C, N) of one layout, some sizes N and every alignment: with distinct images, then one repeated."""
     room = torch.empty(B * C * max(sizes) + 8, dtype=dtype, device=device)
     for images in (B, 1):
         for start in (0, 1, 2, 4):
@@ -82,10 +82,10 @@ def placed(
 
 
 def candidates(constants: Constants, channels: int, device: torch.device, one_image: bool) -> Iterator[Tensor]:
-    """Empty features for a problem, all images of some tiles and a part of one.
+    """Return empty features for a problem; every image has some full tiles and a partial one.
 
-    As many images as multiprocessors, within LARGEST: a program gets several tiles. Or one image, of so many tiles that programs
-    share it, whatever their sums cost.
+    There are as many images as multiprocessors, within LARGEST, so a program gets several tiles. Or there is one image, with so
+    many tiles that programs share it at any cost of their sums.
     """
     block_n, K = int(constants["block_n"]), int(constants["K"])
     dtype = getattr(torch, str(constants["x"]))
@@ -104,18 +104,18 @@ def fill(x: Tensor, values: Callable[[torch.Size], Tensor]) -> None:
 
 
 def drawing(device: torch.device, seed: int = 0) -> dict[str, Any]:
-    """What torch.rand needs beside a shape to draw the same at every call, whatever torch's default dtype is."""
+    """Return the torch.rand arguments (beside a shape) that repeat the draw at every call, under any torch default dtype."""
     return {"generator": torch.Generator(device).manual_seed(seed), "device": device, "dtype": torch.float32}
 
 
 def _problem(
     constants: Constants, device: torch.device, constants_of: Callable[..., Constants | None], one_image: bool = False
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Pixels and codewords on a line in every other channel, strewn in the others; every channel lies off the origin.
+    """Place pixels and codewords on a line in every other channel, scattered in the others; every channel lies off the origin.
 
-    On a line, what the products lose of each channel adds up. Codewords lie in pairs about the first, their centre. Their
-    distances round badly: each loses almost half a unit in the dtype of the products. Offsets are 12 times the largest distance,
-    where half precision is multiplied without a shift, and in every eighth channel far more.
+    On a line, the rounding losses of all channels add up. Codewords lie in pairs about the first, their centre. Their distances
+    round badly: each loses almost half a unit in the dtype of the products. Offsets are 12 times the largest distance, within the
+    range that half precision multiplies without a shift, and far larger in every eighth channel.
     """
     D, K, products = int(constants["D"]), int(constants["K"]), PRODUCTS.get(str(constants["products"]), torch.float32)
     draw, channel = drawing(device), torch.arange(D, device=device)
@@ -145,13 +145,13 @@ def _problem(
 
 
 def forward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
-    """Arguments of encode_forward: many images, and one whose sums are added up from several programs."""
-    found = [_problem(constants, device, forward_constants, one_image) for one_image in (False, True)]
-    return [problem for problem in found if problem is not None]
+    """Make arguments of encode_forward: many images, for their means, and one image whose sums several programs add up."""
+    found = [(_problem(constants, device, forward_constants, one_image), not one_image) for one_image in (False, True)]
+    return [(*problem, mean) for problem, mean in found if problem is not None]
 
 
 def backward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
-    """Arguments of encode_backward; the incoming gradients lie along the line, too."""
+    """Make arguments of encode_backward, for means; the incoming gradients lie along the line, too."""
     x_wanted = bool(constants["x_wanted"])
     problem = _problem(constants, device, lambda x, d, s: backward_constants(None, x, d, s, None, x_wanted))
     if problem is None:
@@ -161,11 +161,12 @@ def backward_problems(constants: Constants, device: torch.device) -> list[Argume
     K, D = codewords.shape
     line = torch.where(torch.arange(D, device=device) % 2 == 0, (codewords[-1] - codewords[0]).sign().float(), 0.0)
     grad = torch.randn(len(x), K, 1, **draw) * line + 0.3 * torch.randn(len(x), K, D, **draw)
-    return [(grad, *problem, weight_sum, x_wanted)]
+    pixels = x.shape[2]
+    return [(grad * pixels, *problem, weight_sum / pixels, x_wanted, True)]
 
 
 def _absolute_terms(grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor) -> dict[str, Tensor]:
-    """The sum of the absolute terms of each row, for fp64 x (B, D, N) and grad (B, K, D)."""
+    """Return the sum of the absolute terms of each row, for fp64 x (B, D, N) and grad (B, K, D)."""
     weights, center = torch_encode.assign(x, codewords, smoothing), codewords.mean(0)
     x, d, s = x - center[:, None], codewords - center, smoothing.abs().reshape(-1, 1)
     squares = x.square().sum(1, keepdim=True) + d.square().sum(1)[:, None]
@@ -186,10 +187,10 @@ def _absolute_terms(grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tenso
 def excess(
     names: tuple[str, ...], results: tuple[Tensor, ...], exact: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor
 ) -> dict[str, float]:
-    """Error over tolerance of results, by their names, for these x, codewords and smoothing. NaN counts as infinite."""
+    """Return error over tolerance by result name, for these x, codewords and smoothing. NaN counts as infinite."""
     products = PRODUCTS.get(precision(inputs[0].dtype), torch.float32)
     of_pixels, of_sums = UNITS[products != torch.float32]
-    of_sums *= 1.5 if inputs[0].shape[2] <= LONGEST_RUN else 1  # few pixels average less out
+    of_sums *= 1.5 if inputs[0].shape[2] <= LONGEST_RUN else 1  # few pixels average less
     terms, over = _absolute_terms(*(tensor.double() for tensor in (grad, *inputs))), {}
     for name, result, wanted in zip(names, results, exact, strict=True):
         if result.numel():
@@ -203,10 +204,14 @@ def excess(
 
 
 def forward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    """Of encode_forward's results."""
-    return excess(("encoding", "weight_sum"), results, exact, exact[0], *arguments)
+    """Check the results of encode_forward."""
+    *inputs, mean = arguments
+    count = inputs[0].shape[2] if mean else 1
+    results, exact = (tuple(count * each for each in found) for found in (results, exact))
+    return excess(("encoding", "weight_sum"), results, exact, exact[0], *inputs)
 
 
 def backward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    """Of encode_backward's results."""
-    return excess(("dx", "dcodewords", "dsmoothing"), results, exact, *arguments[:4])
+    """Check the results of encode_backward, for means."""
+    grad, *inputs = arguments[:4]
+    return excess(("dx", "dcodewords", "dsmoothing"), results, exact, grad / inputs[0].shape[2], *inputs)

@@ -1,10 +1,10 @@
-"""Steps that the encode kernels take with a tile of pixels: load, multiply, assign.
+"""Define the steps of the encode kernels on a tile of pixels: load, multiply, assign.
 
 With c a codeword, the center, and d' = d - c, x' = x - c, the squared residual is |x'|^2 - 2 x'.d' + |d'|^2, as in torch_encode.py.
-The tensor cores get x minus a base. In fp32 the base is c, and a product has three terms of tf32. Half precision goes in as it is,
-with d' in two terms, so that a product is nearly exact: a channel's base is usually 0. It is c, rounded, where c is more than 16
-times the spread of the codewords. fp16 holds what is multiplied after scaling by a power of two: gradients under loss scaling, and
-the low-order term of d', would leave its range.
+The tensor cores get x minus a base. In fp32 the base is c, and a product has three terms of tf32. In half precision a channel's
+base is usually 0: x goes in unchanged, with d' in two terms, so a product is nearly exact. The base is c, rounded, if c is more
+than 16 times the spread of the codewords. fp16 operands are scaled by a power of two: gradients under loss scaling, and the
+low-order term of d', would leave its range.
 """
 
 import os
@@ -22,9 +22,9 @@ OFFSET = tl.constexpr(16)  # a channel's base is 0 up to this many times the spr
 
 @triton.jit
 def drop_bits(value, BITS: tl.constexpr):
-    """Round fp32 to the nearest value with BITS fewer bits of fraction."""
+    """Round fp32 to the nearest value with BITS fewer fraction bits."""
     bits = (value.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)
-    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # the sum carries some NaN over to -0
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # the sum would carry some NaN over to -0
 
 
 @triton.jit
@@ -53,8 +53,8 @@ def store_rounded(pointers, value, mask):
 def dot(a, b, DOT: tl.constexpr):
     """Multiply two rounded operands: fp32.
 
-    Callers subtract the result from their sum. Triton would fold an addition into the product and let it run on into the next
-    tile, where Triton 3.6 overwrites its left operand while wgmma may still read it.
+    Callers subtract the result from their sum. Triton would fold an addition into the product and let it run into the next tile;
+    Triton 3.6 then overwrites its left operand while wgmma may still read it.
     """
     acc = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
     if DOT == "bf16" or DOT == "fp16":
@@ -65,7 +65,7 @@ def dot(a, b, DOT: tl.constexpr):
 
 @triton.jit
 def scale_of(value, DOT: tl.constexpr):
-    """Find the power of two that brings a matrix into [-2, 2], where fp16 is multiplied; elsewhere 1."""
+    """Return the power of two that scales a matrix into [-2, 2] for products in fp16, else 1."""
     scale = 1.0
     if DOT == "fp16":
         largest = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), 1e-30)
@@ -75,19 +75,19 @@ def scale_of(value, DOT: tl.constexpr):
 
 @triton.jit
 def multiple(size, VECTOR: tl.constexpr):
-    """Show the compiler that a size is a multiple of VECTOR; tl.multiple_of does nothing to arguments."""
+    """Show the compiler that a size is a multiple of VECTOR; tl.multiple_of has no effect on arguments."""
     return size // VECTOR * VECTOR
 
 
 @triton.jit
 def image(p_x, b, stride_b, VECTOR: tl.constexpr):
-    """Address of image b (int64), a multiple of VECTOR elements."""
+    """Return the address of image b (int64), a multiple of VECTOR elements."""
     return tl.multiple_of(p_x + b * stride_b, VECTOR * p_x.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
 def offsets(o_n, o_d, stride_n, stride_d, CHANNELS_LAST: tl.constexpr):
-    """Offsets (BLOCK_N, BLOCK_D) inside an image: one stride is 1, the other may need 64 bits."""
+    """Return offsets (BLOCK_N, BLOCK_D) inside an image: one stride is 1, the other may need 64 bits."""
     if CHANNELS_LAST:
         return (o_n.to(tl.int64) * stride_n)[:, None] + o_d[None, :]
     else:
@@ -122,7 +122,7 @@ def load_x(
 
 @triton.jit
 def arrange(x, o_n, N, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Features (BLOCK_N, BLOCK_D) of what load_x gave; a run is sorted into rows in shared memory."""
+    """Arrange the result of load_x as features (BLOCK_N, BLOCK_D); a run is sorted into rows in shared memory."""
     if LAYOUT == "run":
         o = tl.arange(0, BLOCK_D)[None, :] * N + tl.minimum(o_n, N - 1)[:, None]
         x = tl.reshape(tl.gather(x, tl.reshape(o, (BLOCK_N * BLOCK_D,)), 0), (BLOCK_N, BLOCK_D))
@@ -136,7 +136,7 @@ def load_tile(
     p_x, tile, last, tiles, start, N, stride_b, stride_n, stride_d,
     D: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of all images, by its number; zeros from `last` on, so that a program can ask for one tile ahead."""
+    """Load a tile by its number over all images; zeros from `last` on, so that a program can prefetch one tile."""
     p_image = image(p_x, (tile // tiles).to(tl.int64), stride_b, VECTOR)
     o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     return load_x(p_image, o_n, start, tl.where(tile < last, N, 0), stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_D)
@@ -151,9 +151,9 @@ def load_rows(p_rows, o_d, o_k, D: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def find_center(p_codewords, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Index of the center: the codeword nearest to the mean of all.
+    """Return the index of the center: the codeword nearest to the mean of all.
 
-    The mean itself would follow one codeword that ran off. Of two codewords, equally far, it is the one nearer to the origin.
+    The mean itself would follow a single outlier. On a tie between two codewords, it is the one nearer to the origin.
     """
     o_k = tl.arange(0, BLOCK_K)
     distance = tl.zeros((BLOCK_K,), tl.float32)
@@ -171,9 +171,9 @@ def prepare_codewords(p_codewords, center, o_d, o_k, D: tl.constexpr, K: tl.cons
     """Prepare some channels of the codebook for products with x.
 
     Returns:
-        d less the base (BLOCK_D, BLOCK_K); d' scaled and rounded, and the rest that rounding left, (BLOCK_D, BLOCK_K) each;
-        their scale; the bias |d'|^2 + 2 (c - base).d' of the squared residuals (BLOCK_K,); c and the base (BLOCK_D,); and the
-        scale of x, (), exact: 1, or 1/2 where fp16 less a base could overflow.
+        d less the base (BLOCK_D, BLOCK_K); d' scaled and rounded, and its rounding error, (BLOCK_D, BLOCK_K) each;
+        their scale; the bias |d'|^2 + 2 (c - base).d' of the squared residuals (BLOCK_K,); c and the base (BLOCK_D,);
+        and the scale of x, (), exact: 1, or 1/2 if fp16 less a base could overflow.
     """
     mask = (o_d < D)[:, None] & (o_k < K)[None, :]
     d = load_rows(p_codewords, o_d, o_k, D, K)
@@ -196,7 +196,7 @@ def prepare_codewords(p_codewords, center, o_d, o_k, D: tl.constexpr, K: tl.cons
 def find_nearness(x, operand, high, low, scale, bias, c, SHARED: tl.constexpr, DOT: tl.constexpr):
     """Add up -|x - d|^2 over some channels of x (BLOCK_N, BLOCK_D): (BLOCK_N, BLOCK_K).
 
-    SHARED: without |x'|^2, which cancels in the softmax where all codewords have one smoothing factor.
+    SHARED: without |x'|^2, which cancels in the softmax if all codewords share one smoothing factor.
     """
     cross = -dot(operand, high, DOT)
     if DOT == "bf16" or DOT == "fp16":
@@ -216,7 +216,7 @@ def load_smoothing(p_smoothing, o_k, K: tl.constexpr, SHARED: tl.constexpr):
 
 @triton.jit
 def softmax(nearness, s, m_n, m_k):
-    """Weights (BLOCK_N, BLOCK_K): softmax over the codewords of s * nearness; zero beyond N and K."""
+    """Return weights (BLOCK_N, BLOCK_K): softmax over the codewords of s * nearness; zero beyond N and K."""
     logits = tl.where(m_k[None, :], s[None, :] * nearness, float("-inf"))
     exp = tl.exp(logits - tl.max(logits, 1)[:, None])
     return tl.where(m_n[:, None], exp / tl.sum(exp, 1)[:, None], 0.0)
@@ -224,5 +224,5 @@ def softmax(nearness, s, m_n, m_k):
 
 @triton.jit
 def weight_gradient(weights, p):
-    """Gradient q (BLOCK_N, BLOCK_K) in the logits, from p = residuals . grad."""
+    """Return the gradient q (BLOCK_N, BLOCK_K) in the logits, from p = residuals . grad."""
     return weights * (p - tl.sum(weights * p, 1)[:, None])

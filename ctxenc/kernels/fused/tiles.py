@@ -1,6 +1,6 @@
-"""How a launch cuts its work: tiles from a small table, programs from the room that the compiled kernel leaves on the GPU.
+"""Choose how a launch cuts its work: tiles from a small table, programs from the free room of the compiled kernel on the GPU.
 
-Nothing is tuned at the first call, and nothing depends on B and N but the number of programs: a new image size compiles nothing.
+Nothing is tuned at the first call. Only the number of programs depends on B and N: a new image size compiles nothing.
 """
 
 from functools import cache
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LONGEST_RUN = 64  # pixels of an image whose channels are read as one run
-WAVES = 4  # rounds of programs that a cut may take; an uneven last one then costs little
+LONGEST_RUN = 64  # most pixels of an image read as one run
+WAVES = 4  # most rounds of programs in a cut; a ragged last round then costs little
 
 
 class Tiles(NamedTuple):
-    """How a program cuts what it reads."""
+    """Describe a program's tiles."""
 
     block_n: int  # pixels of a tile
     block_d: int  # channels of a block, at least 16
@@ -23,18 +23,18 @@ class Tiles(NamedTuple):
 
 
 class GPU(NamedTuple):
-    """What the cut depends on beside the arguments of a call."""
+    """Hold the properties of the GPU on which the cut depends."""
 
-    capability: int  # 90 for 9.0; 0 where it is no NVIDIA GPU
+    capability: int  # 90 for 9.0; 0 for other GPUs than NVIDIA's
     multiprocessors: int
-    registers: int = 65536  # of a multiprocessor, 4 bytes each
-    shared: int = 100 * 1024  # memory of a multiprocessor, bytes
+    registers: int = 65536  # per multiprocessor, 4 bytes each
+    shared: int = 100 * 1024  # bytes of shared memory per multiprocessor
     threads: int = 1536
 
 
 @cache
 def gpu_of(device: torch.device) -> GPU:
-    """Describe the GPU; for a CPU, where the interpreter runs, a small one."""
+    """Describe the GPU; for a CPU (the interpreter), describe a small GPU."""
     if device.type != "cuda":
         return GPU(0, 4)
     properties: Any = torch.cuda.get_device_properties(device)
@@ -53,17 +53,17 @@ def ceil_div(size: int, part: int) -> int:
 
 
 def block_of(size: int) -> int:
-    """Smallest block that holds so many channels or codewords: a power of two, 16 at least, as tensor cores want it."""
+    """Return the smallest block for this many channels or codewords: a power of two, at least 16, as tensor cores need."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of x (B, D, N) lie side by side."""
+    """Return whether the channels of x (B, D, N) are contiguous."""
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
 def vector(x: Tensor, channels_last: bool) -> int:
-    """Elements of 16 bytes, else of 8, at a multiple of which the address and every row of x (B, D, N) begin; else 1."""
+    """Return the alignment, in elements, of the address and every row of x (B, D, N): 16 bytes, else 8, else 1 element."""
     row = x.stride(2) if channels_last else x.stride(1)
     sizes = (x.stride(0), row, x.shape[1 if channels_last else 2])
     for width in (16, 8):
@@ -74,9 +74,9 @@ def vector(x: Tensor, channels_last: bool) -> int:
 
 
 def is_run(x: Tensor) -> bool:
-    """Whether x (B, D, N) in half precision has few pixels, and rows that begin anywhere in images that can be read by 16 bytes.
+    """Return whether x (B, D, N) is half precision with few pixels and unaligned rows, in images that 16-byte reads can cover.
 
-    As 7 x 7 pixels, channels first: an image is one run of D * N elements.
+    Example: 7 x 7 pixels, channels first. An image is one run of D * N elements.
     """
     _, D, N = x.shape
     if x.element_size() != 2 or N > LONGEST_RUN or N % 4 == 0 or x.stride(1) != N or x.stride(2) != 1:
@@ -85,16 +85,16 @@ def is_run(x: Tensor) -> bool:
 
 
 def choose_tiles(direction: str, dtype: torch.dtype, D: int, K: int, capability: int) -> Tiles:
-    """Choose tiles that compile without spilling registers, or with a few bytes of it. Not timed.
+    """Choose tiles that compile without spilling registers, or with a spill of a few bytes. Not timed.
 
-    A program holds codewords, gradients and sums of one block of channels: 64 x 32 values of them in half precision. Three terms
-    of tf32 take twice the registers. mma.sync, all that there is below Hopper, holds operands in registers that wgmma leaves in
+    A program holds codewords, gradients and sums of one block of channels: 64 x 32 values of each in half precision. Three terms of
+    tf32 take twice the registers. Below Hopper there is only mma.sync, which keeps operands in registers; wgmma leaves them in
     shared memory.
     """
     fp32, backward, block_k = dtype == torch.float32, direction.startswith("backward"), block_of(K)
     block_d = max(16, min(block_of(D), 64, (1024 if fp32 else 2048) // block_k))
     hopper = capability // 10 in (9, 10)
-    if capability == 0 and backward and block_k > 16:  # AMD spills 94 bytes with 64
+    if capability == 0 and backward and block_k > 16:  # AMD spills 94 bytes with block_d = 64
         block_d = min(block_d, 32)
     block_n = 32 if fp32 or (backward and not hopper) else 64
     if block_k > 64 or (backward and block_k > 32 and (fp32 or not hopper)):  # the weights of a tile fill the registers
@@ -104,9 +104,9 @@ def choose_tiles(direction: str, dtype: torch.dtype, D: int, K: int, capability:
 
 
 def programs_per_multiprocessor(gpu: GPU, registers: int, shared: int, warps: int) -> int:
-    """Programs of a compiled kernel that fit on a multiprocessor at a time.
+    """Return how many programs of a compiled kernel fit on a multiprocessor at a time.
 
-    Registers are handed out in units of 8 a thread; 1 KB of shared memory a program is CUDA's.
+    CUDA allocates registers in units of 8 a thread and reserves 1 KB of shared memory per program.
     """
     by_registers = gpu.registers // (max(8, ceil_div(registers, 8) * 8) * 32 * warps)
     return max(1, min(by_registers, gpu.shared // (shared + 1024), gpu.threads // (32 * warps)))
@@ -114,10 +114,10 @@ def programs_per_multiprocessor(gpu: GPU, registers: int, shared: int, warps: in
 
 @cache
 def split_images(B: int, tiles: int, slots: int, partial: int) -> tuple[int, int]:
-    """Programs that share the tiles of one image, and the tiles of each.
+    """Return the number of programs that share the tiles of one image, and the tiles of each.
 
-    The cut with the least time: rounds of programs on a GPU with so many slots, times the tiles of a program and what its
-    partial sum costs, where there is more than one. `partial` is in hundredths of the time of a tile.
+    It takes the fastest cut: the number of rounds on a GPU with so many slots, times the tiles of a program plus the cost of its
+    partial sum, if there are several. `partial` is in hundredths of the time of a tile.
     """
 
     def time(share: int) -> tuple[int, int]:
@@ -126,16 +126,16 @@ def split_images(B: int, tiles: int, slots: int, partial: int) -> tuple[int, int
 
     one_round = min(
         tiles, ceil_div(tiles * B, slots)
-    )  # a larger share only takes longer, but where it is all of an image
+    )  # a larger share only takes longer, unless it covers a whole image
     share = min((*range(max(1, one_round // WAVES), one_round + 1), tiles), key=time)
     return ceil_div(tiles, share), share
 
 
 def partial_cost(K: int, block_n: int, itemsize: int) -> int:
-    """Time to write and read a partial sum (K, D) in fp32, in hundredths of the time to read a tile of x (block_n, D)."""
+    """Return the time to write and read a partial sum (K, D) in fp32, in hundredths of the time to read a tile (block_n, D)."""
     return 800 * K // (block_n * itemsize)
 
 
 def share_tiles(tiles: int, slots: int, partial: int) -> tuple[int, int]:
-    """Programs that share the tiles of all images, and the tiles of each; as for one image."""
+    """Return the number of programs that share the tiles of all images, and the tiles of each; as for one image."""
     return split_images(1, tiles, slots, partial)

@@ -1,6 +1,6 @@
-"""Maps with more channels than a program keeps: one kernel assigns the pixels, and leaves the weights in memory for the next.
+"""Handle maps with more channels than a program holds: one kernel assigns the pixels and stores the weights for the next.
 
-The maps take K / D of the bytes of x. A weight is rounded as the products that follow take it.
+The maps take K / D of the bytes of x. A weight is rounded to the operand precision of the next products.
 """
 
 import torch
@@ -28,12 +28,12 @@ from ctxenc.kernels.fused.steps import (
 )
 from ctxenc.kernels.fused.tiles import block_of, ceil_div
 
-SIZES = ["p_x", "N", "tiles", "stride_b", "stride_n", "stride_d"]
+SIZES = ["p_x", "N", "tiles", "stride_b", "stride_n", "stride_d", "count"]
 
 
 @triton.jit
 def map_pointers(p_map, tile, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Pointers to a tile (BLOCK_N, BLOCK_K), int64, of a map that is padded to whole tiles."""
+    """Return pointers to a tile (BLOCK_N, BLOCK_K), int64, of a map padded to whole tiles."""
     return p_map + tile * BLOCK_N * BLOCK_K + tl.arange(0, BLOCK_N)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
 
 
@@ -61,6 +61,7 @@ def assign_kernel(
     stride_b,
     stride_n,
     stride_d,
+    count,  # divisor of grad
     D: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
@@ -89,7 +90,7 @@ def assign_kernel(
         operand = rounded((x - base[None, :]) * x_scale, DOT)
         nearness += find_nearness(x, operand, high, low, scale / x_scale, bias, c, SHARED, DOT)
         if GRAD:
-            grad = load_rows(p_grad + b * K * D, o_d, o_k, D, K)
+            grad = load_rows(p_grad + b * K * D, o_d, o_k, D, K) * (1.0 / count)
             grad_scale = scale_of(grad, DOT)
             grad = rounded(grad / grad_scale, DOT)
             p -= tl.sum(d * grad.to(tl.float32), 0)[None, :] * grad_scale
@@ -104,11 +105,11 @@ def assign_kernel(
 
 
 def assign_wide(
-    x: Tensor, codewords: Tensor, smoothing: Tensor, plan: Plan, grad: Tensor | None = None
+    x: Tensor, codewords: Tensor, smoothing: Tensor, plan: Plan, grad: Tensor | None = None, count: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Assign the pixels of x (B, D, N): the weights, and given a gradient q and the gradients in the smoothing of each tile.
+    """Assign the pixels of x (B, D, N). Given a gradient (over `count`), also compute q and each tile's gradient in the smoothing.
 
-    Memory moves x once and the maps, 2 to 4 bytes a weight and 4 a q; L2 gives codewords and gradient once a tile.
+    Memory traffic: x once and the maps, 2 to 4 bytes a weight and 4 a q; L2 serves codewords and gradient once a tile.
     """
     B, _, N = x.shape
     K, block_n = codewords.shape[0], plan.tiles.block_n
@@ -130,6 +131,7 @@ def assign_wide(
         stride_b,
         stride_n,
         stride_d,
+        count,
         GRAD=grad is not None,
         **plan.options,
     )

@@ -1,1 +1,1 @@
-"""Semantic segmentation: what `python -m ctxenc segment` runs."""
+"""Semantic segmentation, behind `python -m ctxenc segment`."""

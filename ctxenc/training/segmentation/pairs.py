@@ -1,6 +1,6 @@
-"""Pairs of an image and a mask in files: which go together, and reading them.
+"""Match image and mask files, and read them.
 
-EXIF orientation is ignored in both: a mask is drawn over the pixels as they are stored.
+EXIF orientation is ignored in both: a mask is drawn over the pixels as stored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
+from ctxenc.runs.errors import UserError, printable
 from ctxenc.training.bad_images import BrokenImageError
-from ctxenc.training.console import UserError, printable
 from ctxenc.training.files import both, images_below, nfc
 from ctxenc.training.images import open_image, opened, orientation
 
@@ -25,7 +25,7 @@ Paths = list[tuple[Path, Path]]
 
 
 class Presence(NamedTuple):
-    """In how many masks each class occurs, of how many that were read, and the share of their pixels that is ignored."""
+    """Hold the number of masks with each class, the number of masks read, and the share of ignored pixels."""
 
     counts: list[int]
     read: int
@@ -55,7 +55,7 @@ class Pairs:
         return len(self.paths)
 
     def pair(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Image (3, H, W) and mask (H, W) of sample ``index``, both uint8.
+        """Image (3, H, W) and mask (H, W) of sample `index`, both uint8.
 
         Raises:
             UserError: A file cannot be read, the mask is no PNG of class numbers, it is of another size than the image, or it
@@ -79,7 +79,7 @@ class Pairs:
         return classes.astype(np.uint8)
 
     def count(self, enough: int, skip: bool) -> Presence:
-        """Find out which classes occur: in `enough` masks spread over all, and further only for a class in none of these.
+        """Find the classes that occur: read `enough` masks spread over all, and more only for a class missing from these.
 
         Raises:
             UserError: A mask holds a number that is no class, or, without `skip`, cannot be read.
@@ -105,12 +105,12 @@ class Pairs:
         return self.presence
 
     def name(self, index: int) -> str:
-        """The path of image ``index``, to be printed."""
+        """The path of image `index`, to be printed."""
         return printable(self.paths[index][0])
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """The numbers in the mask at ``path``, (H, W): the grey values, or the indices where it has a palette.
+    """The numbers in the mask at `path`, (H, W): the grey values, or the indices where it has a palette.
 
     Raises:
         UserError: It cannot be read, or is no PNG with one number a pixel; the text holds the path.
@@ -125,7 +125,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def held_out(paths: Paths, fraction: float, seed: int) -> tuple[Paths, Paths]:
-    """Splits ``paths`` for training and validation: the latter a rounded share, at least one, and one is left for training.
+    """Split `paths` for training and validation: a rounded share for validation, at least one pair on each side.
 
     Raises:
         UserError: There is a single pair.
@@ -138,10 +138,10 @@ def held_out(paths: Paths, fraction: float, seed: int) -> tuple[Paths, Paths]:
 
 
 def matched(images: Path, masks: Path) -> Paths:
-    """The images below one folder with the masks below another: those of the same path but for the suffix.
+    """Match images below one folder with masks below another, by the same path except for the suffix.
 
     Raises:
-        UserError: There is no such folder or no image, a file has no counterpart, or two have one stem.
+        UserError: The folder or its images are missing, a file has no counterpart, or two have one stem.
     """
     for each in (images, masks):
         if not each.is_dir():
@@ -167,10 +167,10 @@ def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def present(paths: Paths) -> Paths:
-    """The ``paths`` as they are called on the disk, which may be in another Unicode form.
+    """Return `paths` with their names on disk, which may be in another Unicode form.
 
     Raises:
-        UserError: One of them is no file.
+        UserError: One of them is not a file.
     """
     found = []
     for image, mask in paths:

@@ -1,24 +1,24 @@
-"""The embedded data set: scenes in which some textures are ambiguous, and only the rest of the scene tells their class.
+"""The embedded data set: scenes with ambiguous textures; only the rest of the scene tells their class.
 
-EncNet (arXiv 1803.08904, figure 1) says that the scene narrows down which classes a pixel may have, sand or earth. Here a
-scene has three regions, each filled from one of the photographs that scikit-image ships in its wheel: a background, which
-every scene has; a cue, which one type of scene has; and an ambiguous region, whose photograph two types of scene share under
-two names. Everything but the cue is drawn alike, so that the other scene of the pair could hold the same pixels there, and the
-cue lies more than GAP pixels away: a network that sees no further than GAP is right on half of the ambiguous regions, whatever
-it learns. Nothing is downloaded.
+EncNet (arXiv 1803.08904, figure 1) says: the scene narrows down the possible classes of a pixel, sand or earth. Here a scene
+has three regions, each filled from one of the photographs in scikit-image's wheel: a background in every scene; a cue, found in
+one type of scene; and an ambiguous region, whose photograph two types of scene share under two names. Everything but the cue is
+drawn alike, so the other scene of the pair could hold the same pixels there. The cue lies more than GAP pixels away: a network
+that sees no further than GAP is right on half of the ambiguous regions, whatever it learns. Nothing is downloaded.
 """
 
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ctxenc.training.photographs import halves, read_photograph
@@ -42,7 +42,7 @@ PHOTOGRAPHS = {
     "straw": "grass.png",
 }
 CLASSES = list(PHOTOGRAPHS)
-# What each type of scene has, after the background: the cue, which gives the type away, and the ambiguous class.
+# Regions of each type of scene after the background: the cue, which gives the type away, and the ambiguous class.
 SCENES = {
     "street": ("brick", "road"),
     "space": ("stars", "rubble"),
@@ -57,15 +57,15 @@ STD = (0.16,) * 3
 
 
 class Scenes(Dataset[tuple[Tensor, Tensor]]):
-    """Scenes of SIZE x SIZE pixels, the types of SCENES in turn. What is random is drawn from (seed, train, epoch, index).
+    """Draw scenes of SIZE x SIZE pixels, the types of SCENES in turn. Random draws follow from (seed, train, epoch, index).
 
-    So a scene does not depend on the worker that makes it or on what came before. Training and test textures come from
-    halves of the photographs that share no pixel; see photographs.halves.
+    So a scene does not depend on the worker or on earlier scenes. Training and test textures come from halves of the
+    photographs without a common pixel; see photographs.halves.
 
     Args:
         train: Whether textures come from the training halves.
         length: Scenes in an epoch.
-        seed: Seed of all that is drawn.
+        seed: Seed of all random draws.
 
     Returns:
         From indexing, an image (3, SIZE, SIZE) float32, grey and normalised by MEAN and STD, and its mask (SIZE, SIZE) int64 of
@@ -85,7 +85,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
         self.textures = {name: read_texture(photograph, train) for name, photograph in PHOTOGRAPHS.items()}
 
     def set_epoch(self, epoch: int) -> None:
-        """Names the epoch that the next scenes are drawn for; before the loader starts its workers."""
+        """Set the epoch of the next scenes; call it before the loader starts its workers."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
         layout = draw_layout(generator)
         cue, ambiguous = SCENES[scene_type(index)]
         grey, mask = np.empty((SIZE, SIZE), np.float32), np.empty((SIZE, SIZE), np.int64)
-        # The cue comes last: nothing that is drawn before it depends on which scene of a pair this is.
+        # The cue comes last: no earlier draw depends on the scene's place in its pair.
         for region, name in {BACKGROUND: "background", AMBIGUOUS_REGION: ambiguous, CUE: cue}.items():
             inside = layout == region
             grey[inside] = draw_crop(self.textures[name], generator)[inside]
@@ -107,12 +107,12 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
         return image.contiguous(), without_borders(torch.from_numpy(mask))
 
     def name(self, index: int) -> str:
-        """The number of scene ``index`` and its type."""
+        """The number of scene `index` and its type."""
         return f"scene {index} ({scene_type(index)})"
 
 
 def scene_type(index: int) -> str:
-    """The type of scene ``index``, a member of SCENES."""
+    """The type of scene `index`, a member of SCENES."""
     return list(SCENES)[index % len(SCENES)]
 
 
@@ -154,7 +154,7 @@ def draw_crop(texture: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def grown(region: np.ndarray, radius: int) -> np.ndarray:
-    """The pixels within ``radius`` of a region along both axes, (H, W) bool."""
+    """The pixels within `radius` of a region along both axes, (H, W) bool."""
     window = 2 * radius + 1
     for axis in (0, 1):
         margins = [(radius + 1, radius) if axis == each else (0, 0) for each in (0, 1)]
@@ -164,35 +164,45 @@ def grown(region: np.ndarray, radius: int) -> np.ndarray:
 
 
 def without_borders(mask: Tensor) -> Tensor:
-    """The mask with IGNORED where a pixel's 3 x 3 neighbourhood holds more than one class."""
+    """Return the mask with IGNORED for pixels with more than one class in their 3 x 3 neighbourhood."""
     values = mask[None].float()
     highest, lowest = (sign * F.max_pool2d(sign * values, 3, stride=1, padding=1)[0] for sign in (1, -1))
     return mask.masked_fill(highest != lowest, IGNORED)
 
 
-def contact_sheet(path: str | Path, train: bool = False, each: int = 4) -> None:
-    """Draws ``each`` scenes of every type with their masks, as a picture in the format of the file's ending.
+def draw_predictions(networks: Mapping[str, nn.Module], length: int = TEST_SCENES) -> Figure:
+    """Draw a test scene of each type, one row each: the scene, its classes, and the prediction of each network.
 
-    Raises:
-        ValueError: each is below 1.
-        UserError: scikit-image is not installed, or lacks a photograph.
+    Of each type, take the quarter with most errors of the first network. The row is the scene of median gain: pixels right in
+    the last network minus pixels right in the first.
+
+    Args:
+        networks: Segmentation networks by title, in evaluation mode on a CPU.
+        length: Test scenes to choose from.
     """
-    if each < 1:
-        raise ValueError(f"contact_sheet: each must be at least 1, got {each}")
-    scenes = Scenes(train, each * len(SCENES))
-    figure = Figure(figsize=(2.6 * each + 1.6, 1.45 * len(SCENES)), layout="constrained")
-    axes = figure.subplots(len(SCENES), 2 * each, squeeze=False)
-    colours = ListedColormap([f"C{number}" for number in range(len(CLASSES))])
-    for index in range(len(scenes)):
-        image, mask = scenes[index]
-        row, column = index % len(SCENES), 2 * (index // len(SCENES))
-        grey = (image[0] * STD[0] + MEAN[0]).numpy()
-        axes[row, column].imshow(grey, cmap="gray", vmin=0, vmax=1)
-        shown = np.ma.masked_equal(mask.numpy(), IGNORED)
-        axes[row, column + 1].imshow(shown, colours, vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")
-        axes[row, 0].set_ylabel(scene_type(index))
+    scenes = Scenes(False, length)
+    images, masks = (torch.stack(each) for each in zip(*(scenes[index] for index in range(length)), strict=True))
+    with torch.inference_mode():
+        predicted = [
+            torch.cat([network(part)["out"].argmax(1) for part in images.split(16)]) for network in networks.values()
+        ]
+    first, last = ((labels == masks).sum((1, 2)).tolist() for labels in (predicted[0], predicted[-1]))
+    figure = Figure(figsize=(1.5 * (2 + len(networks)) + 1.7, 1.45 * len(SCENES) + 0.5), layout="constrained")
+    axes = figure.subplots(len(SCENES), 2 + len(networks), squeeze=False)
+    colours = ListedColormap([colormaps["tab10"](number) for number in range(len(CLASSES))])
+    for row, kind in enumerate(SCENES):
+        worst = sorted(range(row, length, len(SCENES)), key=first.__getitem__)[: max(1, length // len(SCENES) // 4)]
+        index = sorted(worst, key=lambda each: last[each] - first[each])[len(worst) // 2]
+        axes[row, 0].imshow((images[index, 0] * STD[0] + MEAN[0]).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes[row, 0].set_ylabel(kind)
+        for axis, labels in zip(axes[row, 1:], [masks[index], *(each[index] for each in predicted)], strict=True):
+            shown = np.ma.masked_where((masks[index] == IGNORED).numpy(), labels.numpy())
+            axis.imshow(shown, colours, vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")
+    for axis, title in zip(axes[0], ["scene", "truth", *networks], strict=True):
+        axis.set_title(title, fontsize="small")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     patches = [Patch(color=colours(number), label=name) for number, name in enumerate(CLASSES)]
-    figure.legend(handles=patches, loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=120)
+    patches.append(Patch(facecolor="white", edgecolor="gray", label="border, not counted"))
+    figure.legend(handles=patches, loc="outside right upper", frameon=False, fontsize="small")
+    return figure

@@ -1,9 +1,9 @@
-"""What is done to an image and its mask together, for training and for validation.
+"""Transform an image and its mask together, for training and for validation.
 
-The recipe of EncNet (arXiv 1803.08904), section 4: flip, scale, rotate, crop. As in PyTorch-Encoding it is the longer side that
-is scaled, to base_size times the factor. Masks are read at the nearest pixel alone, so that no label arises that was not there;
-what lies beyond an image is IGNORED in the mask and the mean colour (0 after normalisation) in the image. All draws come from
-torch's global generator, which ``Samples`` seeds for each sample.
+The recipe of EncNet (arXiv 1803.08904), section 4: flip, scale, rotate, crop. As in PyTorch-Encoding, scale the longer side to
+base_size times the factor. Masks are read at the nearest pixel alone, so that no new label arises. Beyond the image, the mask
+is IGNORED and the image has the mean colour (0 after normalisation). All draws come from torch's global generator; `Samples`
+seeds it for each sample.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from ctxenc.training.segmentation.pairs import IGNORED
-from ctxenc.training.segmentation.settings import SegmentSettings
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
 
 OUTSIDE = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
 
 
 class ScaleLongerSide(v2.Transform):
-    """Resizes an image, and its mask, so that the longer side is ``base_size`` times a factor; the ratio of the sides is kept.
+    """Resize an image, and its mask, so that the longer side is `base_size` times a factor; keep the ratio of the sides.
 
-    The mask is read at the centres of the new pixels, where the image is: torchvision's own resizing of masks reads at their
-    corners, half a pixel off.
+    Read the mask at the centres of the new pixels, like the image: torchvision's own resizing reads masks at the corners, half
+    a pixel off.
 
     Args:
         base_size: The longer side at a factor of 1.
-        scale: The range of the factor, which is drawn uniformly.
+        scale: The range of the factor, drawn uniformly.
         masks: Whether masks are resized too.
     """
 
@@ -37,13 +37,13 @@ class ScaleLongerSide(v2.Transform):
         self.base_size, self.scale, self.masks = base_size, scale, masks
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The new height and width."""
+        """Return the new height and width."""
         height, width = F.get_size(flat_inputs[0])
         longer = self.base_size * float(torch.empty(()).uniform_(*self.scale))
         return {"size": [max(1, round(side * longer / max(height, width))) for side in (height, width)]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """``inpt``, an image or a mask, in the new size."""
+        """Return `inpt`, an image or a mask, in the new size."""
         if not isinstance(inpt, tv_tensors.Mask):
             return F.resize(inpt, params["size"], antialias=True)
         if not self.masks:
@@ -53,14 +53,15 @@ class ScaleLongerSide(v2.Transform):
 
 
 def train_transform(settings: SegmentSettings, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    """The joint transform of training: an image (3, crop_size, crop_size) float32 and a mask (crop_size, crop_size) int64.
+    """Build the joint transform of training: an image (3, crop_size, crop_size) float32 and a mask (crop_size, crop_size)
+    int64.
 
-    A pair that is smaller than the crop lies anywhere in it. A crop may hold IGNORED pixels alone.
+    A pair smaller than the crop lies anywhere in it. A crop may hold IGNORED pixels alone.
 
     Args:
-        settings: Those of the run.
-        mean: Of the colour channels, in [0, 1]; the backbone's own.
-        std: Likewise.
+        settings: The settings of the run.
+        mean: Mean of each colour channel, in [0, 1]; the backbone's own.
+        std: Standard deviation of each colour channel, likewise.
     """
     return v2.Compose(
         [
@@ -75,15 +76,15 @@ def train_transform(settings: SegmentSettings, mean: Sequence[float], std: Seque
 
 
 def eval_transform(settings: SegmentSettings, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    """The transform of validation: the whole image with its longer side at base_size, and the mask as it is.
+    """Build the transform of validation: the whole image with its longer side at base_size, and the mask unchanged.
 
-    Logits are to be resized to the mask, whose pixels are those that are scored. Sizes differ between samples, so that a batch
-    holds one: padding to a common size would enter the encoding, which sums over all pixels.
+    Resize logits to the mask: its pixels are scored. Sizes differ between samples, so a batch holds one: padding to a common
+    size would enter the encoding, a sum over all pixels.
 
     Args:
-        settings: Those of the run.
-        mean: Of the colour channels, in [0, 1]; the backbone's own.
-        std: Likewise.
+        settings: The settings of the run.
+        mean: Mean of each colour channel, in [0, 1]; the backbone's own.
+        std: Standard deviation of each colour channel, likewise.
     """
     return v2.Compose([ScaleLongerSide(settings.base_size, masks=False), *_normalized(mean, std), v2.ToPureTensor()])
 

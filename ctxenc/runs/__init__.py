@@ -1,0 +1,1 @@
+"""Read run folders and rebuild their networks, without the trainer."""

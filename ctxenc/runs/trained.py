@@ -1,0 +1,99 @@
+"""Load trained networks: from a run of either kind, or from a checkpoint of an EncNet."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from ctxenc.integrations.checkpoints import load_encnet_checkpoint
+from ctxenc.integrations.encnet import EncNet
+from ctxenc.integrations.hub import without_memory
+from ctxenc.runs.config import RunConfig, read_config
+from ctxenc.runs.errors import UserError, one_line
+from ctxenc.runs.folders import build_model, check_weights, load_weights, pick_device, resolve
+from ctxenc.runs.segment_config import IMAGENET, SegmentConfig, build_network
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """Hold a trained network, its configuration, its folder or file, and the name of its checkpoint."""
+
+    model: nn.Module
+    config: Any
+    folder: Path
+    checkpoint: str = ""
+
+    def __str__(self) -> str:
+        arm, _, seed = self.folder.absolute().name.rpartition("-")
+        which = f" (arm {arm}, seed {seed})" if arm and seed.isdecimal() else ""
+        return f"{self.folder}{which}, {self.checkpoint} checkpoint" if self.checkpoint else str(self.folder)
+
+
+def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str = "cpu", kind: Any = None) -> LoadedRun:
+    """Rebuild a trained network, load its weights, and put it on `device` in eval mode.
+
+    Args:
+        run: A run folder (see resolve), an arm's folder, a folder of save_pretrained, or a file for load_encnet_checkpoint.
+        checkpoint: "best" or "last" epoch of a run.
+        device: A torch device, or "auto".
+        kind: RunConfig or SegmentConfig to accept only classification or only segmentation.
+
+    Raises:
+        UserError: The run or file is missing, broken or of another kind, or the device cannot be used.
+    """
+    where, path = pick_device(device), Path(run)
+    if path.is_file() or (path / "model.safetensors").is_file():
+        if checkpoint != "best" or kind is RunConfig:
+            wanted = "a run of finetune" if kind is RunConfig else f"a run, which has a {checkpoint} checkpoint"
+            raise UserError(f"RUN must be {wanted}, got the file of an EncNet: {path}")
+        network, config = encnet_of(path)
+        return LoadedRun(network.to(where).eval(), config, path)
+    arm = resolve(path, checkpoint)
+    config = read_config(arm, *((RunConfig, SegmentConfig) if kind is None else (kind,)))
+    weights = arm / f"{checkpoint}.safetensors"
+
+    build = partial(build_network if isinstance(config, SegmentConfig) else build_model, config)
+    check_claims(build, weights)
+    model = build()
+    load_weights(model, weights)
+    return LoadedRun(model.to(where).eval(), config, arm, checkpoint)
+
+
+def check_claims(build: Callable[[], nn.Module], weights: Path) -> None:
+    """Raise UserError if a network does not fit its file, before allocating it: a configuration may claim any size."""
+    try:
+        skeleton = without_memory(build)
+    except UserError:
+        return  # the real build reports the reason, unless only the meta device is the obstacle
+    check_weights(skeleton, weights)
+
+
+def encnet_of(path: Path) -> tuple[EncNet, SegmentConfig]:
+    """Load an EncNet from a file or save_pretrained folder; take its backbone's mean and std, and number its classes.
+
+    Raises:
+        UserError: The path is not an EncNet, or its files are broken or do not fit each other.
+    """
+    try:
+        network = EncNet.from_pretrained(path, local_files_only=True) if path.is_dir() else load_encnet_checkpoint(path)
+    except Exception as error:  # huggingface_hub, safetensors and torch each raise their own
+        text = (
+            str(error) if path.is_file() and isinstance(error, ValueError) else f"cannot load {path}: {one_line(error)}"
+        )
+        raise UserError(text) from error
+    cfg = get_pretrained_cfg(network.config["backbone"])
+    colours = {"mean": cfg.mean, "std": cfg.std} if cfg else IMAGENET
+    return network, SegmentConfig(
+        network=network.config,
+        context="encoding",
+        classes=[str(number) for number in range(network.num_classes)],
+        mean=list(colours["mean"]),
+        std=list(colours["std"]),
+        settings={},
+        versions={},
+    )
