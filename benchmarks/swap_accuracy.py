@@ -7,13 +7,14 @@ pool, a coarser map, the aggregation and the number of codewords. For one seed, 
 order for as many steps, and have the same initial weights outside the blocks. Each arm takes the learning rate with the
 least cross entropy on images held out of the training set, over the first seeds. It writes every training with its
 curves, each arm minus SE of the same seed with 95 % intervals, accuracy at other image sizes, and a figure. Every
-training is a file in --runs: a stopped run resumes, and arms and seeds can be added.
+training is a file in --runs: a stopped run resumes, and arms and seeds can be added. --continue takes a result in place of
+these files, on another machine for example.
 """
 
 import argparse
 import statistics
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,23 @@ from scipy.stats import t as student
 
 from benchmarks.forms import check_operator
 from benchmarks.record import RESULTS, Record, read
-from benchmarks.swap_training import ARMS, BUDGETS, QUICK, SE, Arm, Budget, choose_lr, part, read_part
+from benchmarks.swap_training import (
+    ARMS,
+    BUDGETS,
+    QUICK,
+    SE,
+    Arm,
+    Budget,
+    choose_lr,
+    part,
+    part_path,
+    read_part,
+    write_part,
+)
 from ctxenc.training.segmentation.segment_report import spread
 
 Row = dict[str, Any]
+Rows = Iterable[Row]
 
 LRS = (0.003, 0.01, 0.03)
 SEEDS = {"digits": 10, "fashion_mnist": 5}
@@ -43,15 +57,19 @@ DASHES = {"paper": "--", "spread": "-"}
 
 
 def train_arms(
-    arms: Iterable[Arm], budget: Budget, seeds: int, lrs: tuple[float, ...], folder: str, runs: Path
+    arms: Iterable[Arm], budget: Budget, seeds: int, lrs: tuple[float, ...], folder: str, runs: Path, earlier: Rows = ()
 ) -> list[Row]:
-    """Choose the learning rate of every arm, then train every seed; return the parts at the chosen learning rates."""
+    """Choose the learning rate of every arm, then train every seed; return the parts at the chosen learning rates.
+
+    An arm of the rows of an earlier result keeps its learning rate, and trains only the seeds that are not there.
+    """
     arms = list(arms)
     tuned = range(min(seeds, TUNED[budget.data]))
-    chosen: dict[str, float] = {}
+    chosen = {row["arm"]: row["lr"] for row in earlier}
     for arm in arms:
-        parts = [part(arm, budget, lr, seed, folder, runs) for seed in tuned for lr in lrs]
-        chosen[arm.name] = choose_lr(parts)
+        if arm.name not in chosen:
+            parts = [part(arm, budget, lr, seed, folder, runs) for seed in tuned for lr in lrs]
+            chosen[arm.name] = choose_lr(parts)
         print(f"{budget.data}, {arm.name}: lr {chosen[arm.name]:g}", flush=True)
     rows = []
     for seed in range(seeds):
@@ -61,16 +79,30 @@ def train_arms(
     return rows
 
 
-def finished(arms: Iterable[Arm], budget: Budget, seeds: int, lrs: tuple[float, ...], runs: Path) -> list[Row]:
+def finished(
+    arms: Iterable[Arm], budget: Budget, seeds: int, lrs: tuple[float, ...], runs: Path, earlier: Rows = ()
+) -> list[Row]:
     """Return the finished rows of train_arms: arms with all of their learning rates, and the seeds present so far."""
+    chosen = {row["arm"]: row["lr"] for row in earlier}
     rows = []
     for arm in arms:
         rates = [(lr, seed) for seed in range(min(seeds, TUNED[budget.data])) for lr in lrs]
         parts = [found for lr, seed in rates if (found := read_part(arm, budget, lr, seed, runs))]
-        if len(parts) == len(rates):
-            lr = choose_lr(parts)
+        lr = chosen.get(arm.name) or (choose_lr(parts) if len(parts) == len(rates) else None)
+        if lr:
             every = (read_part(arm, budget, lr, seed, runs) for seed in range(seeds))
             rows += [row for row in every if row]
+    return rows
+
+
+def unpack(path: Path, budget: Budget, runs: Path) -> list[Row]:
+    """Write the rows of a result as parts, where no part is; return them."""
+    rows = [row for row in read(path)["rows"] if row["data"] == budget.data]
+    for row in rows:
+        if row["budget"] != asdict(budget):
+            raise SystemExit(f"--continue {path} is of another budget: {row['budget']}")
+        if read_part(ARMS[row["arm"]], budget, row["lr"], row["seed"], runs) is None:
+            write_part(row, part_path(ARMS[row["arm"]], budget, row["lr"], row["seed"], runs))
     return rows
 
 
@@ -248,6 +280,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lrs", type=float, nargs="+", default=LRS, help="learning rates to choose from")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "swap_accuracy", help="folder of the trainings")
+    parser.add_argument(
+        "--continue",
+        type=Path,
+        dest="earlier",
+        metavar="JSON",
+        help="add to this result: its trainings are not repeated",
+    )
     parser.add_argument("--report", action="store_true", help="train nothing: report on what --runs has")
     parser.add_argument("--out", type=Path, help="JSON to write; the figure goes beside it")
     args = parser.parse_args(arguments)
@@ -262,8 +301,12 @@ def main(arguments: list[str] | None = None) -> None:
         given = {"train": args.train, "epochs": args.epochs or (10 if args.quick else None)}
         budget = replace(BUDGETS[data], **{key: value for key, value in given.items() if value})
         seeds = args.seeds or (2 if args.quick else SEEDS[data])
+        earlier = unpack(args.earlier, budget, args.runs) if args.earlier else []
         shared = (arms, budget, seeds, tuple(args.lrs))
-        rows += finished(*shared, args.runs) if args.report else train_arms(*shared, args.data_dir, args.runs)
+        if args.report:
+            rows += finished(*shared, args.runs, earlier)
+        else:
+            rows += train_arms(*shared, args.data_dir, args.runs, earlier)
     if not rows:
         raise SystemExit(f"{args.runs} has no finished arm of {', '.join(args.data)}")
     Record("swap_accuracy", out, check_operator("cpu"), 0, "cpu", lrs=list(args.lrs)).add(*rows)

@@ -20,6 +20,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from benchmarks.environment import describe
 from ctxenc import ContextEncoding, assign
 from ctxenc.encoding import Encoding
 from ctxenc.training.fashion import FashionSource
@@ -302,6 +303,7 @@ def train_part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str) -> d
         "seed": seed,
         "network_parameters": parameters(network),
         "lr": lr,
+        "processor": describe()["processor"],
         "held_out": curves[-1]["held_out"],
         "test": evaluate(network, *task.test),
         "scales": at_scales(network, *task.test),
@@ -313,7 +315,7 @@ def train_part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str) -> d
 
 
 def part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str, runs: Path) -> dict[str, Any]:
-    """Read the result of a training, or train and write it; the write is atomic.
+    """Read the result of a training, or train and write it.
 
     Raises:
         SystemExit: The file has another budget.
@@ -321,12 +323,16 @@ def part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str, runs: Path
     found = read_part(arm, budget, lr, seed, runs)
     if found is None:
         found = train_part(arm, budget, lr, seed, folder)
-        path = part_path(arm, budget, lr, seed, runs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_part(found, part_path(arm, budget, lr, seed, runs))
     return found
+
+
+def write_part(found: dict[str, Any], path: Path) -> None:
+    """Write the result of a training, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def part_path(arm: Arm, budget: Budget, lr: float, seed: int, runs: Path) -> Path:

@@ -230,6 +230,20 @@ def test_the_command_and_its_report(tmp_path, capsys, few, monkeypatch):
     assert sorted(again["rows"], key=str) == sorted(result["rows"], key=str)
 
 
+def test_a_result_is_continued_without_its_files(tmp_path, few, monkeypatch):
+    monkeypatch.setitem(swap_accuracy.BUDGETS, "digits", TINY)
+    given = ["--data", "digits", "--arms", "SE", "mean, paper", "--lrs", "0.01", "0.003"]
+    swap_accuracy.main([*given, "--seeds", "1", "--runs", str(tmp_path / "a"), "--out", str(tmp_path / "one.json")])
+    more = ["--seeds", "2", "--runs", str(tmp_path / "b"), "--continue", str(tmp_path / "one.json")]
+    swap_accuracy.main([*given, *more, "--out", str(tmp_path / "two.json")])
+    first, both = (json.loads((tmp_path / name).read_text())["rows"] for name in ("one.json", "two.json"))
+    assert both[:2] == first
+    assert [row["seed"] for row in both] == [0, 0, 1, 1]
+    assert len(list((tmp_path / "b").rglob("*.json"))) == 4  # no other learning rate was tried again
+    with pytest.raises(SystemExit, match="is of another budget"):
+        swap_accuracy.main([*given, *more, "--epochs", "7", "--out", str(tmp_path / "three.json")])
+
+
 def test_a_report_on_nothing(tmp_path):
     with pytest.raises(SystemExit, match="has no finished arm of digits"):
         swap_accuracy.main(["--data", "digits", "--report", "--runs", str(tmp_path), "--out", str(tmp_path / "x.json")])
