@@ -4,14 +4,20 @@ The Encoding layer of Deep TEN (CVPR 2017, arXiv 1612.02844) and EncNet (CVPR 20
 that takes the place of Squeeze-and-Excitation, and one call that swaps it into an existing network.
 """
 
-from ctxenc.context import ContextEncoding
-from ctxenc.encoding import Encoding
-from ctxenc.functional import assign, backend_info, encode, use_backend
-from ctxenc.parameters import parameter_groups
-from ctxenc.runs.loading import load
-from ctxenc.swap.calibration import calibrate
-from ctxenc.swap.patching import find_context_blocks, find_se_blocks, patch_se_blocks, restore_se_blocks
-from ctxenc.swap.se_classes import register_se_class
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctxenc.context import ContextEncoding
+    from ctxenc.encoding import Encoding
+    from ctxenc.functional import assign, backend_info, encode, use_backend
+    from ctxenc.parameters import parameter_groups
+    from ctxenc.runs.loading import load
+    from ctxenc.swap.calibration import calibrate
+    from ctxenc.swap.patching import find_context_blocks, find_se_blocks, patch_se_blocks, restore_se_blocks
+    from ctxenc.swap.se_classes import register_se_class
 
 __version__ = "0.1.0"
 
@@ -31,3 +37,26 @@ __all__ = [
     "restore_se_blocks",
     "use_backend",
 ]
+
+_MODULES = ["context", "encoding", "functional", "parameters"]
+_MODULES += ["runs.loading", "swap.calibration", "swap.patching", "swap.se_classes"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the library when one of its names is first used: torch takes 2 s, and `python -m ctxenc --help` needs none of it."""
+    if not name.startswith("__"):
+        for module in map(import_module, (f"ctxenc.{each}" for each in _MODULES)):
+            globals().update({each: getattr(module, each) for each in __all__ if hasattr(module, each)})
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module 'ctxenc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({"__version__", *__all__})
+
+
+# Models pickled whole by earlier versions refer to their classes by these module names.
+for _old, _new in (("ctxenc.patching", "ctxenc.swap.patching"), ("ctxenc.se_blocks", "ctxenc.swap.se_classes")):
+    sys.modules[_old] = ModuleType(_old)
+    vars(sys.modules[_old])["__getattr__"] = lambda name, new=_new: getattr(import_module(new), name)

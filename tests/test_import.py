@@ -2,6 +2,7 @@
 
 import ast
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -93,12 +94,31 @@ def test_a_plain_import_brings_in_none_of_the_extras():
         import json, sys
         import torch
         before = set(sys.modules)
-        import ctxenc
+        from ctxenc import *
         print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
     """)
     brought = json.loads(out)
     assert "ctxenc" in brought
     assert not set(EXTRAS) & set(brought)
+
+
+def test_the_public_names_come_when_they_are_used():
+    """The command line answers --help without torch, and models that were pickled need no import by hand."""
+    saved = pickle.dumps(ctxenc.ContextEncoding, protocol=2).replace(b"cctxenc.context\n", b"cctxenc.patching\n")
+    out = run_fresh(f"""
+        import pickle, sys
+        import ctxenc
+        assert "torch" not in sys.modules
+        assert set(ctxenc.__all__) < set(dir(ctxenc))
+        block = pickle.loads({saved!r})
+        assert block is ctxenc.ContextEncoding is ctxenc.context.ContextEncoding
+        print(sorted(ctxenc.__all__) == sorted(name for name in ctxenc.__all__ if hasattr(ctxenc, name)))
+        try:
+            ctxenc.nothing
+        except AttributeError as error:
+            print(error)
+    """)
+    assert out.splitlines() == ["True", "module 'ctxenc' has no attribute 'nothing'"]
 
 
 def imports_of(path: Path) -> set[str]:
