@@ -32,7 +32,7 @@ from ctxenc.training.segmentation.arms import ARMS, arm_configs
 from ctxenc.training.segmentation.datasets import build_datasets
 from ctxenc.training.segmentation.scenes import AMBIGUOUS, CLASSES, draw_predictions
 from ctxenc.training.segmentation.segment_report import column_title, mean_iou, spread
-from ctxenc.training.segmentation.segment_settings import SegmentSettings, resolve
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
 from ctxenc.training.segmentation.segment_trainer import SegmentTrainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = resolve({"epochs": args.epochs} if args.epochs else {})
+    settings = SegmentSettings.resolve({"epochs": args.epochs} if args.epochs else {})
     local = control(args.full)
     print("A classifier of patches alone:", json.dumps(local, indent=1))
     rows = []

@@ -36,7 +36,7 @@ from benchmarks.record import RESULTS, Record, read
 from ctxenc.training.data import Samples, build_datasets, eval_transform, train_transform
 from ctxenc.training.metrics import balanced_accuracy
 from ctxenc.training.segmentation.segment_report import spread
-from ctxenc.training.settings import resolve
+from ctxenc.training.settings import Settings
 
 STARTS = ("SE goes on", "calibrated", "neutral", "random")
 COLOURS = {"SE goes on": "#000000", "calibrated": "#0072B2", "neutral": "#E69F00", "random": "#999999"}
@@ -67,7 +67,7 @@ class Task:
 
 def photographs(seed: int, epochs: int, further: int) -> Task:
     """Load 17 photographs, crops of 64 x 64."""
-    settings = resolve({"crop_scale": 0.7})
+    settings = Settings.resolve({"crop_scale": 0.7})
     data = build_datasets(settings)
     config = {
         "input_size": (3, 64, 64),

@@ -4,13 +4,38 @@ import argparse
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ctxenc
-from ctxenc.runs.errors import UserError, one_line
+from ctxenc.runs.errors import UserError, near_names, one_line
 from ctxenc.training.console import say
+
+
+class Parser(argparse.ArgumentParser):
+    """Raise UserError for a wrong argument: one line in place of the usage, with near names."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with argparse's message in our words."""
+        if wrong := re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message, re.DOTALL):
+            name, value, known = wrong[1], wrong[2], wrong[3].replace("'", "")
+            near = near_names(value.strip("'"), known.split(", "))
+            message = f"{name} must be one of {known}, got {value}{'; ' + near if near.startswith('near') else ''}"
+        elif "required" in message:
+            message += f" ({self.prog} --help)"
+        raise UserError(re.sub(r"^argument (\S+): must ", r"\1 must ", message))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse an unknown option here: the parser above knows the names of other options."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if option := next((each.split("=")[0] for each in unknown if each.startswith("-")), None):
+            near = near_names(option, re.findall(r"--[\w-]+", self.format_usage()))
+            raise UserError(f"unknown option {option}; {near} ({self.prog} --help)")
+        if unknown:
+            raise UserError(f"unexpected argument {unknown[0]} ({self.prog} --help)")
+        return namespace, unknown
 
 
 class Command(NamedTuple):
@@ -33,14 +58,14 @@ COMMANDS = {
 }
 
 
-def module_of(command: str) -> Any:
+def import_command(command: str) -> Any:
     """Import the module of one command, with add_arguments(parser) and run(args). Skip the others to keep --help fast."""
     return importlib.import_module(f"ctxenc.commands.{command}")
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """Build the parser of all commands; only the chosen one gets its arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ctxenc",
         description="Context encoding for image backbones.",
         epilog="'ctxenc COMMAND --help' tells the arguments of a command.",
@@ -51,7 +76,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         description = command.summary[0].upper() + command.summary[1:] + "."
         sub = commands.add_parser(name, help=command.summary, description=description)
         if name == chosen:
-            module_of(name).add_arguments(sub)
+            import_command(name).add_arguments(sub)
     return parser
 
 
@@ -68,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:
         args = build_parser(chosen).parse_args(arguments)
-        module_of(args.command).run(args)
+        import_command(args.command).run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes stdout again at exit and would complain.
@@ -101,7 +126,7 @@ def explain(error: BaseException, chosen: str | None) -> tuple[str, int]:
         return f"error: {chosen} needs the package {error.name}: pip install 'ctxenc[{extra}]'", 2
     if isinstance(error, OSError):
         return f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {one_line(error)}", 2
-    return f"error: {error}", 2
+    return f"error: {error}".replace("fill_empty=True", "--fill-empty"), 2
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 from benchmarks import context_scenes
 from benchmarks.context_scenes import markdown, table, train, variants
-from ctxenc.training.segmentation.segment_settings import resolve
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
 
 
 def row(name, seed, score):
@@ -20,7 +20,7 @@ def row(name, seed, score):
 
 def test_the_full_form_covers_arms_codewords_and_weights():
     assert list(variants(False)) == ["fcn", "fcn_se", "encnet_no_se_loss", "encnet"]
-    base = resolve({})
+    base = SegmentSettings.resolve({})
     full = [base.__class__(**(base.as_dict() | own)) for _, own in variants(True).values()]
     assert {settings.num_codes for settings in full} == {8, 16, 32}
     assert {settings.se_weight for settings in full} == {0.1, 0.2, 0.4}
@@ -42,7 +42,7 @@ def test_the_table_has_means_and_deviations_over_seeds():
 def test_a_network_is_trained_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("ctxenc.training.segmentation.datasets.TRAIN_SCENES", 32)
     monkeypatch.setattr("ctxenc.training.segmentation.datasets.TEST_SCENES", 8)
-    settings = resolve({"epochs": 1, "device": "cpu"})
+    settings = SegmentSettings.resolve({"epochs": 1, "device": "cpu"})
     measured = train("encnet", "encnet", settings, 0, tmp_path)
     assert 0 < measured["others"] < 1
     assert 0 <= measured["ambiguous"] < 1

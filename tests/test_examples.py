@@ -24,8 +24,8 @@ from ctxenc.__main__ import COMMANDS, build_parser, main
 from ctxenc.context import ContextEncoding
 from ctxenc.runs.config import read_config
 from ctxenc.runs.trained import load_run
-from ctxenc.training import settings
-from ctxenc.training.segmentation import segment_settings as segmentation
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
+from ctxenc.training.settings import Settings
 from tests.training.small_runs import make_cifar
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -82,8 +82,8 @@ def parsed(arguments):
     args = build_parser(arguments[0]).parse_args(arguments)
     name = f"segment {args.segment_command}" if args.command == "segment" else args.command
     assert args.command in COMMANDS
-    options = {"finetune": settings, "segment train": segmentation}.get(name)
-    return name, args if options is None else options.resolve(options.given(args))
+    options = {"finetune": Settings, "segment train": SegmentSettings}.get(name)
+    return name, args if options is None else options.resolve(options.read(args))
 
 
 def cells():
@@ -160,7 +160,7 @@ def test_ade20k_is_the_papers_whatever_the_number_of_gpus(gpus, recorded):
     _, found = parsed(train[1])
     assert train[2] == gpus
     assert found.batch_size * gpus == 16
-    papers = segmentation.resolve({"data": "ade20k", "data_dir": "some data"})
+    papers = SegmentSettings.resolve({"data": "ade20k", "data_dir": "some data"})
     ours = ("backbone", "pretrained_backbone", "batch_size", "workers")
     assert {name for name, value in papers.as_dict().items() if found.as_dict()[name] != value} <= set(ours)
     assert (found.epochs, found.lr, found.se_weight) == (120, 0.01, 0.2)

@@ -1,11 +1,15 @@
 """Arguments shared by several commands."""
 
 import argparse
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ctxenc.training.console import positive_int, smoothing
+from ctxenc.training.console import positive_int
+from ctxenc.training.settings import SwapSettings, Text, TrainingSettings, convert, option_name
 
 RUN_OF_SEGMENT = (
     "run folder of segment train, or an EncNet: folder of save_pretrained,"
@@ -44,38 +48,8 @@ def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int, of: s
 
 def add_swap_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the settings of ctxenc.patch_se_blocks."""
-    group = parser.add_argument_group("swap")
-    group.add_argument(
-        "--num-codes", type=positive_int, default=16, metavar="K", help="codewords a block (default: 16)"
-    )
-    group.add_argument(
-        "--smoothing",
-        type=smoothing,
-        default="learned",
-        metavar="S",
-        help="learned, sampled or a number (default: learned)",
-    )
-    group.add_argument("--rd-ratio", type=float, metavar="R", help="channel reduction (default: that of each SE block)")
-    group.add_argument("--pool", choices=("mean", "concat"), default="mean", help="over codewords (default: mean)")
-    group.add_argument(
-        "--aggregation",
-        choices=("mean", "sum"),
-        default="mean",
-        help="of residuals over the pixels; sum is the papers', and depends on the image's size (default: mean)",
-    )
-    group.add_argument(
-        "--max-size",
-        type=positive_int,
-        metavar="N",
-        help="average-pool larger maps to N x N before they are projected, which is cheaper (default: all pixels)",
-    )
-    group.add_argument(
-        "--codebook-start",
-        choices=("paper", "spread"),
-        default="paper",
-        help="of blocks that are not calibrated: spread begins with codewords where the features are (default: paper)",
-    )
-    group.add_argument("--fill-empty", action="store_true", help="put blocks into the empty slots of a plain ResNet")
+    add_options(parser.add_argument_group("swap"), SwapSettings)
+    parser.set_defaults(**asdict(SwapSettings()))
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, runs: Path) -> None:
@@ -90,37 +64,45 @@ def add_training_arguments(parser: argparse.ArgumentParser, runs: Path) -> None:
     )
 
 
-def add_options(parser: argparse.ArgumentParser, usual: Any, own: dict[str, dict[str, Any]]) -> None:
-    """Add an option for each setting with a help text.
+def add_options(parser: Any, kind: Any, own: Mapping[str, dict[str, Any]] | None = None, base: Any = None) -> None:
+    """Add an option for each setting of a dataclass.
 
     Args:
-        parser: Takes the options, in a group of their own.
-        usual: The settings with their defaults, a dataclass.
-        own: Defaults that differ from `usual`, by name of the data set.
+        parser: A parser, or a group of its options.
+        kind: The dataclass.
+        own: Defaults that differ from `kind`'s, by name of the data set.
+        base: A dataclass whose settings to leave out.
     """
-    from ctxenc.training.settings import (
-        TrainingSettings,
-        option_name,
-    )  # import here: it needs timm, and most commands do not
-
-    group = parser.add_argument_group("training")
-    shared = {each.name for each in fields(TrainingSettings)}
+    shared, others = ({each.name for each in fields(one)} if one else set() for one in (TrainingSettings, base))
     for each in sorted(
-        fields(usual), key=lambda own: own.name in shared
+        fields(kind), key=lambda each: each.name in shared
     ):  # list the subject of training before its method
-        if not each.metadata:
-            continue
-        keywords = dict(each.metadata)
-        if not keywords["help"].endswith(")") and "action" not in keywords:
-            keywords["help"] += f" (default: {_default(each.name, usual, own)})"
-        group.add_argument(option_name(each.name), **keywords)
+        if each.name not in others:
+            add_option(parser, kind, each.name, describe_default(each, own or {}))
 
 
-def _default(name: str, usual: Any, own: dict[str, dict[str, Any]]) -> str:
-    value = getattr(usual, name)
-    texts = ["none" if value in (None, {}) else str(value)]
+def add_option(parser: Any, kind: Any, name: str, default: str) -> None:
+    """Add the option of one setting of a dataclass; its value is None if the command line does not name it."""
+    keywords: dict[str, Any] = dict(kind.__dataclass_fields__[name].metadata)
+    hint = get_type_hints(kind, include_extras=True)[name]
+    first, *others = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    if first is bool:
+        keywords["action"] = argparse.BooleanOptionalAction
+    elif get_origin(first) is Literal and others in ([], [NoneType]):
+        keywords |= {"choices": get_args(first), "type": type(get_args(first)[0])}
+    elif first is not Text:
+        keywords["type"] = partial(convert, kind=hint)
+    if not keywords["help"].endswith(")") and first is not bool:
+        keywords["help"] += f" (default: {default})"
+    parser.add_argument(option_name(name), **keywords)
+
+
+def describe_default(setting: Field[Any], own: Mapping[str, dict[str, Any]]) -> str:
+    """Return the default of a setting, and those of the data sets that have another."""
+    value = None if setting.default is MISSING else setting.default
+    texts = ["none" if value is None else str(value)]
     for data, defaults in own.items():
-        other = defaults.get(name, value)
+        other = defaults.get(setting.name, value)
         if other != value and not isinstance(other, dict):
             texts.append(f"{other} for {data}")
     return "; ".join(texts)

@@ -1,10 +1,9 @@
 """ctxenc finetune: train a timm model with its SE blocks swapped, beside the SE network or alone."""
 
 import argparse
-from dataclasses import asdict
 
-from ctxenc.commands.arguments import add_options, add_swap_arguments, add_training_arguments
-from ctxenc.training.settings import EMBEDDED, RUNS, Settings
+from ctxenc.commands.arguments import add_options, add_training_arguments
+from ctxenc.training.settings import EMBEDDED, RUNS, Settings, SwapSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,9 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "accelerate launch -m ctxenc finetune --data PATH"
     )
     add_training_arguments(parser, RUNS)
-    add_options(parser, Settings(), {"the photographs": EMBEDDED})
-    add_swap_arguments(parser)
-    parser.set_defaults(**dict.fromkeys(asdict(Settings())))  # None: not given
+    add_options(parser.add_argument_group("training"), Settings, {"the photographs": EMBEDDED}, SwapSettings)
+    add_options(parser.add_argument_group("swap"), SwapSettings)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from ctxenc.training.console import positive_int
-from ctxenc.viz.observing import IMAGE_SIZE
 
 OUT = Path("runs") / "look"
+IMAGE_SIZE = 512  # that of ctxenc.viz, which needs torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,13 +2,12 @@
 
 import argparse
 import importlib
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from ctxenc.commands.arguments import (
     RUN_OF_SEGMENT,
     add_device_arguments,
+    add_option,
     add_options,
     add_run_arguments,
     add_training_arguments,
@@ -24,18 +23,15 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "accelerate launch -m ctxenc segment train --data ade20k --data-dir PATH"
     )
     add_training_arguments(parser, RUNS)
-    add_options(parser, SegmentSettings(), OWN_DEFAULTS)
+    add_options(parser.add_argument_group("training"), SegmentSettings, OWN_DEFAULTS)
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.epilog = "example: ctxenc segment evaluate runs/segment/001 --checkpoint last --flip --crop 480"
     add_run_arguments(parser, RUN_OF_SEGMENT)
-    known = {each.name: each for each in fields(SegmentSettings)}
     for name in MEASURED_ON:
-        keywords: Any = {key: value for key, value in known[name].metadata.items() if key != "help"}
-        text = f"{known[name].metadata['help']} (default: the run's)"
-        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **keywords)
+        add_option(parser, SegmentSettings, name, "the run's")
     add_view_arguments(parser)
 
 

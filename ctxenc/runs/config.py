@@ -1,35 +1,97 @@
-"""The configuration of a run: its fields, its rules and its file.
+"""The configuration of a run: its fields, their rules (pydantic's) and its file.
 
 A configuration is data only: it names a timm architecture and holds numbers and texts. It cannot start a download, load a file
 or run code.
 """
 
 import json
-import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ctxenc.runs.errors import UserError, one_line
+from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, Strict, ValidationError, with_config
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
+
+from ctxenc.runs.errors import UserError, explain, one_line, shorten
 
 FORMAT = 1
 USES = {  # per kind of run
     "finetune": "finetune: use ctxenc evaluate, predict, look, export or finetune --resume",
     "segment": "segment train: use ctxenc segment evaluate, segment predict, look, export or segment train --resume",
 }
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # timm's
-CROP_MODES = ("center", "squash", "border")
 LONGEST_SIDE = 8192  # pixels of an image: 800 MB in fp32
-LARGEST = 1e6  # limit for the numbers of a swap, and for mean and std and their inverses: fp32 has no 1e-320
-SWAP_KEYS = ("num_codes", "smoothing", "rd_ratio", "pool", "aggregation", "max_size", "start", "fill_empty")
-DATA_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # an int is a float too; True is no number
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]  # torch's limit
+Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
+Codes = Annotated[int, Field(ge=1, le=1_000_000)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]  # products of two still fit fp32
+Smoothing = Literal["learned", "sampled"] | Positive
+Pool = Literal["mean", "concat"]
+Aggregation = Literal["mean", "sum"]
+CodebookStart = Literal["paper", "spread"]
+Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
+Std = Annotated[float, Field(ge=1e-6, le=1e6)]  # fp32 has no 1e-320
 
 
-@dataclass(frozen=True)
+@with_config(STRICT)
+class SwapConfig(TypedDict, total=False):
+    """Hold keyword arguments of ctxenc.patch_se_blocks."""
+
+    num_codes: Codes
+    smoothing: Smoothing
+    rd_ratio: Positive | None
+    pool: Pool
+    aggregation: Aggregation
+    max_size: Count | None
+    start: CodebookStart
+    fill_empty: bool
+
+
+@with_config(STRICT)
+class DataConfig(TypedDict):
+    """Hold the result of timm.data.resolve_data_config; input_size is (C, H, W)."""
+
+    input_size: Annotated[tuple[Side, Side, Side], Strict(False)]  # JSON has lists
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+    mean: Annotated[tuple[Mean, ...], Strict(False)]
+    std: Annotated[tuple[Std, ...], Strict(False)]
+    crop_pct: Annotated[float, Field(ge=0.5, le=2)]
+    crop_mode: Literal["center", "squash", "border"]
+
+
+def check_data_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError unless the fields fit each other."""
+    channels, *sides = config["input_size"]
+    if not len(config["mean"]) == len(config["std"]) == channels:
+        raise ValueError("must have a mean and a std for each channel of input_size")
+    if config["crop_pct"] > min(sides):  # timm resizes the image to its side / crop_pct
+        raise ValueError("must have a crop_pct up to the sides of input_size")
+    return config
+
+
+def check_as(kind: Any) -> GetPydanticSchema:
+    """Check a dict as a TypedDict; for readers it stays a dict."""
+    return GetPydanticSchema(lambda _, handler: handler(kind))
+
+
+def check_model_kwargs(table: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError if a keyword argument of timm.create_model loads something, or belongs to the classes."""
+    if any(key in ("num_classes", "checkpoint_path", "cache_dir") or key.startswith("pretrained") for key in table):
+        raise ValueError(
+            "must be keyword arguments of timm.create_model without num_classes, checkpoint_path, cache_dir or pretrained*"
+        )
+    return table
+
+
+ModelKwargs = Annotated[dict[str, Any], AfterValidator(check_model_kwargs)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Hold the model and evaluation transform of one arm.
 
@@ -49,99 +111,14 @@ class RunConfig:
         ValueError: A field does not match its description here.
     """
 
-    model: str
-    model_kwargs: dict[str, Any]
-    classes: list[str]
-    swap: dict[str, Any] | None
-    data_config: dict[str, Any]
+    model: Annotated[str, Field(min_length=1)]
+    model_kwargs: ModelKwargs
+    classes: Annotated[list[str], Field(min_length=1)]
+    swap: Annotated[dict[str, Any], check_as(SwapConfig)] | None
+    data_config: Annotated[dict[str, Any], check_as(DataConfig), AfterValidator(check_data_config)]
     settings: dict[str, Any]
     versions: dict[str, str]
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        for name, (rule, holds) in _RULES.items():
-            value = getattr(self, name)
-            if not holds(value):
-                raise ValueError(f"config: {name} must be {rule}, got {shortened(value)}")
-        for key in ("input_size", "mean", "std"):  # timm gives tuples
-            self.data_config[key] = tuple(self.data_config[key])
-
-
-def shortened(value: object, limit: int = 120) -> str:
-    """Return the value as text for an error message."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-
-
-def _is_model_kwargs(value: Any) -> bool:
-    refused = ("num_classes", "checkpoint_path", "cache_dir")
-    return _is_mapping(value) and not any(key in refused or key.startswith("pretrained") for key in value)
-
-
-def are_colours(mean: Sequence[Any], std: Sequence[Any]) -> bool:
-    """Return whether this mean and std per channel can normalise images."""
-    numbers = all(_is_number(each) and abs(each) <= LARGEST for each in (*mean, *std))
-    return numbers and all(each >= 1 / LARGEST for each in std)
-
-
-def _is_swap(value: Any) -> bool:
-    if not _is_mapping(value):
-        return value is None
-    numbers = [each for each in value.values() if isinstance(each, int | float)]
-    return set(value) <= set(SWAP_KEYS) and all(abs(each) <= LARGEST for each in numbers)
-
-
-def _is_data_config(value: Any) -> bool:
-    if not _is_mapping(value) or set(value) != set(DATA_KEYS):
-        return False
-    size, mean, std = value["input_size"], value["mean"], value["std"]
-    if not all(isinstance(each, list | tuple) for each in (size, mean, std)):
-        return False
-    return (
-        len(size) == 3
-        and all(type(each) is int and 0 < each <= LONGEST_SIDE for each in size)
-        and len(mean) == len(std) == size[0]
-        and are_colours(mean, std)
-        and _is_number(value["crop_pct"])
-        and 0.5 <= value["crop_pct"] <= min(2, *size[1:])  # timm resizes the image to its side / crop_pct
-        and value["interpolation"] in INTERPOLATIONS
-        and value["crop_mode"] in CROP_MODES
-    )
-
-
-MODEL_KWARGS_RULE: tuple[str, Callable[[Any], bool]] = (
-    "keyword arguments of timm.create_model without num_classes, checkpoint_path, cache_dir or pretrained*",
-    _is_model_kwargs,
-)
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "format": (f"the integer {FORMAT}", lambda value: type(value) is int and value == FORMAT),
-    "model": ("the name of a timm architecture", lambda value: isinstance(value, str) and bool(value)),
-    "model_kwargs": MODEL_KWARGS_RULE,
-    "classes": (
-        "a non-empty list of class names",
-        lambda value: isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value),
-    ),
-    "swap": (f"null or keyword arguments among {', '.join(SWAP_KEYS)}", _is_swap),
-    "data_config": (
-        f"input_size (C, H, W) up to {LONGEST_SIDE}, mean and std of C numbers up to {LARGEST:g} and std from {1 / LARGEST:g},"
-        f" crop_pct from 0.5 to 2, interpolation ({', '.join(INTERPOLATIONS)}) and crop_mode"
-        f" ({', '.join(CROP_MODES)})",
-        _is_data_config,
-    ),
-    "settings": ("a table of settings", _is_mapping),
-    "versions": (
-        "a table of version texts",
-        lambda value: _is_mapping(value) and all(isinstance(each, str) for each in value.values()),
-    ),
-}
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)] = FORMAT
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -156,7 +133,7 @@ def parse_json(text: str | bytes) -> Any:
         if len(table) < len(pairs):
             names = [name for name, _ in pairs]
             raise ValueError(
-                f"the key {shortened(next(name for name in names if names.count(name) > 1))} stands there twice"
+                f"the key {shorten(next(name for name in names if names.count(name) > 1))} stands there twice"
             )
         return table
 
@@ -236,20 +213,14 @@ def read_config(run: Path, *kinds: Any) -> Any:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(table, dict):
-        raise UserError(f"{path} must hold a table, got {shortened(table)}")
+        raise UserError(f"{path} must hold a table, got {shorten(table)}")
     if table.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: format must be {FORMAT}, got {shortened(table.get('format'))}: made by another ctxenc"
-        )
+        raise UserError(f"{path}: format must be {FORMAT}, got {shorten(table.get('format'))}: made by another ctxenc")
     found = "segment" if "kind" in table else "finetune"
     kind = next((each for each in kinds or (RunConfig,) if getattr(each, "kind", "finetune") == found), None)
     if kind is None:
         raise UserError(f"{run} is a run of {USES[found]}")
-    names = {field.name for field in fields(kind)}
-    if wrong := sorted(names ^ table.keys()):
-        state = "is missing" if wrong[0] in names else "is unknown"
-        raise UserError(f"{path}: field {wrong[0]} {state}")
     try:
         return kind(**table)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {' '.join(explain(error))}") from error

@@ -1,20 +1,20 @@
 """The configuration of a segmentation run; build EncNet or one of its baselines from it."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ctxenc.integrations.encnet import EncNet
-from ctxenc.runs.config import FORMAT, are_colours
+from ctxenc.runs.config import FORMAT, STRICT, Mean, Std
 from ctxenc.runs.errors import UserError, one_line
 
-CONTEXTS = ("encoding", "pool", "none")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SegmentConfig:
     """Hold the network of one arm and the preparation of its images.
 
@@ -34,32 +34,30 @@ class SegmentConfig:
     """
 
     network: dict[str, Any]
-    context: str
-    classes: list[str]
-    mean: list[float]
-    std: list[float]
+    context: Literal["encoding", "pool", "none"]
+    classes: Annotated[list[str], Field(min_length=1)]
+    mean: Annotated[list[Mean], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Std], Field(min_length=3, max_length=3)]
     settings: dict[str, Any]
     versions: dict[str, str]
-    kind: str = "segment"
-    format: int = FORMAT
+    kind: Literal["segment"] = "segment"
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)] = FORMAT
 
-    def __post_init__(self) -> None:
-        network = self.network if isinstance(self.network, dict) else {}
-        classes = self.classes if isinstance(self.classes, list) else []
-        colours = [each for each in (self.mean, self.std) if isinstance(each, list) and len(each) == 3]
-        rules = {
-            "network": {"channels", "num_classes"} <= network.keys() and "pretrained_backbone" not in network,
-            "context": self.context in CONTEXTS,
-            "classes": all(isinstance(each, str) for each in classes)
-            and 0 < len(classes) == network.get("num_classes"),
-            "mean and std": len(colours) == 2 and are_colours(*colours),
-            "settings": isinstance(self.settings, dict),
-            "versions": isinstance(self.versions, dict),
-            "kind": self.kind == "segment",
-        }
-        for name, holds in rules.items():
-            if not holds:
-                raise ValueError(f"config: {name} must be that of a segmentation run, got another")
+    @field_validator("network")
+    @classmethod
+    def check_network(cls, network: dict[str, Any]) -> dict[str, Any]:
+        """Raise ValueError if the network has no size, or loads weights."""
+        if not {"channels", "num_classes"} <= network.keys() or "pretrained_backbone" in network:
+            raise ValueError("must have channels and num_classes, and no pretrained_backbone")
+        return network
+
+    @field_validator("classes")
+    @classmethod
+    def check_classes(cls, classes: list[str], info: Any) -> list[str]:
+        """Raise ValueError unless the network has as many classes."""
+        if len(classes) != info.data.get("network", {}).get("num_classes", len(classes)):
+            raise ValueError("must be num_classes names")
+        return classes
 
 
 class PooledContext(nn.Module):

@@ -22,8 +22,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ctxenc.integrations.state_dicts import read_pickle
-from ctxenc.runs.config import atomic, shortened
-from ctxenc.runs.errors import UserError, one_line, printable
+from ctxenc.runs.config import atomic
+from ctxenc.runs.errors import UserError, one_line, printable, shorten
 from ctxenc.runs.folders import SCORE, save_weights
 from ctxenc.training import codebooks
 from ctxenc.training.console import say
@@ -200,7 +200,7 @@ def check_progress(
     for name, most in counts.items():
         value = getattr(progress, name)
         if type(value) is not int or not 0 <= value <= most:
-            raise ValueError(f"{name} must be an integer in [0, {most}], got {shortened(value)}")
+            raise ValueError(f"{name} must be an integer in [0, {most}], got {shorten(value)}")
     rows, timings, numbers = progress.rows, progress.timings, (progress.lr, progress.seconds)
     if any(len(each) != len(predicted) for each in progress.predictions):
         raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")

@@ -1,24 +1,22 @@
 """Terminal output and argument types that the commands share."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from ctxenc.runs.config import SWAP_KEYS
 from ctxenc.runs.errors import printable
 
 
-def listed(names: Sequence[str], limit: int = 20) -> str:
+def list_names(names: Sequence[str], limit: int = 20) -> str:
     """Return the first `limit` names and the number of the others, on one line."""
     more = [f"{len(names) - limit:,} more"] if len(names) > limit else []
     return ", ".join([*map(printable, names[:limit]), *more])
 
 
-def counted(names: Sequence[str], counts: Sequence[int], limit: int = 40) -> str:
+def list_counts(names: Sequence[str], counts: Sequence[int], limit: int = 40) -> str:
     """Return each name with its count, on one line; beyond `limit` names, only the lowest counts."""
     order = sorted(range(len(names)), key=counts.__getitem__)[:limit] if len(names) > limit else range(len(names))
-    text = listed([f"{names[index]} {counts[index]:,}" for index in order], limit)
+    text = list_names([f"{names[index]} {counts[index]:,}" for index in order], limit)
     return text if len(names) <= limit else f"fewest: {text}, ..."
 
 
@@ -49,28 +47,16 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequ
 
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1 for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def smoothing(text: str) -> str | float:
-    """Parse "learned", "sampled" or a positive number for argparse."""
-    if text in ("learned", "sampled"):
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be learned, sampled or a positive number, got {text!r}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 OPTIONS = {"start": "codebook_start"}  # clearer names on a command line
 
 
-def swap_settings(given: Any) -> dict[str, Any]:
+def swap_settings(values: Any) -> dict[str, Any]:
     """Return the keyword arguments of ctxenc.patch_se_blocks from parsed arguments or from settings."""
-    return {key: getattr(given, OPTIONS.get(key, key)) for key in SWAP_KEYS}
+    from ctxenc.runs.config import SwapConfig  # import here: it needs pydantic, and doctor does not
+
+    return {key: getattr(values, OPTIONS.get(key, key)) for key in SwapConfig.__annotations__}

@@ -14,12 +14,11 @@ from ctxenc.runs.config import RunConfig
 from ctxenc.runs.errors import UserError, one_line
 from ctxenc.runs.folders import build_model, check_model_name, installed_versions
 from ctxenc.training import runner
-from ctxenc.training import settings as options
-from ctxenc.training.console import counted, listed
+from ctxenc.training.console import list_counts, list_names
 from ctxenc.training.data import Datasets, build_datasets, train_transform, verify
 from ctxenc.training.loop import make_optimizer
 from ctxenc.training.report import write_report
-from ctxenc.training.settings import PHOTOGRAPHS, Settings
+from ctxenc.training.settings import PHOTOGRAPHS, RUNS, Settings
 from ctxenc.training.trainer import Trainer
 
 
@@ -85,18 +84,18 @@ def describe(settings: Settings, datasets: Datasets) -> str:
     kind = ("crops an epoch", "test tiles") if settings.data == PHOTOGRAPHS else ("images", "validation images")
     train, val = len(datasets.train.targets), len(datasets.val.targets)
     counts = np.bincount(datasets.train.targets, minlength=len(datasets.classes)).tolist()
-    left = f"; left unused: {listed(datasets.unused)}" if datasets.unused else ""
+    left = f"; left unused: {list_names(datasets.unused)}" if datasets.unused else ""
     return (
-        f"{settings.data}: {len(datasets.classes)} classes, {train:,} training {kind[0]} ({counted(datasets.classes, counts)}),"
+        f"{settings.data}: {len(datasets.classes)} classes, {train:,} training {kind[0]} ({list_counts(datasets.classes, counts)}),"
         f" {val:,} {kind[1]}{left}"
     )
 
 
 TRAINING = runner.Training(
     name="finetune",
-    runs=options.RUNS,
+    runs=RUNS,
     config=RunConfig,
-    options=options,
+    options=Settings,
     build_datasets=build_datasets,
     verify=verify,
     describe=describe,

@@ -43,7 +43,7 @@ class Training:
         name: Name of the command.
         runs: Parent folder of its runs.
         config: The dataclass of an arm's configuration.
-        options: The module of its settings: given, resolve, resumed.
+        options: The class of its settings: read, resolve, resume.
         build_datasets: Builds the datasets of some settings.
         verify: Reads files that may be broken; shows its progress, and skips broken ones if told to.
         describe: Describes the training data in one line.
@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace, training: Training) -> None:
 def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> None:
     started = time.perf_counter()
     options = training.options
-    chosen = options.given(args)
+    chosen = options.read(args)
     folder = folder_to_resume(args.resume, args.out, training.runs)
     stored: Any = None if folder is None else read_config(folder, training.config)
     if folder is not None:
@@ -101,7 +101,7 @@ def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> Non
     if folder is None:
         settings = options.resolve(chosen)
     else:
-        settings = consented(options.resumed(stored.settings, chosen), chosen, folder)
+        settings = consented(options.resume(stored.settings, chosen), chosen, folder)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.tensorboard:

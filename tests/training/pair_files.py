@@ -7,7 +7,7 @@ from PIL import Image
 from ctxenc.runs.errors import UserError
 from ctxenc.training.segmentation import datasets
 from ctxenc.training.segmentation.pairs import Pairs
-from ctxenc.training.segmentation.segment_settings import resolve
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
 
 
 def write_image(path, value=0, size=(8, 6), mode="RGB"):
@@ -44,7 +44,7 @@ def names(source):
 
 
 def build(root, **chosen):
-    return datasets.build_datasets(resolve({"data": str(root), **chosen}))
+    return datasets.build_datasets(SegmentSettings.resolve({"data": str(root), **chosen}))
 
 
 def error_of(call, *arguments, **keywords):

@@ -151,4 +151,4 @@ class TestClasses:
         assert "does not fit the model of its configuration: " in capsys.readouterr().err
         (run / "encnet-0" / "config.json").write_text(json.dumps(table | {"classes": ["a", "b", "c"]}))
         assert main(["segment", "predict", str(run), picture, "--out", str(tmp_path / "out")]) == 2
-        assert "config: classes must be that of a segmentation run" in capsys.readouterr().err
+        assert "config.json: classes must be num_classes names" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from ctxenc.runs.errors import UserError
 from ctxenc.training import data, finetuning
 from ctxenc.training.fashion import FashionSource
 from ctxenc.training.prediction import find_images
-from ctxenc.training.settings import Settings, resolve
+from ctxenc.training.settings import Settings
 from tests.training.small_runs import DATA_CONFIG, make_cifar, make_fashion
 
 
@@ -60,7 +60,7 @@ class TestSeeded:
 class TestSamples:
     @pytest.fixture
     def samples(self):
-        settings = resolve({"random_erase": 0.5, "auto_augment": "rand-m9-mstd0.5"})
+        settings = Settings.resolve({"random_erase": 0.5, "auto_augment": "rand-m9-mstd0.5"})
         source = data.build_datasets(settings).train
         picked = data.Subset(source, list(range(0, len(source.targets), 90)))
         return data.Samples(picked, data.train_transform(settings, DATA_CONFIG), seed=3)

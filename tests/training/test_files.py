@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from ctxenc.training import data, finetuning
-from ctxenc.training.console import counted, listed
+from ctxenc.training.console import list_counts, list_names
 from ctxenc.training.files import LEFT_BEHIND, images_below, walk
 from ctxenc.training.prediction import find_images
 from ctxenc.training.segmentation import segment_training as segment
@@ -131,10 +131,10 @@ def test_the_first_line_names_the_classes(classes, tmp_path):
 
 
 def test_a_line_of_many_or_strange_names():
-    assert counted(["a", "b"], [1234, 0]) == "a 1,234, b 0"
-    assert counted(list("abcde"), [5, 1, 4, 1, 3], 3) == "fewest: b 1, d 1, e 3, ..."
-    assert listed([str(number) for number in range(1234)], 3) == "0, 1, 2, 1,231 more"
-    assert listed(["a\x1b[2J", "b\nc", "\udcff", "\u202eexe", "été", "日本"]) == (
+    assert list_counts(["a", "b"], [1234, 0]) == "a 1,234, b 0"
+    assert list_counts(list("abcde"), [5, 1, 4, 1, 3], 3) == "fewest: b 1, d 1, e 3, ..."
+    assert list_names([str(number) for number in range(1234)], 3) == "0, 1, 2, 1,231 more"
+    assert list_names(["a\x1b[2J", "b\nc", "\udcff", "\u202eexe", "été", "日本"]) == (
         r"a\x1b[2J, b\nc, \udcff, \u202eexe, été, 日本"
     )
 

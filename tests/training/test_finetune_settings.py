@@ -3,25 +3,31 @@
 import argparse
 import json
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 import timm
 
 import ctxenc
+from ctxenc import context, encoding, functional
+from ctxenc.commands import look
 from ctxenc.commands.finetune import add_arguments
+from ctxenc.runs import config
 from ctxenc.runs.errors import UserError
-from ctxenc.training import settings as options
-from ctxenc.training.settings import EMBEDDED, Settings
+from ctxenc.swap import calibration
+from ctxenc.training import bad_images
+from ctxenc.training.settings import EMBEDDED, Settings, option_name
+from ctxenc.viz import observing
 
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return options.given(parser.parse_args(arguments))
+    return Settings.read(parser.parse_args(arguments))
 
 
 def test_nothing_given_means_the_photographs_with_both_arms():
-    settings = options.resolve(parse())
+    settings = Settings.resolve(parse())
     assert settings.data == "photographs"
     assert settings.arm_names == ("se", "context")
     assert len(settings.seed_list) >= 2
@@ -29,20 +35,20 @@ def test_nothing_given_means_the_photographs_with_both_arms():
 
 
 def test_other_data_means_the_swapped_network_alone():
-    settings = options.resolve(parse("--data", "folder"))
+    settings = Settings.resolve(parse("--data", "folder"))
     assert settings == Settings(data="folder")
     assert settings.arm_names == ("context",)
 
 
 def test_another_model_drops_the_arguments_of_the_embedded_one():
-    settings = options.resolve(parse("--model", "seresnet50", "--no-channels-last"))
+    settings = Settings.resolve(parse("--model", "seresnet50", "--no-channels-last"))
     assert (settings.model, settings.model_kwargs, settings.image_size) == ("seresnet50", {}, 64)
     assert settings.channels_last is False
 
 
 def test_the_swap_is_that_of_the_command_line():
     chosen = ("--aggregation", "sum", "--max-size", "7", "--codebook-start", "spread", "--pool", "concat")
-    swap = options.resolve(parse("--data", "folder", *chosen)).swap
+    swap = Settings.resolve(parse("--data", "folder", *chosen)).swap
     assert swap | {"aggregation": "sum", "max_size": 7, "start": "spread", "pool": "concat"} == swap
     ctxenc.patch_se_blocks(model := timm.create_model("test_efficientnet"), **swap)
     block = ctxenc.find_context_blocks(model)[0]
@@ -53,11 +59,20 @@ def test_a_run_of_before_there_was_a_choice_goes_on_with_the_sum():
     stored = Settings(data="x").as_dict()
     for name in ("aggregation", "max_size", "codebook_start"):
         del stored[name]
-    assert options.resumed(stored, {}).swap["aggregation"] == "sum"
-    assert options.resumed(stored, {"aggregation": "sum"}).swap["aggregation"] == "sum"
-    assert options.resumed(Settings(data="x").as_dict(), {}).swap["aggregation"] == "mean"
+    assert Settings.resume(stored, {}).swap["aggregation"] == "sum"
+    assert Settings.resume(stored, {"aggregation": "sum"}).swap["aggregation"] == "sum"
+    assert Settings.resume(Settings(data="x").as_dict(), {}).swap["aggregation"] == "mean"
     with pytest.raises(UserError, match="--aggregation was sum in this run, got mean"):
-        options.resumed(stored, {"aggregation": "mean"})
+        Settings.resume(stored, {"aggregation": "mean"})
+
+
+# The types of settings that are None unless named.
+KINDS = dict.fromkeys(("image_size", "crop_padding", "max_size", "checkpoint_every", "threads"), int)
+KINDS |= dict.fromkeys(("clip_grad", "rd_ratio"), float)
+KINDS |= dict.fromkeys(("initial_checkpoint", "auto_augment", "amp", "init"), str) | {
+    "sync_bn": bool,
+    "smoothing": float,
+}
 
 
 def test_every_setting_has_an_option():
@@ -78,45 +93,55 @@ def test_every_setting_has_an_option():
     }
     usual = Settings().as_dict()
     for field in fields(Settings):
-        kind = next(each for each in (dict, bool, float, str, int) if each.__name__ in str(field.type))
-        value = values.get(field.name, values[kind])
-        given = parse(options.option_name(field.name), *([] if value is None else [value]))
+        value = values.get(field.name, values[KINDS.get(field.name, type(usual[field.name]))])
+        given = parse(option_name(field.name), *([] if value is None else [value]))
         assert list(given) == [field.name]
         assert given[field.name] != usual[field.name]
 
 
+def test_the_choices_are_those_of_the_library():
+    """Settings name them again, since --help shall not import torch."""
+    hints = get_type_hints(Settings)
+    assert set(get_args(config.Pool)) == set(context.POOLS)
+    assert set(get_args(config.Aggregation)) == set(functional.AGGREGATIONS)
+    assert set(get_args(config.CodebookStart)) == set(encoding.STARTS)
+    assert set(get_args(get_args(hints["init"])[0])) == set(calibration.STARTS)
+    assert set(get_args(hints["on_bad_image"])) == set(bad_images.CHOICES)
+    assert look.IMAGE_SIZE == observing.IMAGE_SIZE
+
+
 def test_settings_are_json():
-    settings = options.resolve(parse("--smoothing", "0.5"))
+    settings = Settings.resolve(parse("--smoothing", "0.5"))
     assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
 
 
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
-        ("lr", 0.0, "a positive number"),
-        ("lr", float("nan"), "a positive number"),
-        ("val_fraction", 1.0, "below 1"),
-        ("crop_scale", 0.0, "above 0"),
-        ("crop_padding", -1, "in [0, 512]"),
-        ("label_smoothing", 1.5, "in [0, 1]"),
-        ("mixup", -1.0, "at least 0"),
-        ("workers", -1, "in [0, 256]"),
-        ("workers", 10000, "in [0, 256]"),
-        ("on_bad_image", "ignore", "one of fail, skip"),
-        ("clip_grad", 0.0, "a positive number"),
-        ("clip_grad", float("inf"), "a positive number"),
+        ("lr", 0.0, "greater than 0"),
+        ("lr", float("nan"), "a finite number"),
+        ("val_fraction", 1.0, "less than 1"),
+        ("crop_scale", 0.0, "greater than 0"),
+        ("crop_padding", -1, "greater than or equal to 0"),
+        ("label_smoothing", 1.5, "less than or equal to 1"),
+        ("mixup", -1.0, "greater than or equal to 0"),
+        ("workers", -1, "greater than or equal to 0"),
+        ("workers", 10000, "less than or equal to 256"),
+        ("on_bad_image", "ignore", "'fail' or 'skip'"),
+        ("clip_grad", 0.0, "greater than 0"),
+        ("clip_grad", float("inf"), "a finite number"),
         ("model_kwargs", {"num_classes": 5}, "without num_classes"),
-        ("seed", -1, "at least 0"),
+        ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**32, "at most 4294967295 with --seeds 1"),
         ("warmup_epochs", 31, "at most --epochs 30"),
-        ("weight_decay", float("inf"), "at least 0"),
+        ("weight_decay", float("inf"), "a finite number"),
     ],
 )
 def test_a_value_that_breaks_its_rule_is_named(name, value, rule):
     with pytest.raises(UserError) as error:
-        options.resolve({"data": "folder", name: value})
+        Settings.resolve({"data": "folder", name: value})
     text = str(error.value)
-    assert text.startswith(options.option_name(name) + " ")
+    assert text.startswith(option_name(name) + " ")
     assert rule in text
     assert str(value) in text
 
@@ -169,17 +194,17 @@ class TestResumed:
     STORED = Settings(data="folder", lr=0.5).as_dict()
 
     def test_keeps_what_was_stored(self):
-        assert options.resumed(self.STORED, {}) == Settings(data="folder", lr=0.5)
-        assert options.resumed(self.STORED, {"lr": 0.5}).lr == 0.5
+        assert Settings.resume(self.STORED, {}) == Settings(data="folder", lr=0.5)
+        assert Settings.resume(self.STORED, {"lr": 0.5}).lr == 0.5
 
     def test_place_and_speed_may_change(self):
-        settings = options.resumed(self.STORED, {"data": "moved", "workers": 4, "device": "cpu", "threads": 2})
+        settings = Settings.resume(self.STORED, {"data": "moved", "workers": 4, "device": "cpu", "threads": 2})
         assert settings == Settings(data="moved", lr=0.5, workers=4, device="cpu", threads=2)
 
     def test_nothing_else_may(self):
         with pytest.raises(UserError, match=r"--lr was 0\.5 in this run, got 0\.1"):
-            options.resumed(self.STORED, {"lr": 0.1})
+            Settings.resume(self.STORED, {"lr": 0.1})
 
     def test_settings_of_another_version(self):
         with pytest.raises(UserError, match=r"not those of this version: .*'warp'"):
-            options.resumed(self.STORED | {"warp": 9}, {})
+            Settings.resume(self.STORED | {"warp": 9}, {})

@@ -12,7 +12,7 @@ import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.runs import folders
 from ctxenc.runs.errors import UserError
-from ctxenc.training.settings import resolve
+from ctxenc.training.settings import Settings
 from tests.training.small_runs import SMALL, assert_same_run
 
 
@@ -68,17 +68,17 @@ def test_the_se_arm_is_left_alone_and_equal_runs_are_equal(finetune):
 
 
 def test_pretrained_weights_are_calibrated_to_unless_told_otherwise():
-    assert resolve({}).start == "random"
+    assert Settings.resolve({}).start == "random"
     pretrained = {"pretrained": True, "model": "seresnet50"}
-    assert resolve(pretrained).start == "calibrated"
-    assert resolve({"initial_checkpoint": "x"}).start == "calibrated"
-    assert resolve(pretrained | {"init": "random"}).start == "random"
+    assert Settings.resolve(pretrained).start == "calibrated"
+    assert Settings.resolve({"initial_checkpoint": "x"}).start == "calibrated"
+    assert Settings.resolve(pretrained | {"init": "random"}).start == "random"
     with pytest.raises(UserError, match="--pretrained and --initial-checkpoint x: take one"):
-        resolve(pretrained | {"initial_checkpoint": "x"})
+        Settings.resolve(pretrained | {"initial_checkpoint": "x"})
     with pytest.raises(UserError, match=r"--pretrained: timm has no weights .* give a --model"):
-        resolve({"pretrained": True})
-    with pytest.raises(UserError, match="--init must be calibrated, neutral, random, got warm"):
-        resolve({"init": "warm"})
+        Settings.resolve({"pretrained": True})
+    with pytest.raises(UserError, match="--init must be 'calibrated', 'neutral' or 'random', got 'warm'"):
+        Settings.resolve({"init": "warm"})
 
 
 def test_too_few_images(image_folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet, load_encnet_checkpoint
 from ctxenc.integrations.checkpoints import METADATA, save_encnet_checkpoint
 from ctxenc.runs import folders
-from ctxenc.runs.config import RunConfig
+from ctxenc.runs.config import DataConfig, RunConfig
 from ctxenc.runs.errors import UserError
-from ctxenc.training import checkpoint, data, durable, settings
-from ctxenc.training.segmentation import segment_settings
+from ctxenc.training import checkpoint, data, durable
+from ctxenc.training.segmentation.segment_settings import SegmentSettings
+from ctxenc.training.settings import Settings
 from tests.training.attacks import Watch, forge, saved
 
 CODE = "__import__('os').system('touch taken')"
@@ -93,7 +95,7 @@ class TestConfigurations:
         with Watch(marker), suppress(UserError, ValueError):
             folders.build_model(RunConfig(**vars(config) | {"model": model, "model_kwargs": arguments, "swap": None}))
         if {"pretrained", "cache"} & {each.partition("_")[0] for each in arguments} or "checkpoint_path" in arguments:
-            with pytest.raises(ValueError, match="model_kwargs must be"):
+            with pytest.raises(ValueError, match="must be keyword arguments"):
                 RunConfig(**vars(config) | {"model_kwargs": arguments})
 
     @pytest.mark.parametrize(
@@ -103,13 +105,12 @@ class TestConfigurations:
         self.change(run, data_config=config.data_config | {key: value})
         with Watch(marker):
             assert main(["predict", str(run), str(picture)]) == 2
-        assert "config: data_config must be" in capsys.readouterr().err
+        assert f"config.json: data_config.{key} must be" in capsys.readouterr().err
 
     def test_every_interpolation_that_is_allowed_is_timms(self, config):
-        from ctxenc.runs.config import CROP_MODES, INTERPOLATIONS
-
-        for key, values in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-            for value in values:
+        hints = get_type_hints(DataConfig)
+        for key in ("interpolation", "crop_mode"):
+            for value in get_args(hints[key]):
                 transform = data.eval_transform(config.data_config | {key: value})
                 assert transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
 
@@ -150,10 +151,8 @@ class TestConfigurations:
 
     def test_json_on_the_command_line(self, capsys):
         for text in ("[" * 50_000, '{"a":' * 20_000, '{"a": 1, "a": 2}', '{"a": NaN}', CODE):
-            with pytest.raises(SystemExit) as caught:
-                main(["finetune", "--model-kwargs", text])
-            assert caught.value.code == 2
-            assert "argument --model-kwargs: must be a JSON object: " in capsys.readouterr().err
+            assert main(["finetune", "--model-kwargs", text]) == 2
+            assert "error: --model-kwargs must be a JSON object: " in capsys.readouterr().err
 
     def test_deep_nesting_in_a_checkpoint(self, tmp_path):
         path = tmp_path / "a.safetensors"
@@ -167,19 +166,19 @@ class TestConfigurations:
 ODD = (None, True, 0, -1, 10**400, 0.5, 1e308, 1e-320, "x", CODE, "", "\ud800", "\0", [], [1], {}, {"a": 1})
 
 
-@pytest.mark.parametrize("options", [settings, segment_settings], ids=["finetune", "segment train"])
+@pytest.mark.parametrize("options", [Settings, SegmentSettings], ids=["finetune", "segment train"])
 def test_settings_of_any_type(options):
     """Each is as argparse would have made it, or is named."""
     stored = options.resolve({"data": "folder"}).as_dict()
     for name, usual in stored.items():
         for value in ODD:
             try:
-                made = getattr(options.resumed(stored | {name: value}, {}), name)
+                made = getattr(options.resume(stored | {name: value}, {}), name)
             except UserError as error:
                 told = str(error)
                 assert "--" in told and len(told) < 300 and "\n" not in told, (name, told)  # noqa: PT018
                 continue
-            assert made is value
+            assert made == value
             if usual is not None and name != "smoothing":  # a text or a number
                 assert isinstance(made, type(usual)) or (type(usual) is float and type(made) is int), (name, value)
                 assert isinstance(made, bool) == isinstance(usual, bool), (name, value)
@@ -188,15 +187,16 @@ def test_settings_of_any_type(options):
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
-        ("threads", "1000000", "in [1, 1024]"),
-        ("image-size", "100000", "in [1, 8192]"),
-        ("image-size", str(2**70), f"in [{1 - 2**63}, {2**63 - 1}]"),
+        ("threads", "1000000", "less than or equal to 1024"),
+        ("image-size", "100000", "less than or equal to 8192"),
+        ("seeds", str(2**70), f"less than or equal to {2**63 - 1}"),
         *(
-            (name, "1e308", "in [-1e+09, 1e+09]")
-            for name in ("lr", "weight-decay", "color-jitter", "rd-ratio", "smoothing", "mixup")
+            (name, "1e308", "less than or equal to 1000000000")
+            for name in ("lr", "weight-decay", "color-jitter", "rd-ratio", "mixup")
         ),
-        *((name, "-1e308", "in [-1e+09, 1e+09]") for name in ("lr", "rd-ratio")),
-        ("lr", "inf", "a positive number"),
+        ("smoothing", "1e308", "'learned' or 'sampled' or be less than or equal to 1000000000"),
+        *((name, "-1e308", "greater than 0") for name in ("lr", "rd-ratio")),
+        ("lr", "inf", "a finite number"),
     ],
 )
 def test_numbers_beyond_fp32_or_the_machine(refused, option, value, rule):
@@ -206,9 +206,11 @@ def test_numbers_beyond_fp32_or_the_machine(refused, option, value, rule):
 @pytest.mark.parametrize("option", ["lr", "weight-decay", "head-lr-mult", "poly-power", "aux-weight", "se-weight"])
 def test_numbers_of_segmentation(option, capsys):
     assert main(["segment", "train", f"--{option}", "1e308"]) == 2
-    assert capsys.readouterr().err == f"ctxenc: error: --{option} must be in [-1e+09, 1e+09], got 1e+308\n"
+    assert (
+        capsys.readouterr().err == f"ctxenc: error: --{option} must be less than or equal to 1000000000, got '1e308'\n"
+    )
     assert main(["segment", "train", "--data", "folder", "--base-size", "1000000"]) == 2
-    assert capsys.readouterr().err == "ctxenc: error: --base-size must be in [1, 8192], got 1000000\n"
+    assert capsys.readouterr().err == "ctxenc: error: --base-size must be less than or equal to 8192, got '1000000'\n"
 
 
 class TestVersions:

@@ -7,13 +7,12 @@ import torch
 from ctxenc.runs.errors import UserError, one_line
 from ctxenc.runs.segment_config import SegmentConfig, build_network
 from ctxenc.training import runner
-from ctxenc.training.console import counted, listed
-from ctxenc.training.segmentation import segment_settings as options
+from ctxenc.training.console import list_counts, list_names
 from ctxenc.training.segmentation.arms import arm_configs
 from ctxenc.training.segmentation.datasets import Datasets, build_datasets, verify
 from ctxenc.training.segmentation.pairs import Pairs
 from ctxenc.training.segmentation.segment_report import write_report
-from ctxenc.training.segmentation.segment_settings import SegmentSettings
+from ctxenc.training.segmentation.segment_settings import RUNS, SegmentSettings
 from ctxenc.training.segmentation.segment_trainer import SegmentTrainer, make_optimizer
 
 
@@ -46,19 +45,19 @@ def tried_configs(settings: SegmentSettings, datasets: Datasets, fresh: bool) ->
 def describe(settings: SegmentSettings, datasets: Datasets) -> str:
     """Describe the training data in one line."""
     train, val = len(datasets.train), len(datasets.val)
-    classes = listed(datasets.classes)
+    classes = list_names(datasets.classes)
     if isinstance(datasets.train, Pairs) and (found := datasets.train.presence):
         ignored = f", {found.ignored:.1%} of pixels ignored" if found.ignored else ""
-        classes = f"{counted(datasets.classes, found.counts)} of {found.read:,} training masks{ignored}"
+        classes = f"{list_counts(datasets.classes, found.counts)} of {found.read:,} training masks{ignored}"
     text = f"{settings.data}: {len(datasets.classes)} classes ({classes}), {train:,} training images, {val:,} validation images"
-    return text + (f"; left unused: {listed(datasets.unused)}" if datasets.unused else "")
+    return text + (f"; left unused: {list_names(datasets.unused)}" if datasets.unused else "")
 
 
 TRAINING = runner.Training(
     name="segment train",
-    runs=options.RUNS,
+    runs=RUNS,
     config=SegmentConfig,
-    options=options,
+    options=SegmentSettings,
     build_datasets=build_datasets,
     verify=verify,
     describe=describe,
