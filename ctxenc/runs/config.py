@@ -76,7 +76,7 @@ def check_data_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_as(kind: Any) -> GetPydanticSchema:
     """Check a dict as a TypedDict; for readers it stays a dict."""
-    return GetPydanticSchema(lambda _, handler: handler(kind))
+    return GetPydanticSchema(lambda _, handler: handler.generate_schema(kind))
 
 
 def check_model_kwargs(table: dict[str, Any]) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def check_classes(train: Pairs, val: Any, every_class: bool, skip: bool) -> None
     number, held = missing[0], [str(number) for number, count in enumerate(counts) if count]
     name = "" if train.classes[number] == str(number) else f" ({printable(train.classes[number])})"
     more = f" and of {len(missing) - 1} more classes" if len(missing) > 1 else ""
-    text = f"none of the {read} training masks holds a pixel of class {number}{name}{more}; they hold {list_names(held) or 'no class'}"
+    text = f"none of the {read} training masks holds a pixel of class {number}{name}{more}"
+    text += f"; they hold {list_names(held) or 'no class'}"
     if ignored:
         text += f" and {IGNORED}, which is taken for pixels to be ignored ({ignored:.0%})"
     if val.count(VERIFIED_UP_TO, skip).counts[number]:
