@@ -64,20 +64,18 @@ def add_training_arguments(parser: argparse.ArgumentParser, runs: Path) -> None:
     )
 
 
-def add_options(parser: Any, kind: Any, own: Mapping[str, dict[str, Any]] | None = None, base: Any = None) -> None:
+def add_options(parser: Any, kind: Any, own: Mapping[str, dict[str, Any]] | None = None, omit: Any = None) -> None:
     """Add an option for each setting of a dataclass.
 
     Args:
         parser: A parser, or a group of its options.
         kind: The dataclass.
         own: Defaults that differ from `kind`'s, by name of the data set.
-        base: A dataclass whose settings to leave out.
+        omit: A dataclass whose settings to leave out.
     """
-    shared, others = ({each.name for each in fields(one)} if one else set() for one in (TrainingSettings, base))
-    for each in sorted(
-        fields(kind), key=lambda each: each.name in shared
-    ):  # list the subject of training before its method
-        if each.name not in others:
+    method, left = ({each.name for each in fields(one)} if one else set() for one in (TrainingSettings, omit))
+    for each in sorted(fields(kind), key=lambda each: each.name in method):  # the subject of a training comes first
+        if each.name not in left:
             add_option(parser, kind, each.name, describe_default(each, own or {}))
 
 

@@ -140,7 +140,12 @@ class TestCommandLine:
         assert capsys.readouterr().out == f"ctxenc {ctxenc.__version__}\n"
 
     @pytest.mark.parametrize(
-        ("package", "arguments"), [("timm", ["inspect", "resnet18"]), ("matplotlib", ["look", "test_efficientnet"])]
+        ("package", "arguments"),
+        [
+            ("timm", ["inspect", "resnet18"]),
+            ("matplotlib", ["look", "test_efficientnet"]),
+            ("pydantic", ["predict", "--help"]),
+        ],
     )
     def test_a_missing_extra_is_named(self, package, arguments):
         code = f"import sys; sys.modules['{package}'] = None; from ctxenc.__main__ import main; sys.exit(main())"
@@ -148,6 +153,15 @@ class TestCommandLine:
         assert done.returncode == 2
         extra = "pip install 'ctxenc[train]'"
         assert done.stderr == f"ctxenc: error: {arguments[0]} needs the package {package}: {extra}\n"
+
+    def test_doctor_needs_no_pydantic(self):
+        """Its extra, timm, does not bring it."""
+        code = (
+            "import sys; sys.modules['pydantic'] = None; from ctxenc.__main__ import main; main(['doctor', '--help'])"
+        )
+        assert (
+            "usage: " in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        )
 
     def test_an_import_error_of_another_kind_is_a_bug(self):
         assert explain(ImportError("cannot import name 'x' from 'timm'", name="timm"), "inspect") == ("", 1)
