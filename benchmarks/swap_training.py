@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.datasets import load_digits
 from timm.layers import SEModule
 from timm.models.resnet import BasicBlock, ResNet
@@ -24,6 +25,7 @@ from benchmarks.environment import describe
 from ctxenc import ContextEncoding, assign
 from ctxenc.encoding import Encoding
 from ctxenc.training.fashion import FashionSource
+from ctxenc.training.photographs import PHOTOGRAPHS, TILE, DisjointTiles, halves, read_photograph
 from ctxenc.viz.usage import UsageSum
 
 CHANNELS = (16, 32, 64)
@@ -101,6 +103,7 @@ class Budget:
 
 BUDGETS = {
     "digits": Budget("digits", 320, 216, 40, 16),
+    "photographs": Budget("photographs", 1_020, 340, 10, 32),
     "fashion_mnist": Budget("fashion_mnist", 12_000, 3_000, 3, 28),
 }
 
@@ -138,6 +141,44 @@ def _fashion(folder: str, split: str) -> tuple[Tensor, Tensor]:
     return (images - 72.9) / 90.0, torch.tensor(source.targets)  # mean and deviation of the training pixels
 
 
+def photographs(budget: Budget, seed: int, folder: str = "") -> Task:
+    """Load the embedded photographs in grey, one class each, at half their resolution.
+
+    Every seed draws other crops of one half of each photograph; the last third of that half is held out. The test set is the
+    tiles of the other half.
+    """
+    draw = np.random.default_rng(seed)
+    regions = [halves(read_photograph(name))[0] for name in PHOTOGRAPHS]
+    parts = zip(*(_two_thirds(region) for region in regions), strict=True)
+    sets = []
+    for part, count in zip(parts, (budget.train, budget.held_out), strict=True):
+        crops = [crop for region in part for crop in _crops(region, count // len(PHOTOGRAPHS), draw)]
+        labels = torch.arange(len(PHOTOGRAPHS)).repeat_interleave(count // len(PHOTOGRAPHS))
+        sets.append((_grey(crops, budget.size), labels))
+    tiles = DisjointTiles()
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(tiles.images)))  # at_scales takes the first
+    return Task(*sets, (_grey(tiles.images, budget.size)[order], torch.tensor(tiles.targets)[order]))
+
+
+def _two_thirds(region: Image.Image) -> tuple[Image.Image, Image.Image]:
+    width, height = region.size
+    if width >= height:
+        cut = width * 2 // 3
+        return region.crop((0, 0, cut, height)), region.crop((cut, 0, width, height))
+    cut = height * 2 // 3
+    return region.crop((0, 0, width, cut)), region.crop((0, cut, width, height))
+
+
+def _crops(region: Image.Image, count: int, draw: np.random.Generator) -> list[Image.Image]:
+    lefts, uppers = (draw.integers(0, side - TILE + 1, count).tolist() for side in region.size)
+    return [region.crop((left, upper, left + TILE, upper + TILE)) for left, upper in zip(lefts, uppers, strict=True)]
+
+
+def _grey(images: list[Image.Image], size: int) -> Tensor:
+    pixels = torch.stack([torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32)) for image in images])
+    return F.interpolate(pixels[:, None], size, mode="bilinear", antialias=True) / 64 - 2
+
+
 def _task(images: Tensor, labels: Tensor, budget: Budget, before_test: int) -> Task:
     ends = (0, budget.train, budget.train + budget.held_out)
     if ends[2] > before_test:
@@ -146,7 +187,11 @@ def _task(images: Tensor, labels: Tensor, budget: Budget, before_test: int) -> T
     return Task(*((images[part], labels[part].long()) for part in sets))
 
 
-TASKS: dict[str, Callable[[Budget, int, str], Task]] = {"digits": digits, "fashion_mnist": fashion_mnist}
+TASKS: dict[str, Callable[[Budget, int, str], Task]] = {
+    "digits": digits,
+    "photographs": photographs,
+    "fashion_mnist": fashion_mnist,
+}
 
 
 def parameters(network: nn.Module) -> int:

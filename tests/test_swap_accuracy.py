@@ -4,8 +4,10 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import swap_accuracy, swap_training
 from benchmarks.swap_accuracy import differences, interval, markdown, train_arms
@@ -112,6 +114,25 @@ def test_digits_are_disjoint(monkeypatch):
     numbers = [part[0].flatten().tolist() for part in (task.train, task.held_out, task.test)]
     assert [len(each) for each in numbers] == [64, 32, 719]
     assert len({number for own in numbers for number in own}) == 64 + 32 + 719
+
+
+def test_photographs_are_cut_into_disjoint_regions():
+    """Of a photograph whose pixels count: no pixel of a test tile, and none in two regions."""
+    pixels = np.arange(96 * 300, dtype=np.int32).reshape(96, 300)
+    for wide in (Image.fromarray(pixels), Image.fromarray(pixels.T.copy())):
+        parts = [set(np.asarray(part).ravel().tolist()) for part in swap_training._two_thirds(wide)]
+        assert len(parts[0]) == 2 * len(parts[1]) == 96 * 200
+        assert not parts[0] & parts[1]
+
+
+def test_seeds_draw_other_crops_and_share_the_test_tiles():
+    budget = replace(swap_training.BUDGETS["photographs"], train=34, held_out=17)
+    one, again, other = (swap_training.photographs(budget, seed) for seed in (0, 0, 1))
+    assert [len(part[0]) for part in (one.train, one.held_out)] == [34, 17]
+    assert torch.equal(one.train[0], again.train[0])
+    assert not torch.equal(one.train[0], other.train[0])
+    assert torch.equal(one.test[0], other.test[0])
+    assert one.train[1].bincount().tolist() == [2] * 17
 
 
 def test_more_images_than_there_are():
