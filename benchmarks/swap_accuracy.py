@@ -30,13 +30,12 @@ from scipy.stats import t as student
 
 from benchmarks.forms import check_operator
 from benchmarks.record import RESULTS, Record, read
+from benchmarks.swap_tasks import BUDGETS, Budget
 from benchmarks.swap_training import (
     ARMS,
-    BUDGETS,
     QUICK,
     SE,
     Arm,
-    Budget,
     choose_lr,
     part,
     part_path,

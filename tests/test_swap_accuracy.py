@@ -9,16 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import swap_accuracy, swap_training
+from benchmarks import swap_accuracy, swap_tasks, swap_training
 from benchmarks.swap_accuracy import differences, interval, markdown, train_arms
+from benchmarks.swap_tasks import Budget, Task
 from benchmarks.swap_training import (
     ARMS,
     EQUAL,
     QUARTER,
     SE,
     SE_WIDE,
-    Budget,
-    Task,
     choose_lr,
     part,
     start_network,
@@ -34,10 +33,10 @@ def few(monkeypatch):
     """Few test images, since those of the whole set at five sizes take longer than a training."""
 
     def task(budget, seed, folder):
-        whole = swap_training.digits(budget, seed)
+        whole = swap_tasks.digits(budget, seed)
         return replace(whole, test=(whole.test[0][:24], whole.test[1][:24]))
 
-    monkeypatch.setitem(swap_training.TASKS, "digits", task)
+    monkeypatch.setitem(swap_tasks.TASKS, "digits", task)
 
 
 def parameters(arm):
@@ -74,7 +73,7 @@ def test_arms_start_alike_outside_the_blocks():
 
 
 def test_arms_see_the_same_images_in_the_same_order():
-    task = swap_training.digits(TINY, 0)
+    task = swap_tasks.digits(TINY, 0)
     seen = {}
     for arm in (SE, EQUAL[3]):
         network = start_network(arm, TINY.size, 0)
@@ -97,7 +96,7 @@ def values(images):
 
 def test_training_held_out_and_test_images_are_disjoint(tmp_path):
     folder = str(make_fashion(tmp_path, True))
-    tasks = [swap_training.fashion_mnist(Budget("fashion_mnist", 12, 8, 1, 28), seed, folder) for seed in (0, 1)]
+    tasks = [swap_tasks.fashion_mnist(Budget("fashion_mnist", 12, 8, 1, 28), seed, folder) for seed in (0, 1)]
     for task in tasks:
         assert sorted(values(task.train[0]) + values(task.held_out[0])) == [*range(20)]
         assert values(task.test[0]) == [*range(10)]  # of the other file
@@ -108,9 +107,9 @@ def test_training_held_out_and_test_images_are_disjoint(tmp_path):
 
 def test_digits_are_disjoint(monkeypatch):
     monkeypatch.setattr(
-        swap_training.F, "interpolate", lambda images, *_, **__: torch.arange(len(images)).view(-1, 1, 1, 1)
+        swap_tasks.F, "interpolate", lambda images, *_, **__: torch.arange(len(images)).view(-1, 1, 1, 1)
     )
-    task = swap_training.digits(TINY, 5)
+    task = swap_tasks.digits(TINY, 5)
     numbers = [part[0].flatten().tolist() for part in (task.train, task.held_out, task.test)]
     assert [len(each) for each in numbers] == [64, 32, 719]
     assert len({number for own in numbers for number in own}) == 64 + 32 + 719
@@ -120,14 +119,14 @@ def test_photographs_are_cut_into_disjoint_regions():
     """Of a photograph whose pixels count: no pixel of a test tile, and none in two regions."""
     pixels = np.arange(96 * 300, dtype=np.int32).reshape(96, 300)
     for wide in (Image.fromarray(pixels), Image.fromarray(pixels.T.copy())):
-        parts = [set(np.asarray(part).ravel().tolist()) for part in swap_training._two_thirds(wide)]
+        parts = [set(np.asarray(part).ravel().tolist()) for part in swap_tasks._two_thirds(wide)]
         assert len(parts[0]) == 2 * len(parts[1]) == 96 * 200
         assert not parts[0] & parts[1]
 
 
 def test_seeds_draw_other_crops_and_share_the_test_tiles():
-    budget = replace(swap_training.BUDGETS["photographs"], train=34, held_out=17)
-    one, again, other = (swap_training.photographs(budget, seed) for seed in (0, 0, 1))
+    budget = replace(swap_tasks.BUDGETS["photographs"], train=34, held_out=17)
+    one, again, other = (swap_tasks.photographs(budget, seed) for seed in (0, 0, 1))
     assert [len(part[0]) for part in (one.train, one.held_out)] == [34, 17]
     assert torch.equal(one.train[0], again.train[0])
     assert not torch.equal(one.train[0], other.train[0])
@@ -137,7 +136,7 @@ def test_seeds_draw_other_crops_and_share_the_test_tiles():
 
 def test_more_images_than_there_are():
     with pytest.raises(SystemExit, match="digits has 1078 training images, of which 1100 were asked for"):
-        swap_training.digits(replace(TINY, train=1068), 0)
+        swap_tasks.digits(replace(TINY, train=1068), 0)
 
 
 def test_the_learning_rate_is_chosen_without_the_test_set(tmp_path, monkeypatch, few):
@@ -149,11 +148,11 @@ def test_the_learning_rate_is_chosen_without_the_test_set(tmp_path, monkeypatch,
         for seed, entropy in enumerate(own)
     ]
     assert choose_lr(parts) == 0.01
-    task = swap_training.TASKS["digits"](TINY, 0, "")
+    task = swap_tasks.TASKS["digits"](TINY, 0, "")
     lrs, chosen = (0.01, 1e-6), []
     for labels in (task.test[1], 9 - task.test[1]):
         changed = Task(task.train, task.held_out, (task.test[0], labels))
-        monkeypatch.setitem(swap_training.TASKS, "digits", lambda *_, own=changed: own)
+        monkeypatch.setitem(swap_tasks.TASKS, "digits", lambda *_, own=changed: own)
         rows = train_arms([SE], TINY, 1, lrs, "", tmp_path / str(len(chosen)))
         chosen.append(rows[0]["lr"])
     assert chosen[0] == chosen[1]
