@@ -216,7 +216,11 @@ def _draw_differences(ax: Axes, rows: list[Row]) -> None:
 def _shown(rows: list[Row]) -> list[str]:
     """Return the arms with a drawn line: SE, and equal parameters with the whole map."""
     names = dict.fromkeys(row["arm"] for row in rows)
-    return [name for name in names if name == SE.name or (ARMS[name].width == "equal" and not ARMS[name].coarse)]
+    return [
+        name
+        for name in names
+        if name == SE.name or (ARMS[name].width == "equal" and not ARMS[name].coarse and not ARMS[name].remedy)
+    ]
 
 
 def _line(ax: Axes, name: str, xs: list[float], ys: list[float]) -> None:

@@ -19,6 +19,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from benchmarks.environment import describe
+from benchmarks.swap_remedies import REMEDIES, apply_after_epoch, apply_before_training
 from benchmarks.swap_tasks import TASKS, Budget, Task
 from ctxenc import ContextEncoding, assign
 from ctxenc.encoding import Encoding
@@ -44,6 +45,7 @@ class Arm:
         pool: argument of ContextEncoding.
         aggregation: argument of ContextEncoding.
         coarse: max_size is a quarter of the images' side.
+        remedy: one of benchmarks.swap_remedies.
     """
 
     block: str
@@ -53,6 +55,7 @@ class Arm:
     aggregation: str = "mean"
     num_codes: int = 16
     coarse: bool = False
+    remedy: str = ""
 
     @property
     def name(self) -> str:
@@ -62,7 +65,7 @@ class Arm:
         parts = [self.pool, self.start, *(["sum"] if self.aggregation == "sum" else [])]
         parts += [f"K = {self.num_codes}"] if self.num_codes != 16 else []
         parts += [*(["coarse"] if self.coarse else []), *(["C/4"] if self.width == "quarter" else [])]
-        return ", ".join(parts)
+        return ", ".join([*parts, *([self.remedy] if self.remedy else [])])
 
     @property
     def reference(self) -> str:
@@ -76,8 +79,11 @@ QUARTER = [replace(arm, width="quarter") for arm in EQUAL]
 COARSE = [replace(arm, coarse=True) for arm in (*EQUAL, *QUARTER)]
 SUM = [replace(arm, aggregation="sum") for arm in EQUAL[:2]]  # concat normalises, so a sum gives the same there
 FEWER = [replace(arm, num_codes=4) for arm in EQUAL[2:]]  # the same parameters in fewer codewords of more channels
+REMEDIED = [replace(EQUAL[0], remedy=remedy) for remedy in REMEDIES]
 # In training order.
-ARMS = {arm.name: arm for arm in (SE, *EQUAL, SE_WIDE, *QUARTER[2:], *SUM, *FEWER, NONE, *QUARTER[:2], *COARSE)}
+ARMS = {
+    arm.name: arm for arm in (SE, *EQUAL, SE_WIDE, *QUARTER[2:], *SUM, *FEWER, NONE, *QUARTER[:2], *COARSE, *REMEDIED)
+}
 QUICK = (SE.name, EQUAL[1].name, EQUAL[3].name)
 
 
@@ -193,20 +199,24 @@ def codebook_bits(network: nn.Module, images: Tensor) -> list[float]:
     return [sums[name].usage().entropy - sums[name].usage().pixel_entropy for name in layers]
 
 
-def train_epochs(network: nn.Module, task: Task, epochs: int, lr: float, seed: int) -> Iterator[dict[str, Any]]:
+def train_epochs(
+    network: nn.Module, task: Task, epochs: int, lr: float, seed: int, remedy: str = ""
+) -> Iterator[dict[str, Any]]:
     """Train with AdamW and a cosine from lr to 0 after a warm-up of a tenth of the steps; return both splits' measures per epoch.
 
     The measures of the training split are means over the epoch's batches during training.
     """
     images, labels = task.train
-    groups = param_groups_weight_decay(
-        network, WEIGHT_DECAY, no_weight_decay_list=("*.encoding.codewords", "*.encoding.smoothing")
-    )
+    undecayed = () if remedy == "decay" else ("*.encoding.codewords", "*.encoding.smoothing")
+    groups = param_groups_weight_decay(network, WEIGHT_DECAY, no_weight_decay_list=undecayed)
     optimizer = torch.optim.AdamW(groups, lr=lr)
     steps = epochs * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, 0.1, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    apply_before_training(remedy, network)
+    for epoch in range(epochs):
+        if epoch:
+            apply_after_epoch(remedy, epoch, network, images[:256], generator)
         network.train()
         seen = torch.zeros(2)
         for batch in torch.randperm(len(images), generator=generator).split(BATCH)[: len(images) // BATCH]:
@@ -227,7 +237,7 @@ def train_part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str) -> d
     """Train one network; return its measures, ready for JSON."""
     task = TASKS[budget.data](budget, seed, folder)
     network = start_network(arm, budget.size, seed)
-    curves = list(train_epochs(network, task, budget.epochs, lr, seed))
+    curves = list(train_epochs(network, task, budget.epochs, lr, seed, arm.remedy))
     bits = codebook_bits(network, task.held_out[0][:500])
     return {
         "data": budget.data,

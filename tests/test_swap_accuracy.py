@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import swap_accuracy, swap_tasks, swap_training
+from benchmarks import swap_accuracy, swap_remedies, swap_tasks, swap_training
 from benchmarks.swap_accuracy import differences, interval, markdown, train_arms
 from benchmarks.swap_tasks import Budget, Task
 from benchmarks.swap_training import (
@@ -23,6 +23,7 @@ from benchmarks.swap_training import (
     start_network,
     train_epochs,
 )
+from ctxenc.encoding import Encoding
 from tests.training.small_runs import make_fashion
 
 TINY = Budget("digits", 64, 32, 1, 16)
@@ -132,6 +133,35 @@ def test_seeds_draw_other_crops_and_share_the_test_tiles():
     assert not torch.equal(one.train[0], other.train[0])
     assert torch.equal(one.test[0], other.test[0])
     assert one.train[1].bincount().tolist() == [2] * 17
+
+
+def codebooks(remedy, codewords):
+    """Set the codewords of an arm's network, apply the remedy after its first epoch, and return what they are then."""
+    network = start_network(replace(EQUAL[0], remedy=remedy), 16, 0)
+    for module in network.modules():
+        if isinstance(module, Encoding):
+            with torch.no_grad():
+                module.codewords.copy_(codewords(module.codewords))
+    images = swap_tasks.digits(TINY, 0).train[0]
+    swap_remedies.apply_after_epoch(remedy, 1, network, images, torch.Generator().manual_seed(0))
+    return network, [module for module in network.modules() if isinstance(module, Encoding)]
+
+
+def test_a_restart_moves_idle_codewords_alone():
+    def hide_the_last(codewords):
+        return torch.cat([codewords[:-1], torch.full_like(codewords[-1:], 1e3)])
+
+    before = [each.codewords.clone() for each in codebooks("", hide_the_last)[1]]
+    for own, each in zip(before, codebooks("restart", hide_the_last)[1], strict=True):
+        assert torch.equal(each.codewords[:-1], own[:-1])
+        assert each.codewords[-1].abs().max() < 100
+
+
+def test_kmeans_moves_codewords_onto_features():
+    network, layers = codebooks("k-means", lambda codewords: codewords + 50)
+    pixels = swap_remedies.pixels_of(network, swap_tasks.digits(TINY, 0).train[0])
+    for layer in layers:
+        assert torch.cdist(layer.codewords, pixels[layer]).min(1).values.max() < 5
 
 
 def test_more_images_than_there_are():
