@@ -1,4 +1,4 @@
-"""Define the parts of benchmarks.swap_accuracy: arms, data, and the training of one network, with a JSON file as its result."""
+"""Define the parts of benchmarks.swap_accuracy: arms, and the training of one network, with a JSON file as its result."""
 
 import json
 import math
@@ -11,19 +11,18 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from timm.layers import SEModule
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from benchmarks.environment import describe
+from benchmarks.swap_remedies import REMEDIES, apply_after_epoch, apply_before_training
+from benchmarks.swap_tasks import TASKS, Budget, Task
 from ctxenc import ContextEncoding, assign
 from ctxenc.encoding import Encoding
-from ctxenc.training.fashion import FashionSource
 from ctxenc.viz.usage import UsageSum
 
 CHANNELS = (16, 32, 64)
@@ -46,6 +45,7 @@ class Arm:
         pool: argument of ContextEncoding.
         aggregation: argument of ContextEncoding.
         coarse: max_size is a quarter of the images' side.
+        remedy: one of benchmarks.swap_remedies.
     """
 
     block: str
@@ -55,6 +55,7 @@ class Arm:
     aggregation: str = "mean"
     num_codes: int = 16
     coarse: bool = False
+    remedy: str = ""
 
     @property
     def name(self) -> str:
@@ -64,7 +65,7 @@ class Arm:
         parts = [self.pool, self.start, *(["sum"] if self.aggregation == "sum" else [])]
         parts += [f"K = {self.num_codes}"] if self.num_codes != 16 else []
         parts += [*(["coarse"] if self.coarse else []), *(["C/4"] if self.width == "quarter" else [])]
-        return ", ".join(parts)
+        return ", ".join([*parts, *([self.remedy] if self.remedy else [])])
 
     @property
     def reference(self) -> str:
@@ -78,75 +79,12 @@ QUARTER = [replace(arm, width="quarter") for arm in EQUAL]
 COARSE = [replace(arm, coarse=True) for arm in (*EQUAL, *QUARTER)]
 SUM = [replace(arm, aggregation="sum") for arm in EQUAL[:2]]  # concat normalises, so a sum gives the same there
 FEWER = [replace(arm, num_codes=4) for arm in EQUAL[2:]]  # the same parameters in fewer codewords of more channels
+REMEDIED = [replace(EQUAL[0], remedy=remedy) for remedy in REMEDIES]
 # In training order.
-ARMS = {arm.name: arm for arm in (SE, *EQUAL, SE_WIDE, *QUARTER[2:], *SUM, *FEWER, NONE, *QUARTER[:2], *COARSE)}
-QUICK = (SE.name, EQUAL[1].name, EQUAL[3].name)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Set the length of training on a data set, and the number of images."""
-
-    data: str
-    train: int
-    held_out: int
-    epochs: int
-    size: int
-
-    @property
-    def name(self) -> str:
-        """Name the folder of its parts."""
-        return f"{self.data}-{self.train}-{self.epochs}"
-
-
-BUDGETS = {
-    "digits": Budget("digits", 320, 216, 40, 16),
-    "fashion_mnist": Budget("fashion_mnist", 12_000, 3_000, 3, 28),
+ARMS = {
+    arm.name: arm for arm in (SE, *EQUAL, SE_WIDE, *QUARTER[2:], *SUM, *FEWER, NONE, *QUARTER[:2], *COARSE, *REMEDIED)
 }
-
-
-@dataclass(frozen=True)
-class Task:
-    """Hold images (N, 1, H, W) and labels of three disjoint sets."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def digits(budget: Budget, seed: int, folder: str = "") -> Task:
-    """Load 1797 handwritten digits, enlarged to 16 x 16; every seed draws another two fifths as the test set."""
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    images = F.interpolate(images, budget.size, mode="bilinear", antialias=True)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
-    return _task(images[order], torch.tensor(labels)[order], budget, len(images) * 3 // 5)
-
-
-def fashion_mnist(budget: Budget, seed: int, folder: str) -> Task:
-    """Load Fashion-MNIST: every seed draws its training and held-out images of the 60,000; the test set is the 10,000."""
-    (images, labels), test = (_fashion(folder, split) for split in ("train", "val"))
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
-    task = _task(images[order], labels[order], budget, len(images))
-    return replace(task, test=test)
-
-
-@cache
-def _fashion(folder: str, split: str) -> tuple[Tensor, Tensor]:
-    source = FashionSource(folder, split, download=False)
-    images = torch.tensor(source.images, dtype=torch.float32)[:, None]
-    return (images - 72.9) / 90.0, torch.tensor(source.targets)  # mean and deviation of the training pixels
-
-
-def _task(images: Tensor, labels: Tensor, budget: Budget, before_test: int) -> Task:
-    ends = (0, budget.train, budget.train + budget.held_out)
-    if ends[2] > before_test:
-        raise SystemExit(f"{budget.data} has {before_test} training images, of which {ends[2]} were asked for")
-    sets = [slice(*ends[:2]), slice(*ends[1:]), slice(before_test, None)]
-    return Task(*((images[part], labels[part].long()) for part in sets))
-
-
-TASKS: dict[str, Callable[[Budget, int, str], Task]] = {"digits": digits, "fashion_mnist": fashion_mnist}
+QUICK = (SE.name, EQUAL[1].name, EQUAL[3].name)
 
 
 def parameters(network: nn.Module) -> int:
@@ -261,20 +199,24 @@ def codebook_bits(network: nn.Module, images: Tensor) -> list[float]:
     return [sums[name].usage().entropy - sums[name].usage().pixel_entropy for name in layers]
 
 
-def train_epochs(network: nn.Module, task: Task, epochs: int, lr: float, seed: int) -> Iterator[dict[str, Any]]:
+def train_epochs(
+    network: nn.Module, task: Task, epochs: int, lr: float, seed: int, remedy: str = ""
+) -> Iterator[dict[str, Any]]:
     """Train with AdamW and a cosine from lr to 0 after a warm-up of a tenth of the steps; return both splits' measures per epoch.
 
     The measures of the training split are means over the epoch's batches during training.
     """
     images, labels = task.train
-    groups = param_groups_weight_decay(
-        network, WEIGHT_DECAY, no_weight_decay_list=("*.encoding.codewords", "*.encoding.smoothing")
-    )
+    undecayed = () if remedy == "decay" else ("*.encoding.codewords", "*.encoding.smoothing")
+    groups = param_groups_weight_decay(network, WEIGHT_DECAY, no_weight_decay_list=undecayed)
     optimizer = torch.optim.AdamW(groups, lr=lr)
     steps = epochs * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, 0.1, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    apply_before_training(remedy, network)
+    for epoch in range(epochs):
+        if epoch:
+            apply_after_epoch(remedy, epoch, network, images[:256], generator)
         network.train()
         seen = torch.zeros(2)
         for batch in torch.randperm(len(images), generator=generator).split(BATCH)[: len(images) // BATCH]:
@@ -295,7 +237,7 @@ def train_part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str) -> d
     """Train one network; return its measures, ready for JSON."""
     task = TASKS[budget.data](budget, seed, folder)
     network = start_network(arm, budget.size, seed)
-    curves = list(train_epochs(network, task, budget.epochs, lr, seed))
+    curves = list(train_epochs(network, task, budget.epochs, lr, seed, arm.remedy))
     bits = codebook_bits(network, task.held_out[0][:500])
     return {
         "data": budget.data,

@@ -4,24 +4,26 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import swap_accuracy, swap_training
+from benchmarks import swap_accuracy, swap_remedies, swap_tasks, swap_training
 from benchmarks.swap_accuracy import differences, interval, markdown, train_arms
+from benchmarks.swap_tasks import Budget, Task
 from benchmarks.swap_training import (
     ARMS,
     EQUAL,
     QUARTER,
     SE,
     SE_WIDE,
-    Budget,
-    Task,
     choose_lr,
     part,
     start_network,
     train_epochs,
 )
+from ctxenc.encoding import Encoding
 from tests.training.small_runs import make_fashion
 
 TINY = Budget("digits", 64, 32, 1, 16)
@@ -32,10 +34,10 @@ def few(monkeypatch):
     """Few test images, since those of the whole set at five sizes take longer than a training."""
 
     def task(budget, seed, folder):
-        whole = swap_training.digits(budget, seed)
+        whole = swap_tasks.digits(budget, seed)
         return replace(whole, test=(whole.test[0][:24], whole.test[1][:24]))
 
-    monkeypatch.setitem(swap_training.TASKS, "digits", task)
+    monkeypatch.setitem(swap_tasks.TASKS, "digits", task)
 
 
 def parameters(arm):
@@ -72,7 +74,7 @@ def test_arms_start_alike_outside_the_blocks():
 
 
 def test_arms_see_the_same_images_in_the_same_order():
-    task = swap_training.digits(TINY, 0)
+    task = swap_tasks.digits(TINY, 0)
     seen = {}
     for arm in (SE, EQUAL[3]):
         network = start_network(arm, TINY.size, 0)
@@ -95,7 +97,7 @@ def values(images):
 
 def test_training_held_out_and_test_images_are_disjoint(tmp_path):
     folder = str(make_fashion(tmp_path, True))
-    tasks = [swap_training.fashion_mnist(Budget("fashion_mnist", 12, 8, 1, 28), seed, folder) for seed in (0, 1)]
+    tasks = [swap_tasks.fashion_mnist(Budget("fashion_mnist", 12, 8, 1, 28), seed, folder) for seed in (0, 1)]
     for task in tasks:
         assert sorted(values(task.train[0]) + values(task.held_out[0])) == [*range(20)]
         assert values(task.test[0]) == [*range(10)]  # of the other file
@@ -106,17 +108,65 @@ def test_training_held_out_and_test_images_are_disjoint(tmp_path):
 
 def test_digits_are_disjoint(monkeypatch):
     monkeypatch.setattr(
-        swap_training.F, "interpolate", lambda images, *_, **__: torch.arange(len(images)).view(-1, 1, 1, 1)
+        swap_tasks.F, "interpolate", lambda images, *_, **__: torch.arange(len(images)).view(-1, 1, 1, 1)
     )
-    task = swap_training.digits(TINY, 5)
+    task = swap_tasks.digits(TINY, 5)
     numbers = [part[0].flatten().tolist() for part in (task.train, task.held_out, task.test)]
     assert [len(each) for each in numbers] == [64, 32, 719]
     assert len({number for own in numbers for number in own}) == 64 + 32 + 719
 
 
+def test_photographs_are_cut_into_disjoint_regions():
+    """Of a photograph whose pixels count: no pixel of a test tile, and none in two regions."""
+    pixels = np.arange(96 * 300, dtype=np.int32).reshape(96, 300)
+    for wide in (Image.fromarray(pixels), Image.fromarray(pixels.T.copy())):
+        parts = [set(np.asarray(part).ravel().tolist()) for part in swap_tasks._two_thirds(wide)]
+        assert len(parts[0]) == 2 * len(parts[1]) == 96 * 200
+        assert not parts[0] & parts[1]
+
+
+def test_seeds_draw_other_crops_and_share_the_test_tiles():
+    budget = replace(swap_tasks.BUDGETS["photographs"], train=34, held_out=17)
+    one, again, other = (swap_tasks.photographs(budget, seed) for seed in (0, 0, 1))
+    assert [len(part[0]) for part in (one.train, one.held_out)] == [34, 17]
+    assert torch.equal(one.train[0], again.train[0])
+    assert not torch.equal(one.train[0], other.train[0])
+    assert torch.equal(one.test[0], other.test[0])
+    assert one.train[1].bincount().tolist() == [2] * 17
+
+
+def codebooks(remedy, codewords):
+    """Set the codewords of an arm's network, apply the remedy after its first epoch, and return what they are then."""
+    network = start_network(replace(EQUAL[0], remedy=remedy), 16, 0)
+    for module in network.modules():
+        if isinstance(module, Encoding):
+            with torch.no_grad():
+                module.codewords.copy_(codewords(module.codewords))
+    images = swap_tasks.digits(TINY, 0).train[0]
+    swap_remedies.apply_after_epoch(remedy, 1, network, images, torch.Generator().manual_seed(0))
+    return network, [module for module in network.modules() if isinstance(module, Encoding)]
+
+
+def test_a_restart_moves_idle_codewords_alone():
+    def hide_the_last(codewords):
+        return torch.cat([codewords[:-1], torch.full_like(codewords[-1:], 1e3)])
+
+    before = [each.codewords.clone() for each in codebooks("", hide_the_last)[1]]
+    for own, each in zip(before, codebooks("restart", hide_the_last)[1], strict=True):
+        assert torch.equal(each.codewords[:-1], own[:-1])
+        assert each.codewords[-1].abs().max() < 100
+
+
+def test_kmeans_moves_codewords_onto_features():
+    network, layers = codebooks("k-means", lambda codewords: codewords + 50)
+    pixels = swap_remedies.pixels_of(network, swap_tasks.digits(TINY, 0).train[0])
+    for layer in layers:
+        assert torch.cdist(layer.codewords, pixels[layer]).min(1).values.max() < 5
+
+
 def test_more_images_than_there_are():
     with pytest.raises(SystemExit, match="digits has 1078 training images, of which 1100 were asked for"):
-        swap_training.digits(replace(TINY, train=1068), 0)
+        swap_tasks.digits(replace(TINY, train=1068), 0)
 
 
 def test_the_learning_rate_is_chosen_without_the_test_set(tmp_path, monkeypatch, few):
@@ -128,11 +178,11 @@ def test_the_learning_rate_is_chosen_without_the_test_set(tmp_path, monkeypatch,
         for seed, entropy in enumerate(own)
     ]
     assert choose_lr(parts) == 0.01
-    task = swap_training.TASKS["digits"](TINY, 0, "")
+    task = swap_tasks.TASKS["digits"](TINY, 0, "")
     lrs, chosen = (0.01, 1e-6), []
     for labels in (task.test[1], 9 - task.test[1]):
         changed = Task(task.train, task.held_out, (task.test[0], labels))
-        monkeypatch.setitem(swap_training.TASKS, "digits", lambda *_, own=changed: own)
+        monkeypatch.setitem(swap_tasks.TASKS, "digits", lambda *_, own=changed: own)
         rows = train_arms([SE], TINY, 1, lrs, "", tmp_path / str(len(chosen)))
         chosen.append(rows[0]["lr"])
     assert chosen[0] == chosen[1]

@@ -21,7 +21,7 @@ def fp32(tmp_path_factory):
 
 
 @pytest.mark.figures
-@pytest.mark.slow
+@pytest.mark.nightly  # the class takes minutes, fp16 most of them
 class TestCurves:
     def test_bf16(self, fp32, tmp_path):
         bf16 = train(tmp_path / "run", *SHORT, "--amp", "bf16")
