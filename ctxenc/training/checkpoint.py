@@ -25,11 +25,11 @@ from ctxenc.integrations.state_dicts import read_pickle
 from ctxenc.runs.config import atomic, shortened
 from ctxenc.runs.errors import UserError, one_line, printable
 from ctxenc.runs.folders import SCORE, save_weights
+from ctxenc.swap.states import rng_state, set_rng_state
 from ctxenc.training import codebooks
 from ctxenc.training.console import say
 from ctxenc.training.durable import damage, keep_newest, write_folder
 from ctxenc.training.processes import agree
-from ctxenc.training.rng import rng_state, set_rng_state
 
 Row = dict[str, Any]
 Prediction = tuple[Any, ...]  # a sample's name, its prediction, and its index, which stays if the data moves

@@ -1,15 +1,13 @@
 """The data sets: sources of images, their splits, and timm's transforms for a configuration."""
 
 import os
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.utils import natural_key
@@ -20,6 +18,7 @@ from torchvision.transforms import Compose, RandomCrop, Resize
 from tqdm import tqdm
 
 from ctxenc.runs.errors import UserError, one_line, printable
+from ctxenc.swap.states import seed_generators
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import BrokenImageError, check_share
 from ctxenc.training.fashion import FASHION_MNIST, FashionSource
@@ -210,21 +209,9 @@ class Datasets:
         return self.train.classes
 
 
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed the CPU generators of Python, numpy and torch with `key`, and restore their states at the end."""
-    python, numpy, generator = random.getstate(), np.random.get_state(), torch.default_generator
-    state = generator.get_state()
-    first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
-    random.seed(first)
-    np.random.seed(second)
-    generator.manual_seed(third)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        generator.set_state(state)
+def seeded(*key: int) -> AbstractContextManager[None]:
+    """Seed the CPU generators with `key` in the body, and restore their states at the end."""
+    return seed_generators(*map(int, np.random.SeedSequence(key).generate_state(3)))
 
 
 def build_datasets(settings: Settings) -> Datasets:

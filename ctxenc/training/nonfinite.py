@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxenc.runs.errors import UserError
-from ctxenc.training.rng import rng_state, set_rng_state
+from ctxenc.swap.states import rng_state, set_rng_state
 
 
 class Before:
