@@ -6,7 +6,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from traceback import clear_frames
@@ -44,7 +44,7 @@ from ctxenc.training.console import say
 from ctxenc.training.nonfinite import Before, first_nonfinite, nonfinite_gradients
 from ctxenc.training.processes import make_accelerator
 from ctxenc.training.settings import TrainingSettings
-from ctxenc.training.tensorboard import Board
+from ctxenc.training.tensorboard import epoch_values, log_curves
 
 NAMED = 16  # limit for the images listed in an error
 
@@ -117,12 +117,11 @@ class Loop(ABC):
     val: Any  # the samples to evaluate on
     val_batch: int | None = None  # batch size for evaluation if it differs: 1 for images of different sizes
     ema: ModelEmaV3 | None = None
-    board: Board | None = None  # on the main process, if requested
 
     def __init__(self, settings: Any, arm: Path, seed: int) -> None:
         self.settings, self.arm, self.seed = settings, arm, seed
-        self.accelerator = make_accelerator(settings, seed)
-        self.noted = signals.Noted()
+        self.accelerator = make_accelerator(settings, seed, arm)
+        self.record = signals.SignalRecord()
         checkpoint = newest_state(self.accelerator, arm)
         set_seed(seed)
         with self.accelerator.local_main_process_first():
@@ -168,7 +167,6 @@ class Loop(ABC):
             )
         if self.accelerator.is_main_process:
             publish_again(arm, self.progress, self.evaluated, checkpoint, self.predicted)
-            self.board = Board(arm, self.progress, self.updates_per_epoch) if settings.tensorboard else None
 
     @abstractmethod
     def build(self, fresh: bool) -> nn.Module:
@@ -200,8 +198,7 @@ class Loop(ABC):
     def publish(self) -> None:
         """Write an epoch's results for other commands; on the main process."""
         publish(self.arm, self.progress, self.evaluated, self.predicted)
-        if self.board is not None:
-            self.board.epoch(self.progress)
+        self.accelerator.log(epoch_values(self.progress), step=self.progress.epoch * self.updates_per_epoch)
 
     def finish(self) -> None:
         """Draw pictures of the trained network's results; on the main process, after the last epoch."""
@@ -236,7 +233,7 @@ class Loop(ABC):
             num_workers=workers,
             multiprocessing_context="forkserver" if apart else None,
             pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=signals.ignored,
+            worker_init_fn=signals.ignore_signals,
             # otherwise each epoch draws from the process's generator, and a restarted epoch draws again
             generator=torch.Generator(),
         )
@@ -253,8 +250,8 @@ class Loop(ABC):
         done = progress.epoch * self.updates_per_epoch + progress.step
         with (
             worker_errors(),
-            nullcontext() if self.board is None else closing(self.board),
-            signals.noted() as self.noted,
+            log_curves(self.accelerator, done),
+            signals.record_signals() as self.record,
             tqdm(total=total, initial=done, desc=label, disable=not main) as bar,
         ):
             while progress.epoch < self.settings.epochs:
@@ -268,10 +265,10 @@ class Loop(ABC):
                 self.save()
                 score = f"{100 * measures[self.score]:.1f} %"
                 bar.set_postfix({"epoch": progress.epoch, "loss": f"{loss:.3f}", self.score_label: score})
-                self.stop_if_told()
+                self.stop_on_signal()
             if main and self.seed == self.settings.seed:
                 self.finish()
-        self.stop_if_told()  # outside the body: no signal can come between this and the earlier handlers
+        self.stop_on_signal()  # outside the body: no signal can come between this and the earlier handlers
         self.accelerator.free_memory()
 
     def _train_epoch(self, bar: tqdm) -> float:
@@ -281,7 +278,7 @@ class Loop(ABC):
         self.samples.set_epoch(progress.epoch)
         started = time.perf_counter()
         for images, targets in self._batches_left():
-            told = self._step(images, targets)
+            stop = self._step(images, targets)
             progress.step += 1
             progress.images += len(images)
             progress.seconds += time.perf_counter() - started
@@ -291,7 +288,7 @@ class Loop(ABC):
                 distribute_bn(self.network, self.accelerator.num_processes, reduce=True)
                 if self.ema is not None:  # checkpoints hold the first process's buffers
                     distribute_bn(self.ema.module, self.accelerator.num_processes, reduce=False)
-            if told:
+            if stop:
                 self.stop()
             if every and not last and (progress.epoch * self.updates_per_epoch + progress.step) % every == 0:
                 self.save()
@@ -321,10 +318,9 @@ class Loop(ABC):
         self.accelerator.backward(loss)
         self.accelerator.unscale_gradients()
         norm = get_total_norm([each.grad for each in self.network.parameters() if each.grad is not None])
-        finite = (
-            torch.stack([loss.detach().float(), norm]).isfinite().tolist()
-        )  # together, because each read waits for a GPU
-        broken_loss, broken_gradient, told = self._any(not finite[0], not finite[1], self.noted.signal is not None)
+        # Together, because each read waits for a GPU.
+        finite = torch.stack([loss.detach().float(), norm]).isfinite().tolist()
+        broken_loss, broken_gradient, stop = self._any(not finite[0], not finite[1], self.record.signal is not None)
         broken = broken_loss or (broken_gradient and not self._scaled())
         progress.lr = self.optimizer.param_groups[0]["lr"]
         if broken:
@@ -334,19 +330,17 @@ class Loop(ABC):
                 clip_grads_with_norm_(self.network.parameters(), settings.clip_grad, norm)
             self.optimizer.step()
             self.state.loss.add_(loss.detach())
-            if self.board is not None:
-                self.board.step(update, loss.item(), progress.lr)
+            if self.accelerator.trackers:
+                self.accelerator.log({"step/loss": loss.item(), "step/lr": progress.lr}, step=update)
             progress.finite += 1
         if self.scheduler is not None:
             self.scheduler.step_update(update)
         if self.ema is not None and not broken:
             self.ema.update(self.network, update)
-        return told
+        return stop
 
     def _scaled(self) -> bool:
-        """Return whether the loss is scaled up, for fp16: the scaler then skips steps that are not finite, and lowers the
-        scale.
-        """
+        """Return whether fp16's loss scale is above 1: the scaler then skips steps that are not finite, and lowers it."""
         return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
 
     def _any(self, *mine: bool) -> list[bool]:
@@ -389,16 +383,16 @@ class Loop(ABC):
         indices = next(islice(iter(self.train_loader.batch_sampler), self.progress.step, None))
         return [self.samples.name(index) for index in indices]
 
-    def until_told(self, batches: Iterable[Any], common: int) -> Iterator[Any]:
+    def until_stopped(self, batches: Iterable[Any], common: int) -> Iterator[Any]:
         """Yield `batches` until a signal comes; every process has at least `common` of them."""
         for number, batch in enumerate(batches):
             if number < common:
-                self.stop_if_told()
+                self.stop_on_signal()
             yield batch
 
-    def stop_if_told(self) -> None:
+    def stop_on_signal(self) -> None:
         """Stop if a signal has come to any process."""
-        if self._any(self.noted.signal is not None)[0]:
+        if self._any(self.record.signal is not None)[0]:
             self.stop()
 
     def stop(self) -> None:
@@ -408,7 +402,7 @@ class Loop(ABC):
             Stopped: Always.
         """
         self.save()
-        raise signals.Stopped(self.noted.signal or signals.SIGNALS[0])
+        raise signals.Stopped(self.record.signal or signals.SIGNALS[0])
 
     def save(self) -> Path:
         """Write a checkpoint; return its folder."""

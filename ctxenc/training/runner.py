@@ -22,7 +22,7 @@ from ctxenc.runs.errors import UserError, one_line
 from ctxenc.training import checkpoint, pictures, signals, tensorboard
 from ctxenc.training.bad_images import SKIP
 from ctxenc.training.console import say
-from ctxenc.training.processes import agree, make_accelerator, same, speaks
+from ctxenc.training.processes import agree, is_reporter, make_accelerator, same
 from ctxenc.training.settings import option_name
 from ctxenc.training.tensorboard import check_tensorboard
 
@@ -73,10 +73,10 @@ def run(args: argparse.Namespace, training: Training) -> None:
         KeyboardInterrupt: Ctrl-C.
     """
     try:
-        with signals.raised():
+        with signals.stop_on_signals():
             _run(args, training)
     except UserError as error:
-        if not speaks():
+        if not is_reporter():
             raise SystemExit(2) from error
         raise
     except signals.Stopped as stop:

@@ -167,7 +167,7 @@ class Trainer(Loop):
 
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracies on the validation samples; store their predictions in the progress."""
-        batches = self.until_told(self.val_loader, len(self.val_loader))
+        batches = self.until_stopped(self.val_loader, len(self.val_loader))
         model = self.model if self.ema is None else self.ema.module
         result = evaluate(self.accelerator, model, batches, self.settings.channels_last)
         indices = result.indices.tolist()

@@ -112,19 +112,19 @@ class TestSignals:
         assert f"to go on: ctxenc finetune --resume {tmp_path / 'run'}" in capsys.readouterr().err
 
     def test_before_training_they_act_at_once(self):
-        with pytest.raises(signals.Stopped) as stopped, signals.raised():
+        with pytest.raises(signals.Stopped) as stopped, signals.stop_on_signals():
             os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.value.signal == signal.SIGTERM
 
     def test_what_the_process_was_started_to_ignore_stays_ignored(self):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            with signals.raised(), signals.noted() as noted:
+            with signals.stop_on_signals(), signals.record_signals() as record:
                 os.kill(os.getpid(), signal.SIGINT)
-                assert noted.signal is None
+                assert record.signal is None
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)
-                assert noted.signal == signal.SIGTERM
+                assert record.signal == signal.SIGTERM
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -338,7 +338,7 @@ class TestNonfinite:
 def test_loaders_workers_do_not_hear_signals():
     before = {each: signal.getsignal(each) for each in signals.SIGNALS}
     try:
-        signals.ignored(0)
+        signals.ignore_signals(0)
         assert all(signal.getsignal(each) is signal.SIG_IGN for each in signals.SIGNALS)
     finally:
         for each, handler in before.items():

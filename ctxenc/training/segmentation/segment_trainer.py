@@ -116,7 +116,7 @@ class SegmentTrainer(Loop):
         common = len(self.val) // self.accelerator.num_processes // (loader.batch_size or 1)
         bar = tqdm(loader, "evaluating", delay=1, leave=False, disable=not self.accelerator.is_main_process)
         wrong: list[float] = []
-        for images, masks in self.until_told(bar, common):
+        for images, masks in self.until_stopped(bar, common):
             masks = masks.to(self.accelerator.device)
             predictions = self._logits(images, masks.shape[1:]).argmax(1)
             metrics.update(predictions, masks)
