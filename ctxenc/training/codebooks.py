@@ -111,11 +111,6 @@ def _row(name: str, block: Encoding, sums: Sequence[UsageSum]) -> Row:
     }
 
 
-def complete(row: Row) -> Row:
-    """Return the row with its "bits": rows in checkpoints of earlier versions lack them."""
-    return {"bits": max(row["entropy"] - row["pixel_entropy"], 0.0), **row}
-
-
 def name_idle_codebooks(run: Path, arms: Mapping[str, str], seeds: Sequence[int], *, started: str) -> list[str]:
     """Name the blocks with less than 0.1 bits to tell pixels apart after the last epoch, one sentence per arm.
 

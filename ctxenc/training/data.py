@@ -159,7 +159,7 @@ class Subset:
         return self.source.name(self.indices[index])
 
 
-class Samples(Dataset[tuple[Tensor, int]]):
+class Samples(Dataset[tuple[Tensor, Any]]):
     """Apply a transform to a source. Random draws follow from (seed, epoch, index).
 
     So the sample does not depend on the worker, on earlier samples, or on an interruption, and the generators of the process
@@ -182,11 +182,11 @@ class Samples(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.source.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         with seeded(self.seed, self.epoch, index):
             return self.transform(self.source.image(index)), self.source.targets[index]
 
-    def blank(self) -> tuple[Tensor, int]:
+    def blank(self) -> tuple[Tensor, Any]:
         """Return a sample that counts nowhere."""
         return self.transform(Image.new("RGB", (1, 1))), LEFT_OUT
 
@@ -197,11 +197,19 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Datasets:
-    """Hold the data of a fine-tuning: both sources over the same classes, and the unused folders of the data."""
+    """Hold the data of a training: two sources over the same classes.
 
-    train: Source
-    val: Source
+    Args:
+        train: The training source.
+        val: The validation source.
+        unused: Unused folders of the data.
+        every_class: Whether every class must occur in the training masks: a part of a published data set may lack some.
+    """
+
+    train: Any
+    val: Any
     unused: Sequence[str] = field(default=(), kw_only=True)
+    every_class: bool = field(default=False, kw_only=True)
 
     @property
     def classes(self) -> list[str]:

@@ -73,8 +73,8 @@ def run(args: argparse.Namespace, training: Training) -> None:
         KeyboardInterrupt: Ctrl-C.
     """
     try:
-        with signals.stop_on_signals():
-            _run(args, training)
+        with signals.stop_on_signals(), ExitStack() as held:
+            _train(args, training, held)
     except UserError as error:
         if not is_reporter():
             raise SystemExit(2) from error
@@ -85,19 +85,12 @@ def run(args: argparse.Namespace, training: Training) -> None:
         raise
 
 
-def _run(args: argparse.Namespace, training: Training) -> None:
-    with ExitStack() as held:
-        _train(args, training, held)
-
-
 def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> None:
     started = time.perf_counter()
     options = training.options
     chosen = options.given(args)
     folder = folder_to_resume(args.resume, args.out, training.runs)
     stored: Any = None if folder is None else read_config(folder, training.config)
-    if folder is not None:
-        check_format(folder, stored)
     if folder is None:
         settings = options.resolve(chosen)
     else:
@@ -196,15 +189,6 @@ def asked_again(settings: Any) -> str:
 def _age(run: Path) -> float:
     config = run / "config.json"
     return config.stat().st_mtime if config.is_file() else 0.0
-
-
-def check_format(folder: Path, config: Any) -> None:
-    """Raise UserError if this ctxenc cannot resume from the states of the run in `folder`."""
-    if any(folder.glob("*/state/epoch-*")):
-        version = config.versions.get("ctxenc", "of an unknown version")
-        raise UserError(
-            f"--resume: {folder} was begun by ctxenc {version} before there were checkpoints/: finish it with that, or begin anew"
-        )
 
 
 def take_folder(run: Path | None, out: Path | None, runs: Path, held: ExitStack) -> Path:

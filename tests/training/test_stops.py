@@ -233,15 +233,6 @@ class TestCheckpoints:
         assert finetune("--resume", run)[0] == 0
         assert_same_run(never_stopped, run, ARMS)
 
-    def test_a_run_of_the_format_before_is_refused(self, refused, cut):
-        run, newest = cut
-        newest.parent.rename(run / "context-0" / "state")
-        (run / "context-0" / "state" / newest.name).rename(run / "context-0" / "state" / "epoch-00003")
-        table = json.loads((run / "config.json").read_text())
-        table["versions"]["ctxenc"] = "0.0.7"
-        (run / "config.json").write_text(json.dumps(table))
-        assert f"{run} was begun by ctxenc 0.0.7 before there were checkpoints" in refused("--resume", run)
-
 
 class Breaks(torch.nn.Module):
     """Gives NaN at some of its calls in training, after changing its statistics as a norm does."""

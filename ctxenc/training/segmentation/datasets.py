@@ -6,14 +6,12 @@ it.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from tqdm import tqdm
@@ -21,7 +19,7 @@ from tqdm import tqdm
 from ctxenc.runs.errors import UserError, one_line, printable
 from ctxenc.training.bad_images import SKIP, BrokenImageError
 from ctxenc.training.console import listed
-from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, read_all, seeded
+from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, Datasets, Samples, read_all, seeded
 from ctxenc.training.files import images_below, nfc, subfolder, unused
 from ctxenc.training.images import orientation
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
@@ -58,25 +56,10 @@ class Source(Protocol):
         """Return a name for sample `index`: a path or a number."""
 
 
-class Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Apply a joint transform to a source. Random draws follow from (seed, epoch, index).
+class PairSamples(Samples):
+    """Apply a joint transform (see the transforms module) to a source of pairs."""
 
-    So the sample does not depend on the worker, on earlier samples, or on an interruption, and the generators of the process
-    keep their states.
-
-    Args:
-        source: Provides images and masks.
-        transform: Makes an image (3, h, w) float32 and a mask (h, w) int64 of a pair; see the transforms module.
-        seed: Seed of all random draws.
-    """
-
-    def __init__(self, source: Source, transform: Callable[..., tuple[Tensor, Tensor]], seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next samples; call it before the loader starts its workers."""
-        self.epoch = epoch
+    source: Any
 
     def __len__(self) -> int:
         return len(self.source)
@@ -91,32 +74,6 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         mask = torch.full((side, side), IGNORED, dtype=torch.uint8)
         return self.transform(tv_tensors.Image(torch.zeros(3, side, side, dtype=torch.uint8)), tv_tensors.Mask(mask))
 
-    def name(self, index: int) -> str:
-        """Return a name for sample `index`."""
-        return self.source.name(index)
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """Hold the data of a training: both sources over the same classes.
-
-    Args:
-        train: The training source.
-        val: The validation source.
-        unused: Unused folders of the data.
-        every_class: Whether every class must occur in the training masks: a part of a published data set may lack some.
-    """
-
-    train: Source | Scenes
-    val: Source | Scenes
-    unused: Sequence[str] = field(default=(), kw_only=True)
-    every_class: bool = field(default=False, kw_only=True)
-
-    @property
-    def classes(self) -> list[str]:
-        """Return the class names in the order of the logits."""
-        return self.train.classes
-
 
 def build_datasets(settings: SegmentSettings) -> Datasets:
     """Build the training and validation sources of `settings`.
@@ -124,12 +81,7 @@ def build_datasets(settings: SegmentSettings) -> Datasets:
     Raises:
         UserError: A folder, a list or a mask is missing, there are too few images, or the classes are wrong.
     """
-    layouts: dict[str, Callable[[Path], Datasets]] = {
-        "voc": voc,
-        "voc_aug": voc_aug,
-        "cityscapes": cityscapes,
-        "ade20k": ade20k,
-    }
+    layouts = {"voc": voc, "voc_aug": voc_aug, "cityscapes": cityscapes, "ade20k": ade20k}
     if settings.data == SCENES:
         return Datasets(Scenes(True, TRAIN_SCENES, settings.seed), Scenes(False, TEST_SCENES))
     if settings.data in layouts:
@@ -143,8 +95,8 @@ def samples_of(
     """Return the training and validation samples: normalised images with their masks, drawn with `seed`."""
     if isinstance(datasets.train, Scenes) or isinstance(datasets.val, Scenes):
         return Scenes(True, len(datasets.train), seed), datasets.val
-    train = Samples(datasets.train, train_transform(settings, mean, std), seed)
-    return train, Samples(datasets.val, eval_transform(settings, mean, std), seed)
+    train = PairSamples(datasets.train, train_transform(settings, mean, std), seed)
+    return train, PairSamples(datasets.val, eval_transform(settings, mean, std), seed)
 
 
 def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -> None:
@@ -280,8 +232,8 @@ def _ade20k_names(path: Path) -> list[str]:
         return [str(label) for label in range(ADE20K_CLASSES)]
     rows = [line.split("\t") for line in _lines(path)[1:] if line.strip()]
     names = [row[-1].replace(";", ",").partition(",")[0].strip() for row in rows]
-    if len(names) != ADE20K_CLASSES or not all(names):
-        raise UserError(f"{path} must name {ADE20K_CLASSES} classes below its header, got {len(names)} lines")
+    if len(names) != ADE20K_CLASSES or len({*names, ""}) != ADE20K_CLASSES + 1:
+        raise UserError(f"{path} must name {ADE20K_CLASSES} different classes below its header, got {len(names)} lines")
     return names
 
 

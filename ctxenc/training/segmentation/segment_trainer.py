@@ -23,7 +23,7 @@ from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
 from ctxenc.training.loop import Loop, in_format
 from ctxenc.training.segmentation.datasets import Datasets, samples_of
 from ctxenc.training.segmentation.mask_pictures import sheet
-from ctxenc.training.segmentation.segment_metrics import SegmentationMetrics, as_floats
+from ctxenc.training.segmentation.segment_metrics import count_pixels, measure_segmentation
 from ctxenc.training.segmentation.segment_settings import SCENES, SegmentSettings
 
 SCORE = "mean_iou"  # the column of metrics.csv that chooses the best epoch
@@ -102,7 +102,7 @@ class SegmentTrainer(Loop):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return pixel accuracy, mean IoU and Dice, and IoU and Dice of each class, over the pixels of all validation masks.
+        """Return the measures of measure_segmentation over the pixels of all validation masks.
 
         Store each image's share of wrong pixels, and the confusion of classes, in the progress.
 
@@ -110,8 +110,8 @@ class SegmentTrainer(Loop):
             UserError: No image counts.
         """
         self.model.eval()
-        metrics = SegmentationMetrics(len(self.config.classes)).to(self.accelerator.device)
-        metrics.distributed_available_fn = lambda: False  # the sum over processes is taken below
+        classes = self.config.classes
+        matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=self.accelerator.device)
         loader = self._val_loader()
         common = len(self.val) // self.accelerator.num_processes // (loader.batch_size or 1)
         bar = tqdm(loader, "evaluating", delay=1, leave=False, disable=not self.accelerator.is_main_process)
@@ -119,10 +119,10 @@ class SegmentTrainer(Loop):
         for images, masks in self.until_stopped(bar, common):
             masks = masks.to(self.accelerator.device)
             predictions = self._logits(images, masks.shape[1:]).argmax(1)
-            metrics.update(predictions, masks)
+            matrix += count_pixels(predictions, masks, len(classes))
             wrong += share_wrong(predictions, masks).tolist()
-        metrics.matrix = self.accelerator.reduce(metrics.matrix, "sum")
-        self.progress.confusion = metrics.matrix.tolist()
+        matrix = self.accelerator.reduce(matrix, "sum")
+        self.progress.confusion = matrix.tolist()
         shares = gather_object([wrong])
         found = [
             (name, shares[index % len(shares)][index // len(shares)], index) for index, name in enumerate(self.names)
@@ -132,7 +132,7 @@ class SegmentTrainer(Loop):
             raise UserError(
                 f"none of the {len(self.val)} validation images counts: its file is broken or all of its mask is ignored"
             )
-        return as_floats(metrics.compute(), self.config.classes)
+        return measure_segmentation(matrix, classes)
 
     def _logits(self, images: Tensor, size: torch.Size) -> Tensor:
         """Logits of the pixels of masks of this size, fp32."""
