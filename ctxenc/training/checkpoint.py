@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,10 +234,10 @@ def _is_count(value: Any, below: int) -> bool:
     return type(value) is int and 0 <= value < below
 
 
-def load_state(accelerator: Accelerator, folder: Path, state: State, check: Callable[[Progress], None]) -> Progress:
+def load_state(accelerator: Accelerator, folder: Path, state: State, limits: tuple[Any, ...]) -> Progress:
     """Restore networks, optimiser, scaler, generators and the sum of losses from the checkpoint `folder`.
 
-    `check` raises ValueError if this training could not have made its progress.
+    `limits` are the arguments of `check_progress` for this training.
 
     Raises:
         UserError: The checkpoint is of another model, number of processes, version or data, or cannot be read.
@@ -254,7 +254,7 @@ def load_state(accelerator: Accelerator, folder: Path, state: State, check: Call
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:
             raise ValueError(f"it is of {len(processes)} processes, got {accelerator.num_processes}")
-        check(progress)
+        check_progress(progress, *limits)
         own = processes[accelerator.process_index]
         state.loss.copy_(own["loss"])
         set_rng_state(own["rng"], accelerator.device)

@@ -32,7 +32,6 @@ from ctxenc.training.checkpoint import (
     PREDICTIONS,
     Progress,
     State,
-    check_progress,
     load_state,
     newest_state,
     publish,
@@ -66,7 +65,7 @@ def make_optimizer(parameters: Any, settings: TrainingSettings, **more: Any) -> 
     return optimizer
 
 
-def in_format(images: Tensor, channels_last: bool) -> Tensor:
+def to_format(images: Tensor, channels_last: bool) -> Tensor:
     """Return `images` in the memory format of the network."""
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
@@ -154,17 +153,9 @@ class Loop(ABC):
         set_seed(seed, device_specific=True)  # the network's random draws differ between processes
         self.progress = Progress(score=self.score)
         if checkpoint is not None:
-            limits = (
-                self.score,
-                settings.epochs,
-                self.updates_per_epoch,
-                self.predicted,
-                len(self.val),
-                len(self.config.classes),
-            )
-            self.progress = load_state(
-                self.accelerator, checkpoint, self.state, lambda found: check_progress(found, *limits)
-            )
+            steps, samples, classes = self.updates_per_epoch, len(self.val), len(self.config.classes)
+            limits = (self.score, settings.epochs, steps, self.predicted, samples, classes)
+            self.progress = load_state(self.accelerator, checkpoint, self.state, limits)
         if self.accelerator.is_main_process:
             publish_again(arm, self.progress, self.evaluated, checkpoint, self.predicted)
 
@@ -217,9 +208,9 @@ class Loop(ABC):
 
     def loader(self, samples: Dataset[Any], train: bool, batch_size: int | None = None) -> DataLoader:
         """Build a loader of `samples`, in random order for training."""
-        full_batch = len(samples) >= self.settings.batch_size * self.accelerator.num_processes  # type: ignore[arg-type]
-        batches = -(-len(samples) // (batch_size or self.settings.batch_size))  # type: ignore[arg-type]
-        workers = min(self.settings.workers, batches)
+        count, size = len(samples), batch_size or self.settings.batch_size  # type: ignore[arg-type]
+        full_batch = count >= self.settings.batch_size * self.accelerator.num_processes
+        workers = min(self.settings.workers, -(-count // size))
         # Threads of gloo and NCCL run in these processes; a fork while one of them holds a lock may hang.
         together = workers > 0 and self.accelerator.num_processes > 1
         apart = together and "forkserver" in multiprocessing.get_all_start_methods()  # Windows cannot fork
@@ -227,7 +218,7 @@ class Loop(ABC):
             multiprocessing.set_forkserver_preload([__name__])
         return DataLoader(
             samples,
-            batch_size=batch_size or self.settings.batch_size,
+            batch_size=size,
             shuffle=train,
             drop_last=train and full_batch,
             num_workers=workers,
@@ -311,7 +302,7 @@ class Loop(ABC):
         progress, settings = self.progress, self.settings
         update = progress.epoch * self.updates_per_epoch + progress.step + 1
         images, targets = self.mix(images, targets)
-        images = in_format(images, settings.channels_last)
+        images = to_format(images, settings.channels_last)
         self.before.note()
         loss = self.loss(images, targets)
         self.optimizer.zero_grad()

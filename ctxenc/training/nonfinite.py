@@ -46,17 +46,20 @@ def is_finite(value: Any) -> bool:
 
 def check_outputs(network: nn.Module, outputs: Tensor, of: str) -> None:
     """Raise UserError if the outputs of a trained network hold NaN or infinity; name its weights that do."""
-    if is_finite(outputs):
-        return
-    names = [name for name, each in network.state_dict().items() if not is_finite(each)]
-    weights = f"NaN or infinity in {_few(names)}" if names else "finite"
-    raise UserError(f"the network's outputs for {of} are not finite; its weights are {weights}")
+    if not is_finite(outputs):
+        weights = _describe_weights(network) or "finite"
+        raise UserError(f"the network's outputs for {of} are not finite; its weights are {weights}")
 
 
 def check_weights(network: nn.Module) -> None:
     """Raise UserError if the weights of a trained network hold NaN or infinity."""
-    if names := [name for name, each in network.state_dict().items() if not is_finite(each)]:
-        raise UserError(f"the network's weights are not finite: NaN or infinity in {_few(names)}")
+    if weights := _describe_weights(network):
+        raise UserError(f"the network's weights are not finite: {weights}")
+
+
+def _describe_weights(network: nn.Module) -> str:
+    names = [name for name, each in network.state_dict().items() if not is_finite(each)]
+    return f"NaN or infinity in {_few(names)}" if names else ""
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:

@@ -23,7 +23,7 @@ from ctxenc.swap.calibration import calibrate
 from ctxenc.training import pictures
 from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
 from ctxenc.training.data import LEFT_OUT, Datasets, Samples, Source, eval_transform, seeded, train_transform
-from ctxenc.training.loop import Loop, in_format, make_optimizer, worker_errors
+from ctxenc.training.loop import Loop, make_optimizer, to_format, worker_errors
 from ctxenc.training.metrics import balanced_accuracy
 from ctxenc.training.settings import Settings
 
@@ -77,7 +77,7 @@ def evaluate(
     kept: list[tuple[Tensor, ...]] = []
     for images, labels in tqdm(loader, "evaluating", delay=1, leave=False, disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            logits = model(in_format(images, channels_last)).float()
+            logits = model(to_format(images, channels_last)).float()
         loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=LEFT_OUT)
         gathered = accelerator.gather_for_metrics((labels, logits.argmax(dim=1), loss))
         kept.append(tuple(each.cpu() for each in gathered))
@@ -104,7 +104,7 @@ class Trainer(Loop):
     def __init__(self, config: RunConfig, settings: Settings, datasets: Datasets, arm: Path, seed: int) -> None:
         self.config, self.datasets = config, datasets
         self.settings, self.arm, self.seed = settings, arm, seed
-        self.mixup = mixup_of(settings, len(config.classes))
+        self.mixup = build_mixup(settings, len(config.classes))
         self.ema_decay = settings.ema_decay if settings.model_ema else None
         self.samples = self._intact(datasets.train, train_transform(settings, config.data_config))
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else settings.label_smoothing)
@@ -198,7 +198,7 @@ class Trainer(Loop):
         pictures.draw_assignments(self.arm, self.evaluated, images, names, colours)
 
 
-def mixup_of(settings: Settings, num_classes: int) -> Mixup | None:
+def build_mixup(settings: Settings, num_classes: int) -> Mixup | None:
     """Return timm's mixup and CutMix if `settings` ask for one of them."""
     if not (settings.mixup or settings.cutmix):
         return None

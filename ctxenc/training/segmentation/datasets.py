@@ -89,7 +89,7 @@ def build_datasets(settings: SegmentSettings) -> Datasets:
     return folder(Path(settings.data), settings.val_fraction, settings.seed, settings.on_bad_image == SKIP)
 
 
-def samples_of(
+def build_samples(
     datasets: Datasets, settings: SegmentSettings, mean: Sequence[float], std: Sequence[float], seed: int
 ) -> tuple[Any, Any]:
     """Return the training and validation samples: normalised images with their masks, drawn with `seed`."""

@@ -16,7 +16,7 @@ from ctxenc.training.bad_images import SKIP, Intact
 from ctxenc.training.console import say, text_table
 from ctxenc.training.nonfinite import check_outputs
 from ctxenc.training.runner import difference
-from ctxenc.training.segmentation.datasets import build_datasets, samples_of
+from ctxenc.training.segmentation.datasets import build_datasets, build_samples
 from ctxenc.training.segmentation.segment_metrics import count_pixels, measure_segmentation
 from ctxenc.training.segmentation.segment_prediction import check_views, probabilities
 from ctxenc.training.segmentation.segment_settings import MEASURED_ON, SegmentSettings
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{settings.data}: {difference(loaded.config.classes, classes)}")
     if len(classes) != len(loaded.config.classes):
         raise UserError(f"{loaded} has {len(loaded.config.classes)} classes, the data {len(classes)}")
-    _, samples = samples_of(datasets, settings, loaded.config.mean, loaded.config.std, settings.seed)
+    _, samples = build_samples(datasets, settings, loaded.config.mean, loaded.config.std, settings.seed)
     if settings.on_bad_image == SKIP:
         samples = Intact(samples, None, train=False)
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)

@@ -20,8 +20,8 @@ from ctxenc.runs.errors import UserError
 from ctxenc.runs.segment_config import SegmentConfig, build_network
 from ctxenc.training import loop, pictures
 from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
-from ctxenc.training.loop import Loop, in_format
-from ctxenc.training.segmentation.datasets import Datasets, samples_of
+from ctxenc.training.loop import Loop, to_format
+from ctxenc.training.segmentation.datasets import Datasets, build_samples
 from ctxenc.training.segmentation.mask_pictures import sheet
 from ctxenc.training.segmentation.segment_metrics import count_pixels, measure_segmentation
 from ctxenc.training.segmentation.segment_settings import SCENES, SegmentSettings
@@ -74,7 +74,7 @@ class SegmentTrainer(Loop):
     ) -> None:
         self.config, self.poly_power = config, settings.poly_power
         self.names = [datasets.val.name(index) for index in range(len(datasets.val))]
-        self.samples, self.val = samples_of(datasets, settings, config.mean, config.std, seed)
+        self.samples, self.val = build_samples(datasets, settings, config.mean, config.std, seed)
         if settings.on_bad_image == SKIP:
             bad = BadImages(arm.parent / FILE, len(self.samples) + len(self.val))
             self.samples, self.val = Intact(self.samples, bad, train=True), Intact(self.val, bad, train=False)
@@ -136,7 +136,7 @@ class SegmentTrainer(Loop):
 
     def _logits(self, images: Tensor, size: torch.Size) -> Tensor:
         """Logits of the pixels of masks of this size, fp32."""
-        images = in_format(images.to(self.accelerator.device), self.settings.channels_last)
+        images = to_format(images.to(self.accelerator.device), self.settings.channels_last)
         with self.accelerator.autocast():
             return pixel_logits(self.network, images, size)
 
