@@ -85,7 +85,7 @@ class Intact(Dataset[Any]):
 
     Args:
         samples: With the methods of `Samples` in the data modules.
-        bad: Records broken images, if given.
+        bad: Records broken images; None records none.
         train: Replace a broken image by another sample; otherwise by a blank one that no measure counts.
     """
 

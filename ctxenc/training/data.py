@@ -183,7 +183,7 @@ class Samples(Dataset[tuple[Tensor, Any]]):
         return len(self.source.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        with seeded(self.seed, self.epoch, index):
+        with seed_draws(self.seed, self.epoch, index):
             return self.transform(self.source.image(index)), self.source.targets[index]
 
     def blank(self) -> tuple[Tensor, Any]:
@@ -217,7 +217,7 @@ class Datasets:
         return self.train.classes
 
 
-def seeded(*key: int) -> AbstractContextManager[None]:
+def seed_draws(*key: int) -> AbstractContextManager[None]:
     """Seed the CPU generators with `key` in the body, and restore their states at the end."""
     return seed_generators(*map(int, np.random.SeedSequence(key).generate_state(3)))
 
@@ -324,7 +324,7 @@ def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -
 
 
 def read_all(samples: Sequence[tuple[Callable[[int], Any], int]], text: str, show_progress: bool, skip: bool) -> None:
-    """Read the samples of a small set, each given as a function and its argument.
+    """Read the samples of a small set: functions with their arguments.
 
     Raises:
         UserError: An image is broken, or with `skip` too many are.

@@ -237,8 +237,10 @@ class Loop(ABC):
             Stopped: A signal came; the last step is in a checkpoint.
         """
         progress, main = self.progress, self.accelerator.is_main_process
-        total = self.settings.epochs * self.updates_per_epoch
-        done = progress.epoch * self.updates_per_epoch + progress.step
+        total, done = (
+            self.settings.epochs * self.updates_per_epoch,
+            progress.epoch * self.updates_per_epoch + progress.step,
+        )
         with (
             worker_errors(),
             log_curves(self.accelerator, done),
@@ -303,7 +305,7 @@ class Loop(ABC):
         update = progress.epoch * self.updates_per_epoch + progress.step + 1
         images, targets = self.mix(images, targets)
         images = to_format(images, settings.channels_last)
-        self.before.note()
+        self.before.store()
         loss = self.loss(images, targets)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -312,7 +314,10 @@ class Loop(ABC):
         # Together, because each read waits for a GPU.
         finite = torch.stack([loss.detach().float(), norm]).isfinite().tolist()
         broken_loss, broken_gradient, stop = self._any(not finite[0], not finite[1], self.record.signal is not None)
-        broken = broken_loss or (broken_gradient and not self._scaled())
+        scaler = self.accelerator.scaler
+        # As long as fp16's scale is above 1, the scaler skips steps that are not finite, and lowers it.
+        scaled = broken_gradient and scaler is not None and scaler.get_scale() > 1
+        broken = broken_loss or (broken_gradient and not scaled)
         progress.lr = self.optimizer.param_groups[0]["lr"]
         if broken:
             self._skip_or_stop(loss.item(), images, broken_loss)
@@ -329,10 +334,6 @@ class Loop(ABC):
         if self.ema is not None and not broken:
             self.ema.update(self.network, update)
         return stop
-
-    def _scaled(self) -> bool:
-        """Return whether fp16's loss scale is above 1: the scaler then skips steps that are not finite, and lowers it."""
-        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
 
     def _any(self, *mine: bool) -> list[bool]:
         """Return for each flag whether it holds on any process."""
@@ -387,11 +388,7 @@ class Loop(ABC):
             self.stop()
 
     def stop(self) -> None:
-        """Save and stop.
-
-        Raises:
-            Stopped: Always.
-        """
+        """Save, and raise Stopped."""
         self.save()
         raise signals.Stopped(self.record.signal or signals.SIGNALS[0])
 

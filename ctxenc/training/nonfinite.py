@@ -20,7 +20,7 @@ class Before:
         self.rng: dict[str, Any] = {}
 
     @torch.no_grad()
-    def note(self) -> None:
+    def store(self) -> None:
         """Store the present state."""
         if self.buffers:
             torch._foreach_copy_(self.kept, self.buffers)  # one by one: 1 ms on a GPU, for a ResNet-50

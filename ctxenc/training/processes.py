@@ -55,7 +55,7 @@ def agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
     """Return the main process's result of `choose()` on every process.
 
     Raises:
-        UserError: `choose` raised it there; raised on every process.
+        UserError: On every process, if `choose` fails with it there.
     """
     chosen: list[Any] = [None, None]
     if accelerator.is_main_process:

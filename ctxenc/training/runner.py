@@ -45,7 +45,7 @@ class Training:
         config: The dataclass of an arm's configuration.
         options: The module of its settings: given, resolve, resumed.
         build_datasets: Builds the datasets of some settings.
-        verify: Reads files that may be broken; shows its progress, and skips broken ones if told to.
+        verify: Reads files that may be broken; its arguments: show the progress, skip broken ones.
         describe: Describes the training data in one line.
         configs: Returns the configuration of each arm, tried out; with pretrained weights if the run is fresh.
         trainer: Trains an arm with a seed; see Loop.
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, training: Training) -> None:
     """Train every arm with every seed, then write and print the report.
 
     Raises:
-        UserError: A user error; raised on one process alone, the others exit with its code.
+        UserError: A user error, on one process alone; the others exit with its code.
         SystemExit: SIGTERM came: 143.
         KeyboardInterrupt: Ctrl-C.
     """

@@ -1,6 +1,7 @@
 """Handle SIGTERM and SIGINT in training: finish the step, save, and exit with code 128 + signal."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -56,6 +57,9 @@ def ignore_signals(worker: int) -> None:
 @contextmanager
 def _handle_signals(handler: Handler) -> Iterator[None]:
     """Install `handler` in the body; signals ignored at the start of the process stay ignored."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
+        yield
+        return
     before = {each: signal.getsignal(each) for each in SIGNALS}
     try:
         for each in SIGNALS:

@@ -22,7 +22,7 @@ from ctxenc.runs.folders import SCORE, build_model
 from ctxenc.swap.calibration import calibrate
 from ctxenc.training import pictures
 from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
-from ctxenc.training.data import LEFT_OUT, Datasets, Samples, Source, eval_transform, seeded, train_transform
+from ctxenc.training.data import LEFT_OUT, Datasets, Samples, Source, eval_transform, seed_draws, train_transform
 from ctxenc.training.loop import Loop, make_optimizer, to_format, worker_errors
 from ctxenc.training.metrics import balanced_accuracy
 from ctxenc.training.settings import Settings
@@ -162,7 +162,7 @@ class Trainer(Loop):
         """Return the batch after mixup or CutMix, if requested, drawn from (seed, epoch, step, process)."""
         if self.mixup is None or len(images) % 2:
             return images, targets
-        with seeded(self.seed, self.progress.epoch, self.progress.step, self.accelerator.process_index, 1):
+        with seed_draws(self.seed, self.progress.epoch, self.progress.step, self.accelerator.process_index, 1):
             return self.mixup(images, targets)
 
     def evaluate(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ it.
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ctxenc.runs.errors import UserError, one_line, printable
 from ctxenc.training.bad_images import SKIP, BrokenImageError
 from ctxenc.training.console import listed
-from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, Datasets, Samples, read_all, seeded
+from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, Datasets, Samples, read_all, seed_draws
 from ctxenc.training.files import images_below, nfc, subfolder, unused
 from ctxenc.training.images import orientation
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
@@ -38,26 +38,11 @@ CITYSCAPES_CLASSES = sorted(
 CITYSCAPES_LABELS = {each.id: each.train_id for each in Cityscapes.classes if each.id >= 0}
 
 
-class Source(Protocol):
-    """Provide images with the class of each pixel."""
-
-    classes: list[str]
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-
-    def pair(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Return image (3, H, W) and mask (H, W) of sample `index`, both uint8; the mask holds class numbers and IGNORED.
-
-        May draw from the global generators, which are seeded for the sample.
-        """
-
-    def name(self, index: int) -> str:
-        """Return a name for sample `index`: a path or a number."""
-
-
 class PairSamples(Samples):
-    """Apply a joint transform (see the transforms module) to a source of pairs."""
+    """Apply a joint transform (see the transforms module) to a source of pairs.
+
+    The source has the methods of `Pairs`. Its `pair` may draw from the global generators, which are seeded for the sample.
+    """
 
     source: Any
 
@@ -65,7 +50,7 @@ class PairSamples(Samples):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        with seeded(self.seed, self.epoch, index):
+        with seed_draws(self.seed, self.epoch, index):
             return self.transform(*self.source.pair(index))
 
     def blank(self) -> tuple[Tensor, Tensor]:
