@@ -21,7 +21,7 @@ from ctxenc.runs.errors import UserError, one_line
 from ctxenc.runs.folders import SCORE, build_model
 from ctxenc.swap.calibration import calibrate
 from ctxenc.training import pictures
-from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
+from ctxenc.training.bad_images import skip_broken
 from ctxenc.training.data import LEFT_OUT, Datasets, Samples, Source, eval_transform, seed_draws, train_transform
 from ctxenc.training.loop import Loop, make_optimizer, to_format, worker_errors
 from ctxenc.training.metrics import balanced_accuracy
@@ -89,15 +89,7 @@ def evaluate(
 
 
 class Trainer(Loop):
-    """Fine-tune one arm with one seed, from its configuration to its files.
-
-    Args:
-        config: The network's configuration.
-        settings: The training settings.
-        datasets: The data for training and evaluation.
-        arm: The folder to write to; training resumes from the newest checkpoint in it, if there is one.
-        seed: Seed of the weights and of all random draws.
-    """
+    """Fine-tune one arm with one seed, from its configuration to its files. See Loop for the other arguments."""
 
     settings: Settings
 
@@ -114,11 +106,8 @@ class Trainer(Loop):
 
     def _intact(self, source: Source, transform: Any, train: bool = True) -> Any:
         """Return the samples of a source; without broken ones if the settings skip them."""
-        samples = Samples(source, transform, self.seed)
-        if self.settings.on_bad_image != SKIP:
-            return samples
         total = len(self.datasets.train.targets) + len(self.datasets.val.targets)
-        return Intact(samples, BadImages(self.arm.parent / FILE, total), train)
+        return skip_broken(Samples(source, transform, self.seed), self.settings, self.arm, total, train)
 
     def build(self, fresh: bool) -> nn.Module:
         """Build the network of the configuration; start its blocks as --init says."""

@@ -130,14 +130,14 @@ def check_classes(train: Pairs, val: Any, every_class: bool, skip: bool) -> None
 
 
 def voc(data_dir: Path) -> Datasets:
-    """Pascal VOC 2012: 1,464 training and 1,449 validation images, with borders ignored."""
+    """Read Pascal VOC 2012: 1,464 training and 1,449 validation images, with borders ignored."""
     root = _voc_root(data_dir, "voc")
     train, val = _listed(root, "train.txt"), _listed(root, "val.txt")
     return Datasets(*(Pairs(_voc_pairs(root, names, "SegmentationClass"), VOC_CLASSES) for names in (train, val)))
 
 
 def voc_aug(data_dir: Path) -> Datasets:
-    """Pascal VOC 2012 with the annotations of SBD for training: PNG files in SegmentationClassAug, not SBD's own .mat files.
+    """Read Pascal VOC 2012 with the annotations of SBD for training: PNG files in SegmentationClassAug, not SBD's own .mat files.
 
     Validation is the same as for VOC. The list is ImageSets/Segmentation/train_aug.txt or trainaug.txt. Each line holds a name,
     or the paths of an image and its mask.
@@ -170,7 +170,7 @@ def _listed(root: Path, name: str) -> list[str]:
 
 
 def cityscapes(data_dir: Path) -> Datasets:
-    """Cityscapes with its fine annotations: 2,975 training and 500 validation images, 19 classes.
+    """Read Cityscapes with its fine annotations: 2,975 training and 500 validation images, 19 classes.
 
     Masks are read from *_labelTrainIds.png if they exist, else from *_labelIds.png.
     """
@@ -197,7 +197,7 @@ def _cityscapes_pairs(root: Path, split: str) -> Pairs:
 
 
 def ade20k(data_dir: Path) -> Datasets:
-    """The scene parsing benchmark of ADE20K: 20,210 training and 2,000 validation images.
+    """Read the scene parsing benchmark of ADE20K: 20,210 training and 2,000 validation images.
 
     A mask holds 0 for pixels outside the 150 classes: they are ignored, and class c of a mask becomes c - 1.
     """

@@ -19,7 +19,7 @@ from ctxenc.runs.config import atomic
 from ctxenc.runs.errors import UserError
 from ctxenc.runs.segment_config import SegmentConfig, build_network
 from ctxenc.training import loop, pictures
-from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
+from ctxenc.training.bad_images import skip_broken
 from ctxenc.training.loop import Loop, to_format
 from ctxenc.training.segmentation.datasets import Datasets, build_samples
 from ctxenc.training.segmentation.mask_pictures import sheet
@@ -53,15 +53,7 @@ def make_optimizer(network: EncNet, settings: SegmentSettings) -> Optimizer:
 
 
 class SegmentTrainer(Loop):
-    """Train one arm with one seed, from its configuration to its files.
-
-    Args:
-        config: The network's configuration.
-        settings: The training settings.
-        datasets: The data for training and evaluation.
-        arm: The folder to write to; training resumes from the newest checkpoint in it, if there is one.
-        seed: Seed of the weights and of all random draws.
-    """
+    """Train one arm with one seed, from its configuration to its files. See Loop for the other arguments."""
 
     score = SCORE
     score_label = "mIoU"
@@ -75,28 +67,28 @@ class SegmentTrainer(Loop):
         self.config, self.poly_power = config, settings.poly_power
         self.names = [datasets.val.name(index) for index in range(len(datasets.val))]
         self.samples, self.val = build_samples(datasets, settings, config.mean, config.std, seed)
-        if settings.on_bad_image == SKIP:
-            bad = BadImages(arm.parent / FILE, len(self.samples) + len(self.val))
-            self.samples, self.val = Intact(self.samples, bad, train=True), Intact(self.val, bad, train=False)
+        total = len(self.samples) + len(self.val)
+        self.samples = skip_broken(self.samples, settings, arm, total, train=True)
+        self.val = skip_broken(self.val, settings, arm, total, train=False)
         self.criterion = EncNetLoss(settings.aux_weight, settings.se_weight)
         self.val_batch = None if settings.data == SCENES else 1  # images differ in size
         super().__init__(settings, arm, seed)
         self.criterion.to(self.accelerator.device)
 
     def build(self, fresh: bool) -> nn.Module:
-        """The network of the configuration."""
+        """Build the network of the configuration."""
         return build_network(self.config, self.settings.pretrained_backbone and fresh)
 
     def make_optimizer(self) -> Optimizer:
-        """The optimiser of the network."""
+        """Build the optimiser of the network."""
         return make_optimizer(self.network, self.settings)
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """EncNet's loss."""
+        """Return EncNet's loss."""
         return self.criterion(self.model(images), targets)
 
     def _val_loader(self) -> DataLoader:
-        """This process's share of the validation samples: each is in one share."""
+        """Build a loader of this process's share of the validation samples: each is in one share."""
         share = range(self.accelerator.process_index, len(self.val), self.accelerator.num_processes)
         return self.loader(Subset(self.val, share), train=False, batch_size=self.val_batch)
 
@@ -135,7 +127,7 @@ class SegmentTrainer(Loop):
         return measure_segmentation(matrix, classes)
 
     def _logits(self, images: Tensor, size: torch.Size) -> Tensor:
-        """Logits of the pixels of masks of this size, fp32."""
+        """Return the logits of the pixels of masks of this size, fp32."""
         images = to_format(images.to(self.accelerator.device), self.settings.channels_last)
         with self.accelerator.autocast():
             return pixel_logits(self.network, images, size)
@@ -187,7 +179,7 @@ class SegmentTrainer(Loop):
 
 
 def pixel_logits(network: Any, images: Tensor, size: torch.Size) -> Tensor:
-    """The logits of images at the pixels of masks of this size, fp32."""
+    """Return the logits of images at the pixels of masks of this size, fp32."""
     logits = network(images)["out"].float()
     if logits.shape[2:] != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=network.align_corners)
