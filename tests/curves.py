@@ -19,8 +19,8 @@ def fp16_on_the_cpu(patch: pytest.MonkeyPatch, scale: float) -> None:
     """Makes runs to come do on the CPU what they do with --amp fp16 on a GPU, with this scale of the loss at first."""
     real = loop.make_accelerator
 
-    def make(settings: Any, seed: int = 0) -> Any:
-        accelerator = real(settings, seed)
+    def make(*arguments: Any) -> Any:
+        accelerator = real(*arguments)
         accelerator.state._mixed_precision = "fp16"
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ctxenc.encoding import Encoding, check_sizes, uncompiled
 from ctxenc.swap.starts import kmeans_centres
+from ctxenc.swap.states import eval_mode
 
 METHODS = ("kmeans", "sample")
 
@@ -72,14 +73,11 @@ def _seen(module: nn.Module, layer: Encoding, features: Tensor) -> Tensor:
     """Return the layer's input when the module runs on features, in eval mode, so that no statistics change."""
     seen: list[Any] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    modes = {each: each.training for each in module.modules()}
     try:
-        with uncompiled():
-            module.eval()(features)
+        with uncompiled(), eval_mode(module):
+            module(features)
     finally:
         hook.remove()
-        for each, training in modes.items():
-            each.training = training
     if not seen:
         raise ValueError(f"init_codewords: the forward of module must reach its Encoding, got {type(module).__name__}")
     return seen[0].float()

@@ -6,8 +6,8 @@ differs: it pads with black, lets the last crop of a row run over the border, mu
 and of its mirrored view, and averages these products over crops and scales.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from math import ceil, prod
 from numbers import Integral, Real
 from typing import Any
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxenc.encoding import check_sizes
+from ctxenc.swap.states import eval_mode
 
 Size = tuple[int, int]
 Window = tuple[int, int, int]  # image number, row and column of the upper left corner
@@ -76,7 +77,7 @@ def predict(
     sides = [_scaled(height, width, scale, base_size) for scale in scales]
     counts = [len(images) * prod(map(len, _grid(side, size or side, stride))) for side in sides]
     total: Tensor | None = None
-    with torch.no_grad(), _evaluation(model), _progress_bar(sum(counts), progress) as bar:
+    with torch.no_grad(), eval_mode(model), _progress_bar(sum(counts), progress) as bar:
         for side in sides:
             probabilities = _slide(model, _resize(images, side), size or side, stride, flip, batch_size, bar)
             probabilities = _resize(probabilities, (height, width))
@@ -165,18 +166,6 @@ def _resize(images: Tensor, side: Size) -> Tensor:
     # In fp32: antialias does not support bfloat16 on a CPU.
     resized = F.interpolate(images.float(), size=side, mode="bilinear", align_corners=False, antialias=True)
     return resized.to(images.dtype)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Set eval mode, and restore each module's mode afterwards, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _progress_bar(crops: int, progress: bool) -> Any:

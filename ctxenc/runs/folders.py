@@ -127,9 +127,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
         UserError: The file cannot be written.
     """
     with atomic(path) as temporary:
-        mode = (
-            temporary.stat().st_mode
-        )  # give it the mode of any new file; safetensors lets only the owner read its files
+        mode = temporary.stat().st_mode  # that of any new file: safetensors lets only the owner read its files
         try:
             safetensors.torch.save_model(model, str(temporary))
         except SafetensorError as error:
@@ -159,9 +157,7 @@ def check_weights(model: nn.Module, path: Path) -> dict[str, str]:
         Second names in the file for tensors of model, each with the first name.
     """
     try:
-        path.open(
-            "rb"
-        ).close()  # raise the system's own error: safetensors reports any file that it cannot open as missing
+        path.open("rb").close()  # the system's own error: safetensors reports any file that it cannot open as missing
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             second = file.metadata() or {}

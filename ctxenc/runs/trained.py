@@ -51,7 +51,7 @@ def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str 
         if checkpoint != "best" or kind is RunConfig:
             wanted = "a run of finetune" if kind is RunConfig else f"a run, which has a {checkpoint} checkpoint"
             raise UserError(f"RUN must be {wanted}, got the file of an EncNet: {path}")
-        network, config = encnet_of(path)
+        network, config = read_encnet(path)
         return LoadedRun(network.to(where).eval(), config, path)
     arm = resolve(path, checkpoint)
     config = read_config(arm, *((RunConfig, SegmentConfig) if kind is None else (kind,)))
@@ -73,7 +73,7 @@ def check_claims(build: Callable[[], nn.Module], weights: Path) -> None:
     check_weights(skeleton, weights)
 
 
-def encnet_of(path: Path) -> tuple[EncNet, SegmentConfig]:
+def read_encnet(path: Path) -> tuple[EncNet, SegmentConfig]:
     """Load an EncNet from a file or save_pretrained folder; take its backbone's mean and std, and number its classes.
 
     Raises:

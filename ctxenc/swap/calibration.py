@@ -20,9 +20,9 @@ from ctxenc.encoding import uncompiled
 from ctxenc.functional import assign
 from ctxenc.swap import starts
 from ctxenc.swap.calibration_report import BlockCalibration, Calibration, compared, gate_r2
-from ctxenc.swap.calibration_states import all_or_nothing, no_kept_casts, random_states_kept
 from ctxenc.swap.patching import _originals, _patched_blocks
 from ctxenc.swap.se_classes import check_model, empty_slots, gate_of, last_layer, named_blocks
+from ctxenc.swap.states import eval_mode, restore_on_error, seed_generators, uncached_autocast
 
 STARTS = ("calibrated", "neutral", "random")
 # Keep so many pixels of each block's input: they give the projection and its norm, the codewords and the smoothing.
@@ -94,7 +94,15 @@ def calibrate(
     _needed("sklearn")
     places = _places(model, like, start)
     blocks = [place.block for place in places]
-    with random_states_kept(seed), no_kept_casts(), uncompiled(), all_or_nothing(blocks, model, like):
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        seed_generators(seed, seed, seed),
+        uncached_autocast(),
+        uncompiled(),
+        eval_mode(model, like),
+        restore_on_error(blocks),
+    ):
+        torch.manual_seed(seed)
         fitted, kept = _images(batches, held_out, seed)
         places = _in_order(model, places, fitted[0][:1])
         if start != "random":

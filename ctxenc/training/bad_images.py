@@ -85,7 +85,7 @@ class Intact(Dataset[Any]):
 
     Args:
         samples: With the methods of `Samples` in the data modules.
-        bad: Records broken images, if given.
+        bad: Records broken images; None records none.
         train: Replace a broken image by another sample; otherwise by a blank one that no measure counts.
     """
 
@@ -121,3 +121,8 @@ class Intact(Dataset[Any]):
                 return chosen, self.samples.blank()
             chosen = int(draws.integers(len(self)))
         raise UserError(f"--on-bad-image skip found no whole image in {TRIES} draws; the last: {last}")
+
+
+def skip_broken(samples: Any, settings: Any, arm: Path, total: int, train: bool) -> Any:
+    """Wrap the samples of an arm in Intact if its settings skip broken images; `total` counts the images of the run."""
+    return Intact(samples, BadImages(arm.parent / FILE, total), train) if settings.on_bad_image == SKIP else samples

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ctxenc.integrations.state_dicts import read_pickle
 from ctxenc.runs.config import atomic
-from ctxenc.runs.errors import UserError, one_line, printable, shorten
+from ctxenc.runs.errors import UserError, one_line, printable
 from ctxenc.runs.folders import SCORE, save_weights
+from ctxenc.swap.states import rng_state, set_rng_state
 from ctxenc.training import codebooks
 from ctxenc.training.console import say
 from ctxenc.training.durable import damage, keep_newest, write_folder
 from ctxenc.training.processes import agree
-from ctxenc.training.rng import rng_state, set_rng_state
 
 Row = dict[str, Any]
 Prediction = tuple[Any, ...]  # a sample's name, its prediction, and its index, which stays if the data moves
@@ -146,8 +146,7 @@ def save_state(accelerator: Accelerator, arm: Path, progress: Progress, state: S
 
     def write() -> None:
         try:
-            # The checkpoint to resume from may exist already, perhaps with older ones: a kill may have come before their
-            # removal.
+            # It may exist already, perhaps with older ones: a kill may have come before their removal.
             if not target.exists() or damage(target):
                 write_folder(target, _files(accelerator, arm, progress, state, processes))
             keep_newest(target.parent, target.name, keep, "*epoch-*-step-*")
@@ -185,10 +184,10 @@ def _saved(content: Any) -> bytes:
 def check_progress(
     progress: Progress, score: str, epochs: int, steps: int, predicted: Sequence[str], val_samples: int, classes: int
 ) -> None:
-    """Raise ValueError if this training could not have reached this progress.
+    """Raise ValueError if this training could not have reached this progress: values of a file may have any type.
 
     Args:
-        progress: Progress from a file: its values may have any type.
+        progress: From a file.
         score: The column that chooses the best epoch.
         epochs: Number of epochs in all.
         steps: Number of steps of an epoch.
@@ -196,53 +195,49 @@ def check_progress(
         val_samples: Number of validation samples.
         classes: Number of classes.
     """
-    counts = {"step": steps, "finite": steps, "skipped": math.inf, "images": math.inf}
-    for name, most in counts.items():
-        value = getattr(progress, name)
-        if type(value) is not int or not 0 <= value <= most:
-            raise ValueError(f"{name} must be an integer in [0, {most}], got {shorten(value)}")
-    rows, timings, numbers = progress.rows, progress.timings, (progress.lr, progress.seconds)
     if any(len(each) != len(predicted) for each in progress.predictions):
         raise ValueError(f"its predictions must have {', '.join(predicted)}: they are of another version")
     if not all(0 <= each[-1] < val_samples for each in progress.predictions):
         raise ValueError(f"it was evaluated on more than the {val_samples} validation images that are there")
-    for name in {"target", "prediction"} & set(predicted):
-        if not all(_is_count(each[predicted.index(name)], classes) for each in progress.predictions):
-            raise ValueError(f"its predictions must be of {classes} classes")
-    holds = {
-        "rows": _is_table(rows) and len(rows) <= epochs and all(type(row.get(score)) is float for row in rows),
-        "timings": _is_table(timings) and [row.keys() for row in timings] == [{"epoch", SPEED, "seconds"}] * len(rows),
+    rows, timings, confusion = progress.rows, progress.timings, progress.confusion
+    numbered = [predicted.index(name) for name in ("target", "prediction") if name in predicted]
+    rules = {
+        "step and finite": all(_is_count(each, steps + 1) for each in (progress.step, progress.finite)),
+        "skipped and images": all(_is_count(each, 2**63) for each in (progress.skipped, progress.images)),
+        "lr and seconds": all(
+            type(each) in (int, float) and math.isfinite(each) for each in (progress.lr, progress.seconds)
+        ),
+        "score": progress.score == score,
+        "rows": _is_table(rows, epochs) and all(type(row.get(score)) is float for row in rows),
+        "timings": _is_table(timings, epochs)
+        and [row.keys() for row in timings] == [{"epoch", SPEED, "seconds"}] * len(rows),
         "codebooks": _is_table(progress.codebooks)
         and all(row.keys() == set(codebooks.COLUMNS) for row in progress.codebooks),
-        "confusion": len(progress.confusion) in (0, classes)
-        and all(len(row) == classes and all(_is_count(count, 2**63) for count in row) for row in progress.confusion),
-        "score": progress.score == score,
-        "lr and seconds": all(type(each) in (int, float) and math.isfinite(each) for each in numbers),
+        "predictions": all(_is_count(each[place], classes) for each in progress.predictions for place in numbered),
+        "confusion": len(confusion) in (0, classes)
+        and all(len(row) == classes and all(_is_count(each, 2**63) for each in row) for row in confusion),
     }
-    for table in (rows, timings):
-        holds["rows"] = holds["rows"] and [row["epoch"] for row in table] == list(range(1, len(table) + 1))
-    for name, is_so in holds.items():
-        if not is_so:
-            raise ValueError(f"{name} must be those of a training of {epochs} epochs")
+    if broken := [name for name, holds in rules.items() if not holds]:
+        raise ValueError(f"{broken[0]} must be of {classes} classes, and of at most {epochs} epochs of {steps} steps")
 
 
-def _is_table(rows: Any) -> bool:
-    """Return whether rows of a file have the same columns, and hold numbers and texts."""
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+def _is_table(rows: Any, epochs: int | None = None) -> bool:
+    """Return whether rows have the same columns, of numbers and texts; with `epochs` at most as many, numbered from 1."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
         return False
-    return all(
-        row.keys() == rows[0].keys() and {type(each) for each in row.values()} <= {int, float, str} for row in rows
-    )
+    typed = all(type(each) in (int, float, str) for row in rows for each in row.values())
+    numbers = [row.get("epoch") for row in rows]
+    return typed and (epochs is None or (len(rows) <= epochs and numbers == [*range(1, len(rows) + 1)]))
 
 
 def _is_count(value: Any, below: int) -> bool:
     return type(value) is int and 0 <= value < below
 
 
-def load_state(accelerator: Accelerator, folder: Path, state: State, check: Callable[[Progress], None]) -> Progress:
+def load_state(accelerator: Accelerator, folder: Path, state: State, limits: tuple[Any, ...]) -> Progress:
     """Restore networks, optimiser, scaler, generators and the sum of losses from the checkpoint `folder`.
 
-    `check` raises ValueError if this training could not have made its progress.
+    `limits` are the arguments of `check_progress` for this training.
 
     Raises:
         UserError: The checkpoint is of another model, number of processes, version or data, or cannot be read.
@@ -256,11 +251,10 @@ def load_state(accelerator: Accelerator, folder: Path, state: State, check: Call
             accelerator.scaler.load_state_dict(saved["scaler"])
         processes = read_pickle(folder / "processes.pt")
         table = json.loads((folder / "progress.json").read_bytes())
-        table["codebooks"] = [codebooks.complete(row) for row in table["codebooks"]]
         progress = Progress(**table | {"predictions": [tuple(each) for each in table["predictions"]]})
         if len(processes) != accelerator.num_processes:
             raise ValueError(f"it is of {len(processes)} processes, got {accelerator.num_processes}")
-        check(progress)
+        check_progress(progress, *limits)
         own = processes[accelerator.process_index]
         state.loss.copy_(own["loss"])
         set_rng_state(own["rng"], accelerator.device)

@@ -15,7 +15,6 @@ import matplotlib
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -111,11 +110,6 @@ def _row(name: str, block: Encoding, sums: Sequence[UsageSum]) -> Row:
     }
 
 
-def complete(row: Row) -> Row:
-    """Return the row with its "bits": rows in checkpoints of earlier versions lack them."""
-    return {"bits": max(row["entropy"] - row["pixel_entropy"], 0.0), **row}
-
-
 def name_idle_codebooks(run: Path, arms: Mapping[str, str], seeds: Sequence[int], *, started: str) -> list[str]:
     """Name the blocks with less than 0.1 bits to tell pixels apart after the last epoch, one sentence per arm.
 
@@ -161,38 +155,30 @@ def draw_codebooks(rows: Sequence[Row]) -> Figure:
         rows: Rows of codebook_health with their epochs, at least one.
     """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    dead, entropy, apart, smoothing = figure.subplots(1, 4)
     names = list(dict.fromkeys(row["block"] for row in rows))
     colours = matplotlib.colormaps["cividis"].resampled(max(2, len(names)))
-    for number, name in enumerate(names):
-        own = [row for row in rows if row["block"] == name]
-        colour = colours(number)
-        _line(dead, own, lambda row: 100 * row["dead"] / row["codewords"], colour, name)
-        _line(entropy, own, lambda row: row["entropy"], colour, name)
-        _line(apart, own, lambda row: row["bits"], colour, name)
-        _line(smoothing, own, lambda row: row["smoothing_min"], colour, name)
-        _line(smoothing, own, lambda row: row["smoothing_max"], colour, None)
-    bits = math.log2(max(row["codewords"] for row in rows))
-    for axes, label in (
-        (dead, "dead codewords (%)"),
-        (entropy, f"entropy of the shares (bits, of {bits:.3g})"),
-        (apart, f"bits that tell pixels apart (of {bits:.3g})"),
-        (smoothing, "smoothing, lowest and highest"),
-    ):
-        axes.set(xlabel="epoch", title=label)
+    most = math.log2(max(row["codewords"] for row in rows))
+    panels: dict[str, Callable[[Row], Any]] = {
+        "dead codewords (%)": lambda row: 100 * row["dead"] / row["codewords"],
+        f"entropy of the shares (bits, of {most:.3g})": lambda row: row["entropy"],
+        f"bits that tell pixels apart (of {most:.3g})": lambda row: row["bits"],
+        "smoothing, lowest and highest": lambda row: (row["smoothing_min"], row["smoothing_max"]),
+    }
+    dead, entropy, bits, smoothing = figure.subplots(1, 4)
+    for axes, (title, value) in zip((dead, entropy, bits, smoothing), panels.items(), strict=True):
+        for number, name in enumerate(names):
+            own = [row for row in rows if row["block"] == name]
+            style = {"color": colours(number), "marker": "." if len(own) < 3 else None}
+            axes.plot([row["epoch"] for row in own], [value(row) for row in own], label=name, **style)
+        axes.set(xlabel="epoch", title=title)
         axes.title.set_fontsize("medium")
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     dead.set_ylim(-2, 102)
-    entropy.set_ylim(0, 1.05 * max(bits, 1))
-    apart.set_ylim(0, 1.05 * max(0.5, *(row["bits"] for row in rows)))  # few use much of log2(K)
-    apart.axhline(FEW_BITS, color="black", linestyle="--", linewidth=1)
+    entropy.set_ylim(0, 1.05 * max(most, 1))
+    bits.set_ylim(0, 1.05 * max(0.5, *(row["bits"] for row in rows)))  # few use much of log2(K)
+    bits.axhline(FEW_BITS, color="black", linestyle="--", linewidth=1)
     few = names if len(names) <= 6 else [names[0], names[-1]]
     handles = {handle.get_label(): handle for handle in dead.get_lines()}
     figure.legend([handles[name] for name in few], few, loc="outside lower center", ncols=6, fontsize="small")
     return figure
-
-
-def _line(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float], colour: Any, label: str | None) -> None:
-    epochs = [row["epoch"] for row in rows]
-    axes.plot(epochs, [value(row) for row in rows], color=colour, label=label, marker="." if len(rows) < 3 else None)

@@ -1,15 +1,13 @@
 """The data sets: sources of images, their splits, and timm's transforms for a configuration."""
 
 import os
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.utils import natural_key
@@ -20,6 +18,7 @@ from torchvision.transforms import Compose, RandomCrop, Resize
 from tqdm import tqdm
 
 from ctxenc.runs.errors import UserError, one_line, printable
+from ctxenc.swap.states import seed_generators
 from ctxenc.training import photographs
 from ctxenc.training.bad_images import BrokenImageError, check_share
 from ctxenc.training.fashion import FASHION_MNIST, FashionSource
@@ -160,7 +159,7 @@ class Subset:
         return self.source.name(self.indices[index])
 
 
-class Samples(Dataset[tuple[Tensor, int]]):
+class Samples(Dataset[tuple[Tensor, Any]]):
     """Apply a transform to a source. Random draws follow from (seed, epoch, index).
 
     So the sample does not depend on the worker, on earlier samples, or on an interruption, and the generators of the process
@@ -183,11 +182,11 @@ class Samples(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.source.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with seeded(self.seed, self.epoch, index):
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        with seed_draws(self.seed, self.epoch, index):
             return self.transform(self.source.image(index)), self.source.targets[index]
 
-    def blank(self) -> tuple[Tensor, int]:
+    def blank(self) -> tuple[Tensor, Any]:
         """Return a sample that counts nowhere."""
         return self.transform(Image.new("RGB", (1, 1))), LEFT_OUT
 
@@ -198,11 +197,19 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Datasets:
-    """Hold the data of a fine-tuning: both sources over the same classes, and the unused folders of the data."""
+    """Hold the data of a training: two sources over the same classes.
 
-    train: Source
-    val: Source
+    Args:
+        train: The training source.
+        val: The validation source.
+        unused: Unused folders of the data.
+        every_class: Whether every class must occur in the training masks: a part of a published data set may lack some.
+    """
+
+    train: Any
+    val: Any
     unused: Sequence[str] = field(default=(), kw_only=True)
+    every_class: bool = field(default=False, kw_only=True)
 
     @property
     def classes(self) -> list[str]:
@@ -210,21 +217,9 @@ class Datasets:
         return self.train.classes
 
 
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed the CPU generators of Python, numpy and torch with `key`, and restore their states at the end."""
-    python, numpy, generator = random.getstate(), np.random.get_state(), torch.default_generator
-    state = generator.get_state()
-    first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
-    random.seed(first)
-    np.random.seed(second)
-    generator.manual_seed(third)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        generator.set_state(state)
+def seed_draws(*key: int) -> AbstractContextManager[None]:
+    """Seed the CPU generators with `key` in the body, and restore their states at the end."""
+    return seed_generators(*map(int, np.random.SeedSequence(key).generate_state(3)))
 
 
 def build_datasets(settings: Settings) -> Datasets:
@@ -329,7 +324,7 @@ def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -
 
 
 def read_all(samples: Sequence[tuple[Callable[[int], Any], int]], text: str, show_progress: bool, skip: bool) -> None:
-    """Read the samples of a small set, each given as a function and its argument.
+    """Read the samples of a small set: functions with their arguments.
 
     Raises:
         UserError: An image is broken, or with `skip` too many are.

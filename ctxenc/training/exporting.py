@@ -38,23 +38,16 @@ def run(args: argparse.Namespace) -> None:
     if args.onnx:
         import onnx  # noqa: F401  (before anything is built: the extra may be missing)
         import onnxscript  # noqa: F401
+    chosen = [(args.torch_export, write_torch_export), (args.onnx, write_onnx)]
     lines = []
-    steps = 2 + bool(args.torch_export) + bool(args.onnx)
-    with ExitStack() as files, tqdm(total=steps, leave=False, disable=None) as bar:
-        onnx_file = files.enter_context(atomic(args.onnx)) if args.onnx else None
-        torch_file = files.enter_context(atomic(args.torch_export)) if args.torch_export else None
-        bar.set_description("loading")
+    with ExitStack() as files:
+        temporary = {path: files.enter_context(atomic(path)) for path, _ in chosen if path}
         loaded = load_run(args.run_folder, args.checkpoint)
         model, size = exported_as(loaded, args.image_size)
-        _next(bar, "tracing")
         program = trace(model, torch.zeros(TRACED_BATCH, *size))
-        if torch_file:
-            _next(bar, "writing and checking the torch.export program")
-            difference = write_torch_export(program, torch_file, model, size)
-            lines.append(f"{args.torch_export}: reloaded by torch.export.load, {difference}")
-        if onnx_file:
-            _next(bar, "writing and checking the ONNX model")
-            lines.append(f"{args.onnx}: {write_onnx(program, onnx_file, model, size)}")
+        for path, write in tqdm(chosen, "exporting", leave=False, disable=None):
+            if path:
+                lines.append(f"{path}: {write(program, temporary[path], model, size)}")
     for line in lines:
         say(line)
 
@@ -80,11 +73,6 @@ def exported_as(loaded: LoadedRun, side: int | None) -> tuple[nn.Module, tuple[i
     return Logits(loaded.model).eval(), (loaded.config.network.get("in_chans", 3), side, side)
 
 
-def _next(bar: tqdm, step: str) -> None:
-    bar.update()
-    bar.set_description(step)
-
-
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
     """Export the model with a free batch size.
 
@@ -101,7 +89,7 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
 def write_torch_export(program: ExportedProgram, path: Path, model: nn.Module, size: tuple[int, int, int]) -> str:
     """Write a torch.export program and compare the reloaded one with the model."""
     torch.export.save(program, path)
-    return compare(torch.export.load(path).module(), model, size)
+    return f"reloaded by torch.export.load, {compare(torch.export.load(path).module(), model, size)}"
 
 
 def write_onnx(program: ExportedProgram, path: Path, model: nn.Module, size: tuple[int, int, int]) -> str:

@@ -75,17 +75,14 @@ def _read_idx(path: Path) -> np.ndarray:
         EOFError: The gzipped file is cut off.
     """
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        magic = file.read(4)
-        if len(magic) != 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 3:
-            raise OSError(f"{path} is no IDX file of bytes")
-        header = file.read(4 * magic[3])
-        shape = [int(size) for size in np.frombuffer(header, ">u4")] if len(header) == 4 * magic[3] else [0]
-        count = math.prod(shape)
-        if not 0 < count <= MOST_BYTES:
-            raise OSError(f"{path} must hold 1 to {MOST_BYTES} bytes, got the shape {shape}")
-        values = file.read(count + 1)  # one more byte, so that gzip reads on to its checksum
+        content = file.read(MOST_BYTES + 17)  # one byte more than may be, so that gzip reads on to its checksum
+    if content[:3] != b"\0\0\x08" or content[3:4] not in (b"\1", b"\2", b"\3"):
+        raise OSError(f"{path} is no IDX file of bytes")
+    sizes = content[4 : 4 + 4 * content[3]]
+    shape = [int(size) for size in np.frombuffer(sizes, ">u4")] if len(sizes) == 4 * content[3] else [0]
+    count, values = math.prod(shape), content[4 + len(sizes) :]
+    if not 0 < count <= MOST_BYTES:
+        raise OSError(f"{path} must hold 1 to {MOST_BYTES} bytes, got the shape {shape}")
     if len(values) != count:
-        raise OSError(
-            f"{path} must hold {count} values by its header, got {'more' if len(values) > count else len(values)}"
-        )
+        raise OSError(f"{path} must hold {count} values by its header, got {len(values)}")
     return np.frombuffer(values, np.uint8).reshape(shape)

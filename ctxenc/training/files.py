@@ -8,20 +8,11 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 # Lower case. Notebooks, macOS and git hide theirs: .ipynb_checkpoints, ._x.jpg, .git. Possible class names are not here.
-LEFT_BEHIND = frozenset(
-    (
-        *(
-            "__macosx",
-            "network trash folder",
-            "temporary items",
-            "lost+found",
-            "found.000",
-            "system volume information",
-        ),
-        *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "$recycle.bin"),
-        *("thumbs.db", "desktop.ini"),
-    )
-)
+LEFT_BEHIND = {
+    *("__macosx", "network trash folder", "temporary items", "lost+found", "found.000", "system volume information"),
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "$recycle.bin"),
+    *("thumbs.db", "desktop.ini"),
+}
 
 
 def is_data(name: str) -> bool:

@@ -36,11 +36,9 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds
-        told = isinstance(error, OSError) and error.errno not in (
-            None,
-            errno.EINVAL,
-        )  # the latter from a wrong offset in the file
-        if told and not os.path.islink(path):
+        # EINVAL comes from a wrong offset in the file.
+        refused = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if refused and not os.path.islink(path):
             raise UserError(f"cannot read image {path}: {getattr(error, 'strerror', error)}") from error
         reason = getattr(error, "strerror", None) or one_line(error).replace(repr(str(path)), "it")
         raise BrokenImageError(f"broken image {path}: {reason}") from error

@@ -6,7 +6,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from traceback import clear_frames
@@ -32,7 +32,6 @@ from ctxenc.training.checkpoint import (
     PREDICTIONS,
     Progress,
     State,
-    check_progress,
     load_state,
     newest_state,
     publish,
@@ -44,7 +43,7 @@ from ctxenc.training.console import say
 from ctxenc.training.nonfinite import Before, first_nonfinite, nonfinite_gradients
 from ctxenc.training.processes import make_accelerator
 from ctxenc.training.settings import TrainingSettings
-from ctxenc.training.tensorboard import Board
+from ctxenc.training.tensorboard import epoch_values, log_curves
 
 NAMED = 16  # limit for the images listed in an error
 
@@ -66,7 +65,7 @@ def make_optimizer(parameters: Any, settings: TrainingSettings, **more: Any) -> 
     return optimizer
 
 
-def in_format(images: Tensor, channels_last: bool) -> Tensor:
+def to_format(images: Tensor, channels_last: bool) -> Tensor:
     """Return `images` in the memory format of the network."""
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
@@ -117,12 +116,11 @@ class Loop(ABC):
     val: Any  # the samples to evaluate on
     val_batch: int | None = None  # batch size for evaluation if it differs: 1 for images of different sizes
     ema: ModelEmaV3 | None = None
-    board: Board | None = None  # on the main process, if requested
 
     def __init__(self, settings: Any, arm: Path, seed: int) -> None:
         self.settings, self.arm, self.seed = settings, arm, seed
-        self.accelerator = make_accelerator(settings, seed)
-        self.noted = signals.Noted()
+        self.accelerator = make_accelerator(settings, seed, arm)
+        self.record = signals.SignalRecord()
         checkpoint = newest_state(self.accelerator, arm)
         set_seed(seed)
         with self.accelerator.local_main_process_first():
@@ -155,20 +153,11 @@ class Loop(ABC):
         set_seed(seed, device_specific=True)  # the network's random draws differ between processes
         self.progress = Progress(score=self.score)
         if checkpoint is not None:
-            limits = (
-                self.score,
-                settings.epochs,
-                self.updates_per_epoch,
-                self.predicted,
-                len(self.val),
-                len(self.config.classes),
-            )
-            self.progress = load_state(
-                self.accelerator, checkpoint, self.state, lambda found: check_progress(found, *limits)
-            )
+            steps, samples, classes = self.updates_per_epoch, len(self.val), len(self.config.classes)
+            limits = (self.score, settings.epochs, steps, self.predicted, samples, classes)
+            self.progress = load_state(self.accelerator, checkpoint, self.state, limits)
         if self.accelerator.is_main_process:
             publish_again(arm, self.progress, self.evaluated, checkpoint, self.predicted)
-            self.board = Board(arm, self.progress, self.updates_per_epoch) if settings.tensorboard else None
 
     @abstractmethod
     def build(self, fresh: bool) -> nn.Module:
@@ -200,8 +189,7 @@ class Loop(ABC):
     def publish(self) -> None:
         """Write an epoch's results for other commands; on the main process."""
         publish(self.arm, self.progress, self.evaluated, self.predicted)
-        if self.board is not None:
-            self.board.epoch(self.progress)
+        self.accelerator.log(epoch_values(self.progress), step=self.progress.epoch * self.updates_per_epoch)
 
     def finish(self) -> None:
         """Draw pictures of the trained network's results; on the main process, after the last epoch."""
@@ -220,9 +208,9 @@ class Loop(ABC):
 
     def loader(self, samples: Dataset[Any], train: bool, batch_size: int | None = None) -> DataLoader:
         """Build a loader of `samples`, in random order for training."""
-        full_batch = len(samples) >= self.settings.batch_size * self.accelerator.num_processes  # type: ignore[arg-type]
-        batches = -(-len(samples) // (batch_size or self.settings.batch_size))  # type: ignore[arg-type]
-        workers = min(self.settings.workers, batches)
+        count, size = len(samples), batch_size or self.settings.batch_size  # type: ignore[arg-type]
+        full_batch = count >= self.settings.batch_size * self.accelerator.num_processes
+        workers = min(self.settings.workers, -(-count // size))
         # Threads of gloo and NCCL run in these processes; a fork while one of them holds a lock may hang.
         together = workers > 0 and self.accelerator.num_processes > 1
         apart = together and "forkserver" in multiprocessing.get_all_start_methods()  # Windows cannot fork
@@ -230,13 +218,13 @@ class Loop(ABC):
             multiprocessing.set_forkserver_preload([__name__])
         return DataLoader(
             samples,
-            batch_size=batch_size or self.settings.batch_size,
+            batch_size=size,
             shuffle=train,
             drop_last=train and full_batch,
             num_workers=workers,
             multiprocessing_context="forkserver" if apart else None,
             pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=signals.ignored,
+            worker_init_fn=signals.ignore_signals,
             # otherwise each epoch draws from the process's generator, and a restarted epoch draws again
             generator=torch.Generator(),
         )
@@ -249,12 +237,14 @@ class Loop(ABC):
             Stopped: A signal came; the last step is in a checkpoint.
         """
         progress, main = self.progress, self.accelerator.is_main_process
-        total = self.settings.epochs * self.updates_per_epoch
-        done = progress.epoch * self.updates_per_epoch + progress.step
+        total, done = (
+            self.settings.epochs * self.updates_per_epoch,
+            progress.epoch * self.updates_per_epoch + progress.step,
+        )
         with (
             worker_errors(),
-            nullcontext() if self.board is None else closing(self.board),
-            signals.noted() as self.noted,
+            log_curves(self.accelerator, done),
+            signals.record_signals() as self.record,
             tqdm(total=total, initial=done, desc=label, disable=not main) as bar,
         ):
             while progress.epoch < self.settings.epochs:
@@ -268,10 +258,10 @@ class Loop(ABC):
                 self.save()
                 score = f"{100 * measures[self.score]:.1f} %"
                 bar.set_postfix({"epoch": progress.epoch, "loss": f"{loss:.3f}", self.score_label: score})
-                self.stop_if_told()
+                self.stop_on_signal()
             if main and self.seed == self.settings.seed:
                 self.finish()
-        self.stop_if_told()  # outside the body: no signal can come between this and the earlier handlers
+        self.stop_on_signal()  # outside the body: no signal can come between this and the earlier handlers
         self.accelerator.free_memory()
 
     def _train_epoch(self, bar: tqdm) -> float:
@@ -281,7 +271,7 @@ class Loop(ABC):
         self.samples.set_epoch(progress.epoch)
         started = time.perf_counter()
         for images, targets in self._batches_left():
-            told = self._step(images, targets)
+            stop = self._step(images, targets)
             progress.step += 1
             progress.images += len(images)
             progress.seconds += time.perf_counter() - started
@@ -291,7 +281,7 @@ class Loop(ABC):
                 distribute_bn(self.network, self.accelerator.num_processes, reduce=True)
                 if self.ema is not None:  # checkpoints hold the first process's buffers
                     distribute_bn(self.ema.module, self.accelerator.num_processes, reduce=False)
-            if told:
+            if stop:
                 self.stop()
             if every and not last and (progress.epoch * self.updates_per_epoch + progress.step) % every == 0:
                 self.save()
@@ -314,18 +304,20 @@ class Loop(ABC):
         progress, settings = self.progress, self.settings
         update = progress.epoch * self.updates_per_epoch + progress.step + 1
         images, targets = self.mix(images, targets)
-        images = in_format(images, settings.channels_last)
-        self.before.note()
+        images = to_format(images, settings.channels_last)
+        self.before.store()
         loss = self.loss(images, targets)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         self.accelerator.unscale_gradients()
         norm = get_total_norm([each.grad for each in self.network.parameters() if each.grad is not None])
-        finite = (
-            torch.stack([loss.detach().float(), norm]).isfinite().tolist()
-        )  # together, because each read waits for a GPU
-        broken_loss, broken_gradient, told = self._any(not finite[0], not finite[1], self.noted.signal is not None)
-        broken = broken_loss or (broken_gradient and not self._scaled())
+        # Together, because each read waits for a GPU.
+        finite = torch.stack([loss.detach().float(), norm]).isfinite().tolist()
+        broken_loss, broken_gradient, stop = self._any(not finite[0], not finite[1], self.record.signal is not None)
+        scaler = self.accelerator.scaler
+        # As long as fp16's scale is above 1, the scaler skips steps that are not finite, and lowers it.
+        scaled = broken_gradient and scaler is not None and scaler.get_scale() > 1
+        broken = broken_loss or (broken_gradient and not scaled)
         progress.lr = self.optimizer.param_groups[0]["lr"]
         if broken:
             self._skip_or_stop(loss.item(), images, broken_loss)
@@ -334,20 +326,14 @@ class Loop(ABC):
                 clip_grads_with_norm_(self.network.parameters(), settings.clip_grad, norm)
             self.optimizer.step()
             self.state.loss.add_(loss.detach())
-            if self.board is not None:
-                self.board.step(update, loss.item(), progress.lr)
+            if self.accelerator.trackers:
+                self.accelerator.log({"step/loss": loss.item(), "step/lr": progress.lr}, step=update)
             progress.finite += 1
         if self.scheduler is not None:
             self.scheduler.step_update(update)
         if self.ema is not None and not broken:
             self.ema.update(self.network, update)
-        return told
-
-    def _scaled(self) -> bool:
-        """Return whether the loss is scaled up, for fp16: the scaler then skips steps that are not finite, and lowers the
-        scale.
-        """
-        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1
+        return stop
 
     def _any(self, *mine: bool) -> list[bool]:
         """Return for each flag whether it holds on any process."""
@@ -389,26 +375,22 @@ class Loop(ABC):
         indices = next(islice(iter(self.train_loader.batch_sampler), self.progress.step, None))
         return [self.samples.name(index) for index in indices]
 
-    def until_told(self, batches: Iterable[Any], common: int) -> Iterator[Any]:
+    def until_stopped(self, batches: Iterable[Any], common: int) -> Iterator[Any]:
         """Yield `batches` until a signal comes; every process has at least `common` of them."""
         for number, batch in enumerate(batches):
             if number < common:
-                self.stop_if_told()
+                self.stop_on_signal()
             yield batch
 
-    def stop_if_told(self) -> None:
+    def stop_on_signal(self) -> None:
         """Stop if a signal has come to any process."""
-        if self._any(self.noted.signal is not None)[0]:
+        if self._any(self.record.signal is not None)[0]:
             self.stop()
 
     def stop(self) -> None:
-        """Save and stop.
-
-        Raises:
-            Stopped: Always.
-        """
+        """Save, and raise Stopped."""
         self.save()
-        raise signals.Stopped(self.noted.signal or signals.SIGNALS[0])
+        raise signals.Stopped(self.record.signal or signals.SIGNALS[0])
 
     def save(self) -> Path:
         """Write a checkpoint; return its folder."""

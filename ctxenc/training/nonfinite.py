@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxenc.runs.errors import UserError
-from ctxenc.training.rng import rng_state, set_rng_state
+from ctxenc.swap.states import rng_state, set_rng_state
 
 
 class Before:
@@ -20,12 +20,10 @@ class Before:
         self.rng: dict[str, Any] = {}
 
     @torch.no_grad()
-    def note(self) -> None:
+    def store(self) -> None:
         """Store the present state."""
         if self.buffers:
-            torch._foreach_copy_(
-                self.kept, self.buffers
-            )  # one by one they take a millisecond on a GPU, for a ResNet-50
+            torch._foreach_copy_(self.kept, self.buffers)  # one by one: 1 ms on a GPU, for a ResNet-50
         self.rng = rng_state(self.device)
 
     @torch.no_grad()
@@ -48,17 +46,20 @@ def is_finite(value: Any) -> bool:
 
 def check_outputs(network: nn.Module, outputs: Tensor, of: str) -> None:
     """Raise UserError if the outputs of a trained network hold NaN or infinity; name its weights that do."""
-    if is_finite(outputs):
-        return
-    names = [name for name, each in network.state_dict().items() if not is_finite(each)]
-    weights = f"NaN or infinity in {_few(names)}" if names else "finite"
-    raise UserError(f"the network's outputs for {of} are not finite; its weights are {weights}")
+    if not is_finite(outputs):
+        weights = _describe_weights(network) or "finite"
+        raise UserError(f"the network's outputs for {of} are not finite; its weights are {weights}")
 
 
 def check_weights(network: nn.Module) -> None:
     """Raise UserError if the weights of a trained network hold NaN or infinity."""
-    if names := [name for name, each in network.state_dict().items() if not is_finite(each)]:
-        raise UserError(f"the network's weights are not finite: NaN or infinity in {_few(names)}")
+    if weights := _describe_weights(network):
+        raise UserError(f"the network's weights are not finite: {weights}")
+
+
+def _describe_weights(network: nn.Module) -> str:
+    names = [name for name, each in network.state_dict().items() if not is_finite(each)]
+    return f"NaN or infinity in {_few(names)}" if names else ""
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -15,8 +16,10 @@ from ctxenc.training.settings import TrainingSettings
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
+def make_accelerator(settings: TrainingSettings, seed: int = 0, arm: Path | None = None) -> Accelerator:
     """Set up Accelerate for `settings`; the order of training samples follows from `seed` and the epoch.
+
+    With `arm`, the trackers that `settings` ask for write to this folder.
 
     Raises:
         UserError: The device is missing, or lacks this precision or SyncBatchNorm; or the launcher asks for shards.
@@ -32,6 +35,8 @@ def make_accelerator(settings: TrainingSettings, seed: int = 0) -> Accelerator:
             mixed_precision=settings.amp,  # None: the choice of accelerate launch, else full precision
             dynamo_backend="inductor" if settings.compile else None,
             dataloader_config=loading,
+            log_with="tensorboard" if settings.tensorboard and arm is not None else None,
+            project_dir=arm,
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"--device {settings.device}, --amp {settings.amp}: {one_line(error)}") from error
@@ -50,7 +55,7 @@ def agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
     """Return the main process's result of `choose()` on every process.
 
     Raises:
-        UserError: `choose` raised it there; raised on every process.
+        UserError: On every process, if `choose` fails with it there.
     """
     chosen: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -71,7 +76,7 @@ def same(accelerator: Accelerator, value: str) -> bool:
     return len(set(gather_object([value]))) == 1
 
 
-def speaks() -> bool:
+def is_reporter() -> bool:
     """Return whether this process reports errors: the first to meet one; before they connect, the first of its machine."""
     if not (dist.is_available() and dist.is_initialized()):
         return os.environ.get("LOCAL_RANK", "0") == "0"

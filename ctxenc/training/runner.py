@@ -22,7 +22,7 @@ from ctxenc.runs.errors import UserError, one_line
 from ctxenc.training import checkpoint, pictures, signals, tensorboard
 from ctxenc.training.bad_images import SKIP
 from ctxenc.training.console import say
-from ctxenc.training.processes import agree, make_accelerator, same, speaks
+from ctxenc.training.processes import agree, is_reporter, make_accelerator, same
 from ctxenc.training.settings import option_name
 from ctxenc.training.tensorboard import check_tensorboard
 
@@ -45,7 +45,7 @@ class Training:
         config: The dataclass of an arm's configuration.
         options: The class of its settings: read, resolve, resume.
         build_datasets: Builds the datasets of some settings.
-        verify: Reads files that may be broken; shows its progress, and skips broken ones if told to.
+        verify: Reads files that may be broken; its arguments: show the progress, skip broken ones.
         describe: Describes the training data in one line.
         configs: Returns the configuration of each arm, tried out; with pretrained weights if the run is fresh.
         trainer: Trains an arm with a seed; see Loop.
@@ -68,15 +68,15 @@ def run(args: argparse.Namespace, training: Training) -> None:
     """Train every arm with every seed, then write and print the report.
 
     Raises:
-        UserError: A user error; raised on one process alone, the others exit with its code.
+        UserError: A user error, on one process alone; the others exit with its code.
         SystemExit: SIGTERM came: 143.
         KeyboardInterrupt: Ctrl-C.
     """
     try:
-        with signals.raised():
-            _run(args, training)
+        with signals.stop_on_signals(), ExitStack() as held:
+            _train(args, training, held)
     except UserError as error:
-        if not speaks():
+        if not is_reporter():
             raise SystemExit(2) from error
         raise
     except signals.Stopped as stop:
@@ -85,19 +85,12 @@ def run(args: argparse.Namespace, training: Training) -> None:
         raise
 
 
-def _run(args: argparse.Namespace, training: Training) -> None:
-    with ExitStack() as held:
-        _train(args, training, held)
-
-
 def _train(args: argparse.Namespace, training: Training, held: ExitStack) -> None:
     started = time.perf_counter()
     options = training.options
     chosen = options.read(args)
     folder = folder_to_resume(args.resume, args.out, training.runs)
     stored: Any = None if folder is None else read_config(folder, training.config)
-    if folder is not None:
-        check_format(folder, stored)
     if folder is None:
         settings = options.resolve(chosen)
     else:
@@ -196,15 +189,6 @@ def asked_again(settings: Any) -> str:
 def _age(run: Path) -> float:
     config = run / "config.json"
     return config.stat().st_mtime if config.is_file() else 0.0
-
-
-def check_format(folder: Path, config: Any) -> None:
-    """Raise UserError if this ctxenc cannot resume from the states of the run in `folder`."""
-    if any(folder.glob("*/state/epoch-*")):
-        version = config.versions.get("ctxenc", "of an unknown version")
-        raise UserError(
-            f"--resume: {folder} was begun by ctxenc {version} before there were checkpoints/: finish it with that, or begin anew"
-        )
 
 
 def take_folder(run: Path | None, out: Path | None, runs: Path, held: ExitStack) -> Path:

@@ -19,43 +19,43 @@ class Stopped(KeyboardInterrupt):
         self.signal = number
 
 
-class Noted:
-    """Hold the first signal that came, or None."""
+class SignalRecord:
+    """Hold the number of the first signal that came, or None."""
 
     signal: int | None = None
 
 
 @contextmanager
-def raised() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Raise Stopped at once if a signal comes in the body."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    with _handled(stop):
+    with _handle_signals(stop):
         yield
 
 
 @contextmanager
-def noted() -> Iterator[Noted]:
+def record_signals() -> Iterator[SignalRecord]:
     """Record signals in the body, however many come: launchers send more than one. SIGKILL loses only steps."""
-    found = Noted()
+    record = SignalRecord()
 
-    def note(number: int, frame: FrameType | None) -> None:
-        found.signal = found.signal or number
+    def store(number: int, frame: FrameType | None) -> None:
+        record.signal = record.signal or number
 
-    with _handled(note):
-        yield found
+    with _handle_signals(store):
+        yield record
 
 
-def ignored(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Make a loader's worker ignore signals, so that a signal to the whole group does not kill it during the last step."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
 
 @contextmanager
-def _handled(handler: Handler) -> Iterator[None]:
+def _handle_signals(handler: Handler) -> Iterator[None]:
     """Install `handler` in the body; signals ignored at the start of the process stay ignored."""
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
         yield

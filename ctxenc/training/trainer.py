@@ -21,9 +21,9 @@ from ctxenc.runs.errors import UserError, one_line
 from ctxenc.runs.folders import SCORE, build_model
 from ctxenc.swap.calibration import calibrate
 from ctxenc.training import pictures
-from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
-from ctxenc.training.data import LEFT_OUT, Datasets, Samples, Source, eval_transform, seeded, train_transform
-from ctxenc.training.loop import Loop, in_format, make_optimizer, worker_errors
+from ctxenc.training.bad_images import skip_broken
+from ctxenc.training.data import LEFT_OUT, Datasets, Samples, Source, eval_transform, seed_draws, train_transform
+from ctxenc.training.loop import Loop, make_optimizer, to_format, worker_errors
 from ctxenc.training.metrics import balanced_accuracy
 from ctxenc.training.settings import Settings
 
@@ -77,7 +77,7 @@ def evaluate(
     kept: list[tuple[Tensor, ...]] = []
     for images, labels in tqdm(loader, "evaluating", delay=1, leave=False, disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            logits = model(in_format(images, channels_last)).float()
+            logits = model(to_format(images, channels_last)).float()
         loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=LEFT_OUT)
         gathered = accelerator.gather_for_metrics((labels, logits.argmax(dim=1), loss))
         kept.append(tuple(each.cpu() for each in gathered))
@@ -89,22 +89,14 @@ def evaluate(
 
 
 class Trainer(Loop):
-    """Fine-tune one arm with one seed, from its configuration to its files.
-
-    Args:
-        config: The network's configuration.
-        settings: The training settings.
-        datasets: The data for training and evaluation.
-        arm: The folder to write to; training resumes from the newest checkpoint in it, if there is one.
-        seed: Seed of the weights and of all random draws.
-    """
+    """Fine-tune one arm with one seed, from its configuration to its files. See Loop for the other arguments."""
 
     settings: Settings
 
     def __init__(self, config: RunConfig, settings: Settings, datasets: Datasets, arm: Path, seed: int) -> None:
         self.config, self.datasets = config, datasets
         self.settings, self.arm, self.seed = settings, arm, seed
-        self.mixup = mixup_of(settings, len(config.classes))
+        self.mixup = build_mixup(settings, len(config.classes))
         self.ema_decay = settings.ema_decay if settings.model_ema else None
         self.samples = self._intact(datasets.train, train_transform(settings, config.data_config))
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else settings.label_smoothing)
@@ -114,11 +106,8 @@ class Trainer(Loop):
 
     def _intact(self, source: Source, transform: Any, train: bool = True) -> Any:
         """Return the samples of a source; without broken ones if the settings skip them."""
-        samples = Samples(source, transform, self.seed)
-        if self.settings.on_bad_image != SKIP:
-            return samples
         total = len(self.datasets.train.targets) + len(self.datasets.val.targets)
-        return Intact(samples, BadImages(self.arm.parent / FILE, total), train)
+        return skip_broken(Samples(source, transform, self.seed), self.settings, self.arm, total, train)
 
     def build(self, fresh: bool) -> nn.Module:
         """Build the network of the configuration; start its blocks as --init says."""
@@ -162,12 +151,12 @@ class Trainer(Loop):
         """Return the batch after mixup or CutMix, if requested, drawn from (seed, epoch, step, process)."""
         if self.mixup is None or len(images) % 2:
             return images, targets
-        with seeded(self.seed, self.progress.epoch, self.progress.step, self.accelerator.process_index, 1):
+        with seed_draws(self.seed, self.progress.epoch, self.progress.step, self.accelerator.process_index, 1):
             return self.mixup(images, targets)
 
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracies on the validation samples; store their predictions in the progress."""
-        batches = self.until_told(self.val_loader, len(self.val_loader))
+        batches = self.until_stopped(self.val_loader, len(self.val_loader))
         model = self.model if self.ema is None else self.ema.module
         result = evaluate(self.accelerator, model, batches, self.settings.channels_last)
         indices = result.indices.tolist()
@@ -198,7 +187,7 @@ class Trainer(Loop):
         pictures.draw_assignments(self.arm, self.evaluated, images, names, colours)
 
 
-def mixup_of(settings: Settings, num_classes: int) -> Mixup | None:
+def build_mixup(settings: Settings, num_classes: int) -> Mixup | None:
     """Return timm's mixup and CutMix if `settings` ask for one of them."""
     if not (settings.mixup or settings.cutmix):
         return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ctxenc.context import ContextEncoding
 from ctxenc.encoding import Encoding, check_sizes, uncompiled
 from ctxenc.functional import assign
+from ctxenc.swap.states import eval_mode
 from ctxenc.viz.reading import FORMATS, as_rgb
 
 Block = ContextEncoding | Encoding
@@ -197,7 +198,7 @@ def observe(
     for image in images:
         x = _tensor(caller, image, colours, image_size, fixed)
         given = x.permute(0, 2, 3, 1) if getattr(model, "channels_last", False) and model in blocks.values() else x
-        with torch.no_grad(), uncompiled(), _evaluation(model), _hooked(blocks) as (weights, gates):
+        with torch.no_grad(), uncompiled(), eval_mode(model), _hooked(blocks) as (weights, gates):
             output = model(given.to(like.device, like.dtype))
         for name in blocks:
             if name not in weights:
@@ -248,17 +249,6 @@ def _photograph(x: Tensor, colours: Sequence[Tensor]) -> Tensor:
     grey = x.mean(0)
     grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp_min(torch.finfo(grey.dtype).tiny)
     return grey[:, :, None].expand(-1, -1, 3)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class TestSizes:
         settings = Settings(data="folder", random_erase=1.0, auto_augment="rand-m9-mstd0.5")
         image = Image.new("RGB", size, (200, 100, 0))
         for transform in (data.train_transform(settings, DATA_CONFIG), data.eval_transform(DATA_CONFIG)):
-            with data.seeded(0):
+            with data.seed_draws(0):
                 made = transform(image)
             assert made.shape == (3, 32, 32)
             assert made.isfinite().all()
@@ -142,7 +142,7 @@ class TestSizes:
         settings = SegmentSettings(data="folder", base_size=40, crop_size=32)
         colours = ((0.5,) * 3, (0.5,) * 3)
         for seed in range(5):
-            with data.seeded(seed):
+            with data.seed_draws(seed):
                 image, mask = transforms.train_transform(settings, *colours)(*pair)
             assert (image.shape, mask.shape) == ((3, 32, 32), (32, 32))
             assert image.isfinite().all()

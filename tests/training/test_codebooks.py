@@ -1,9 +1,7 @@
 """The health of codebooks in training: what it says of a network, where it is written, and how it is drawn."""
 
 import csv
-import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from accelerate import Accelerator
 from torch.utils.data import TensorDataset
 
 import ctxenc
-from ctxenc.__main__ import main
 from ctxenc.training import codebooks
 from ctxenc.training.checkpoint import write_rows
 from ctxenc.training.codebooks import (
@@ -22,14 +19,12 @@ from ctxenc.training.codebooks import (
     FILE,
     IMAGES,
     codebook_health,
-    complete,
     draw_codebooks,
     name_idle_codebooks,
 )
 from ctxenc.training.data import LEFT_OUT
 from ctxenc.training.segmentation.pairs import IGNORED
 from ctxenc.viz import codebook_usage, encoding_blocks
-from tests.training.attacks import forge
 
 
 @pytest.fixture
@@ -174,21 +169,6 @@ def test_each_arm_has_one_sentence_over_its_seeds(tmp_path):
         "A: after the last epoch the codebook of first (0.02 to 0.30), third (0.00)",
         "B: after the last epoch the codebook of first (0.01)",
     ]
-
-
-def test_a_checkpoint_of_before_the_bits_is_completed(done, tmp_path, capsys):
-    run = shutil.copytree(done, tmp_path / "run")
-    arm = run / "context-0"
-    newest = arm / "checkpoints" / "epoch-00002-step-0000000"
-    progress = json.loads((newest / "progress.json").read_bytes())
-    for row in progress["codebooks"]:
-        del row["bits"]
-    forge(newest, {"progress.json": json.dumps(progress).encode()})
-    written = (arm / FILE).read_bytes()
-    (arm / FILE).unlink()
-    assert main(["finetune", "--resume", str(run)]) == 0
-    assert (arm / FILE).read_bytes() == written
-    assert complete({"entropy": 1.0, "pixel_entropy": 1.5}) == {"entropy": 1.0, "pixel_entropy": 1.5, "bits": 0}
 
 
 def test_a_run_writes_it_of_each_epoch(finetune, tmp_path, image_folder):

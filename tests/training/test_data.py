@@ -36,19 +36,19 @@ def states():
 class TestSeeded:
     def test_puts_every_generator_back(self):
         before = states()
-        with data.seeded(1, 2, 3):
+        with data.seed_draws(1, 2, 3):
             random.random(), np.random.rand(), torch.rand(())
         assert states() == before
 
     def test_puts_them_back_after_an_error(self):
         before = states()
-        with pytest.raises(ZeroDivisionError), data.seeded(1):
+        with pytest.raises(ZeroDivisionError), data.seed_draws(1):
             torch.rand(()) / (1 // 0)
         assert states() == before
 
     def test_the_key_decides(self):
         def draw(*key):
-            with data.seeded(*key):
+            with data.seed_draws(*key):
                 return random.random(), np.random.rand(), float(torch.rand(()))
 
         assert draw(0, 1, 2) == draw(0, 1, 2)
@@ -434,7 +434,7 @@ class TestCropPadding:
         settings = Settings(crop_padding=padding, color_jitter=0.0)
         transform = data.train_transform(settings, self.CONFIG | {"input_size": (3, *size)})
         for seed in range(60):
-            with data.seeded(seed):
+            with data.seed_draws(seed):
                 yield (255 * transform(image)).round().int()
 
     def test_images_are_shifted_and_mirrored_and_nothing_else(self):

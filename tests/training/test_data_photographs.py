@@ -7,7 +7,7 @@ from PIL import Image
 
 from ctxenc.runs.errors import UserError
 from ctxenc.training import photographs
-from ctxenc.training.data import seeded
+from ctxenc.training.data import seed_draws
 
 PIXELS = photographs.TILE**2
 
@@ -44,7 +44,7 @@ def test_training_crops_come_from_the_training_region(monkeypatch):
     tested = set(np.concatenate([numbers(tile) for tile in test.images]))
     corners = set()
     for index in range(200):
-        with seeded(0, 0, index):
+        with seed_draws(0, 0, index):
             pixels = numbers(source.image(index))
         assert not tested & set(pixels)
         corners.add(pixels[0])

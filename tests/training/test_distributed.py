@@ -23,7 +23,7 @@ from ctxenc.runs.segment_config import SegmentConfig
 from ctxenc.runs.trained import load_run
 from ctxenc.training.accuracy import data_settings, evaluate_run, validation_source
 from ctxenc.training.checkpoint import read_predictions
-from ctxenc.training.processes import make_accelerator, speaks
+from ctxenc.training.processes import is_reporter, make_accelerator
 from ctxenc.training.segmentation import segment_training as segmentation
 from ctxenc.training.segmentation.segment_settings import SegmentSettings
 from ctxenc.training.segmentation.segment_trainer import SegmentTrainer
@@ -201,7 +201,7 @@ def test_the_first_of_each_machine_tells_of_a_mistake(local, rank, wanted, monke
     """Before the processes are connected: what is wrong on one machine only would else be told nowhere."""
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setenv("RANK", rank)
-    assert speaks() == wanted
+    assert is_reporter() == wanted
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

@@ -417,7 +417,7 @@ class TestSamples:
         def noisy(image, mask):
             return image + torch.rand(image.shape), mask.long()
 
-        return data.Samples(source, noisy, seed=3)
+        return data.PairSamples(source, noisy, seed=3)
 
     def test_follow_from_seed_epoch_and_index(self, samples):
         def all_of(samples):
@@ -426,7 +426,7 @@ class TestSamples:
         first = all_of(samples)
         assert torch.equal(torch.stack([samples[index][0] for index in (3, 2, 1, 0)]).flip(0), first)
         assert len({float(each.sum()) for each in first}) == len(first)
-        other = data.Samples(samples.source, samples.transform, seed=4)
+        other = data.PairSamples(samples.source, samples.transform, seed=4)
         samples.set_epoch(1)
         for changed in (all_of(samples), all_of(other)):
             assert all(not torch.equal(a, b) for a, b in zip(first, changed, strict=True))
@@ -444,7 +444,7 @@ def test_workers_change_nothing(tmp_path):
 
     settings = SegmentSettings(data=str(plain(tmp_path)), base_size=12, crop_size=10)
     transform = train_transform(settings, (0.5,) * 3, (0.5,) * 3)
-    samples = data.Samples(data.build_datasets(settings).train, transform, seed=0)
+    samples = data.PairSamples(data.build_datasets(settings).train, transform, seed=0)
     samples.set_epoch(2)
     alone = [samples[index] for index in range(len(samples))]
     for workers in (0, 2):

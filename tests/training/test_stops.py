@@ -112,19 +112,19 @@ class TestSignals:
         assert f"to go on: ctxenc finetune --resume {tmp_path / 'run'}" in capsys.readouterr().err
 
     def test_before_training_they_act_at_once(self):
-        with pytest.raises(signals.Stopped) as stopped, signals.raised():
+        with pytest.raises(signals.Stopped) as stopped, signals.stop_on_signals():
             os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.value.signal == signal.SIGTERM
 
     def test_what_the_process_was_started_to_ignore_stays_ignored(self):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            with signals.raised(), signals.noted() as noted:
+            with signals.stop_on_signals(), signals.record_signals() as record:
                 os.kill(os.getpid(), signal.SIGINT)
-                assert noted.signal is None
+                assert record.signal is None
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)
-                assert noted.signal == signal.SIGTERM
+                assert record.signal == signal.SIGTERM
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -233,15 +233,6 @@ class TestCheckpoints:
         assert finetune("--resume", run)[0] == 0
         assert_same_run(never_stopped, run, ARMS)
 
-    def test_a_run_of_the_format_before_is_refused(self, refused, cut):
-        run, newest = cut
-        newest.parent.rename(run / "context-0" / "state")
-        (run / "context-0" / "state" / newest.name).rename(run / "context-0" / "state" / "epoch-00003")
-        table = json.loads((run / "config.json").read_text())
-        table["versions"]["ctxenc"] = "0.0.7"
-        (run / "config.json").write_text(json.dumps(table))
-        assert f"{run} was begun by ctxenc 0.0.7 before there were checkpoints" in refused("--resume", run)
-
 
 class Breaks(torch.nn.Module):
     """Gives NaN at some of its calls in training, after changing its statistics as a norm does."""
@@ -338,7 +329,7 @@ class TestNonfinite:
 def test_loaders_workers_do_not_hear_signals():
     before = {each: signal.getsignal(each) for each in signals.SIGNALS}
     try:
-        signals.ignored(0)
+        signals.ignore_signals(0)
         assert all(signal.getsignal(each) is signal.SIG_IGN for each in signals.SIGNALS)
     finally:
         for each, handler in before.items():

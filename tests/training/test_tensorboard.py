@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ctxenc.runs.errors import UserError
 from ctxenc.training import trainer
-from ctxenc.training.checkpoint import Progress
-from ctxenc.training.tensorboard import Board
+from ctxenc.training.processes import make_accelerator
+from ctxenc.training.settings import Settings
+from ctxenc.training.tensorboard import log_curves
 from tests.training.small_runs import metrics
 
 STEPS = 3  # an epoch: six images, two a step
@@ -61,5 +62,9 @@ def test_without_the_option_nothing_is_logged(finetune, tmp_path):
 
 
 def test_a_folder_whose_name_is_no_text(tmp_path):
-    with pytest.raises(UserError, match="--tensorboard must have a run folder whose name is text"):
-        Board(tmp_path / os.fsdecode(b"run \xff"), Progress(), 3)
+    accelerator = make_accelerator(Settings(device="cpu", tensorboard=True), arm=tmp_path / os.fsdecode(b"run \xff"))
+    with (
+        pytest.raises(UserError, match="--tensorboard must have a run folder whose name is text"),
+        log_curves(accelerator, 0),
+    ):
+        pass

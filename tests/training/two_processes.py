@@ -164,7 +164,9 @@ class Counting(Loop):
         return nn.functional.cross_entropy(self.model(images), targets)
 
     def evaluate(self):
-        result = trainer.evaluate(self.accelerator, self.model, self.until_told(self.val_loader, len(self.val_loader)))
+        result = trainer.evaluate(
+            self.accelerator, self.model, self.until_stopped(self.val_loader, len(self.val_loader))
+        )
         self.evaluated_on = [result.targets.tolist(), result.predictions.tolist()]
         return {"top1": result.top1}
 

@@ -6,6 +6,7 @@ from timm.models import get_pretrained_cfg
 
 from ctxenc.runs.folders import check_model_name, installed_versions
 from ctxenc.runs.segment_config import IMAGENET, SegmentConfig
+from ctxenc.training.segmentation.scenes import MEAN, STD
 from ctxenc.training.segmentation.segment_settings import SCENES, SegmentSettings
 
 # EncNet and the baselines of the paper's ablation, with their titles in reports.
@@ -39,8 +40,6 @@ def arm_configs(settings: SegmentSettings, classes: list[str]) -> dict[str, Segm
     }
     colours: dict[str, Any] = IMAGENET
     if settings.data == SCENES:
-        from ctxenc.training.segmentation.scenes import MEAN, STD
-
         colours = {"mean": MEAN, "std": STD}
     elif cfg := get_pretrained_cfg(settings.backbone):
         colours = {"mean": cfg.mean, "std": cfg.std}

@@ -6,14 +6,12 @@ it.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from tqdm import tqdm
@@ -21,7 +19,7 @@ from tqdm import tqdm
 from ctxenc.runs.errors import UserError, one_line, printable
 from ctxenc.training.bad_images import SKIP, BrokenImageError
 from ctxenc.training.console import list_names
-from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, read_all, seeded
+from ctxenc.training.data import TRAIN_NAMES, VAL_NAMES, VERIFIED_UP_TO, Datasets, Samples, read_all, seed_draws
 from ctxenc.training.files import images_below, nfc, subfolder, unused
 from ctxenc.training.images import orientation
 from ctxenc.training.segmentation.pairs import IGNORED, Pairs, Paths, held_out, matched, present, read_mask
@@ -40,49 +38,19 @@ CITYSCAPES_CLASSES = sorted(
 CITYSCAPES_LABELS = {each.id: each.train_id for each in Cityscapes.classes if each.id >= 0}
 
 
-class Source(Protocol):
-    """Provide images with the class of each pixel."""
+class PairSamples(Samples):
+    """Apply a joint transform (see the transforms module) to a source of pairs.
 
-    classes: list[str]
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-
-    def pair(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Return image (3, H, W) and mask (H, W) of sample `index`, both uint8; the mask holds class numbers and IGNORED.
-
-        May draw from the global generators, which are seeded for the sample.
-        """
-
-    def name(self, index: int) -> str:
-        """Return a name for sample `index`: a path or a number."""
-
-
-class Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Apply a joint transform to a source. Random draws follow from (seed, epoch, index).
-
-    So the sample does not depend on the worker, on earlier samples, or on an interruption, and the generators of the process
-    keep their states.
-
-    Args:
-        source: Provides images and masks.
-        transform: Makes an image (3, h, w) float32 and a mask (h, w) int64 of a pair; see the transforms module.
-        seed: Seed of all random draws.
+    The source has the methods of `Pairs`. Its `pair` may draw from the global generators, which are seeded for the sample.
     """
 
-    def __init__(self, source: Source, transform: Callable[..., tuple[Tensor, Tensor]], seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next samples; call it before the loader starts its workers."""
-        self.epoch = epoch
+    source: Any
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        with seeded(self.seed, self.epoch, index):
+        with seed_draws(self.seed, self.epoch, index):
             return self.transform(*self.source.pair(index))
 
     def blank(self) -> tuple[Tensor, Tensor]:
@@ -91,32 +59,6 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         mask = torch.full((side, side), IGNORED, dtype=torch.uint8)
         return self.transform(tv_tensors.Image(torch.zeros(3, side, side, dtype=torch.uint8)), tv_tensors.Mask(mask))
 
-    def name(self, index: int) -> str:
-        """Return a name for sample `index`."""
-        return self.source.name(index)
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """Hold the data of a training: both sources over the same classes.
-
-    Args:
-        train: The training source.
-        val: The validation source.
-        unused: Unused folders of the data.
-        every_class: Whether every class must occur in the training masks: a part of a published data set may lack some.
-    """
-
-    train: Source | Scenes
-    val: Source | Scenes
-    unused: Sequence[str] = field(default=(), kw_only=True)
-    every_class: bool = field(default=False, kw_only=True)
-
-    @property
-    def classes(self) -> list[str]:
-        """Return the class names in the order of the logits."""
-        return self.train.classes
-
 
 def build_datasets(settings: SegmentSettings) -> Datasets:
     """Build the training and validation sources of `settings`.
@@ -124,12 +66,7 @@ def build_datasets(settings: SegmentSettings) -> Datasets:
     Raises:
         UserError: A folder, a list or a mask is missing, there are too few images, or the classes are wrong.
     """
-    layouts: dict[str, Callable[[Path], Datasets]] = {
-        "voc": voc,
-        "voc_aug": voc_aug,
-        "cityscapes": cityscapes,
-        "ade20k": ade20k,
-    }
+    layouts = {"voc": voc, "voc_aug": voc_aug, "cityscapes": cityscapes, "ade20k": ade20k}
     if settings.data == SCENES:
         return Datasets(Scenes(True, TRAIN_SCENES, settings.seed), Scenes(False, TEST_SCENES))
     if settings.data in layouts:
@@ -137,14 +74,14 @@ def build_datasets(settings: SegmentSettings) -> Datasets:
     return folder(Path(settings.data), settings.val_fraction, settings.seed, settings.on_bad_image == SKIP)
 
 
-def samples_of(
+def build_samples(
     datasets: Datasets, settings: SegmentSettings, mean: Sequence[float], std: Sequence[float], seed: int
 ) -> tuple[Any, Any]:
     """Return the training and validation samples: normalised images with their masks, drawn with `seed`."""
     if isinstance(datasets.train, Scenes) or isinstance(datasets.val, Scenes):
         return Scenes(True, len(datasets.train), seed), datasets.val
-    train = Samples(datasets.train, train_transform(settings, mean, std), seed)
-    return train, Samples(datasets.val, eval_transform(settings, mean, std), seed)
+    train = PairSamples(datasets.train, train_transform(settings, mean, std), seed)
+    return train, PairSamples(datasets.val, eval_transform(settings, mean, std), seed)
 
 
 def verify(datasets: Datasets, show_progress: bool = True, skip: bool = False) -> None:
@@ -194,14 +131,14 @@ def check_classes(train: Pairs, val: Any, every_class: bool, skip: bool) -> None
 
 
 def voc(data_dir: Path) -> Datasets:
-    """Pascal VOC 2012: 1,464 training and 1,449 validation images, with borders ignored."""
+    """Read Pascal VOC 2012: 1,464 training and 1,449 validation images, with borders ignored."""
     root = _voc_root(data_dir, "voc")
     train, val = _listed(root, "train.txt"), _listed(root, "val.txt")
     return Datasets(*(Pairs(_voc_pairs(root, names, "SegmentationClass"), VOC_CLASSES) for names in (train, val)))
 
 
 def voc_aug(data_dir: Path) -> Datasets:
-    """Pascal VOC 2012 with the annotations of SBD for training: PNG files in SegmentationClassAug, not SBD's own .mat files.
+    """Read Pascal VOC 2012 with the annotations of SBD for training: PNG files in SegmentationClassAug, not SBD's own .mat files.
 
     Validation is the same as for VOC. The list is ImageSets/Segmentation/train_aug.txt or trainaug.txt. Each line holds a name,
     or the paths of an image and its mask.
@@ -234,7 +171,7 @@ def _listed(root: Path, name: str) -> list[str]:
 
 
 def cityscapes(data_dir: Path) -> Datasets:
-    """Cityscapes with its fine annotations: 2,975 training and 500 validation images, 19 classes.
+    """Read Cityscapes with its fine annotations: 2,975 training and 500 validation images, 19 classes.
 
     Masks are read from *_labelTrainIds.png if they exist, else from *_labelIds.png.
     """
@@ -261,7 +198,7 @@ def _cityscapes_pairs(root: Path, split: str) -> Pairs:
 
 
 def ade20k(data_dir: Path) -> Datasets:
-    """The scene parsing benchmark of ADE20K: 20,210 training and 2,000 validation images.
+    """Read the scene parsing benchmark of ADE20K: 20,210 training and 2,000 validation images.
 
     A mask holds 0 for pixels outside the 150 classes: they are ignored, and class c of a mask becomes c - 1.
     """
@@ -281,8 +218,8 @@ def _ade20k_names(path: Path) -> list[str]:
         return [str(label) for label in range(ADE20K_CLASSES)]
     rows = [line.split("\t") for line in _lines(path)[1:] if line.strip()]
     names = [row[-1].replace(";", ",").partition(",")[0].strip() for row in rows]
-    if len(names) != ADE20K_CLASSES or not all(names):
-        raise UserError(f"{path} must name {ADE20K_CLASSES} classes below its header, got {len(names)} lines")
+    if len(names) != ADE20K_CLASSES or len({*names, ""}) != ADE20K_CLASSES + 1:
+        raise UserError(f"{path} must name {ADE20K_CLASSES} different classes below its header, got {len(names)} lines")
     return names
 
 

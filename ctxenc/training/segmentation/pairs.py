@@ -33,7 +33,7 @@ class Presence(NamedTuple):
 
 
 class Pairs:
-    """Images and masks in files, read when they are asked for.
+    """Read images and masks from files, on demand.
 
     Args:
         paths: The image and the mask of each sample.
@@ -55,7 +55,7 @@ class Pairs:
         return len(self.paths)
 
     def pair(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Image (3, H, W) and mask (H, W) of sample `index`, both uint8.
+        """Read image (3, H, W) and mask (H, W) of sample `index`, both uint8.
 
         Raises:
             UserError: A file cannot be read, the mask is no PNG of class numbers, it is of another size than the image, or it
@@ -105,12 +105,12 @@ class Pairs:
         return self.presence
 
     def name(self, index: int) -> str:
-        """The path of image `index`, to be printed."""
+        """Return the printable path of image `index`."""
         return printable(self.paths[index][0])
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """The numbers in the mask at `path`, (H, W): the grey values, or the indices where it has a palette.
+    """Read the numbers in the mask at `path`, (H, W): the grey values, or the indices where it has a palette.
 
     Raises:
         UserError: It cannot be read, or is no PNG with one number a pixel; the text holds the path.

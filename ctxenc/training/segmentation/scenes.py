@@ -107,18 +107,18 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
         return image.contiguous(), without_borders(torch.from_numpy(mask))
 
     def name(self, index: int) -> str:
-        """The number of scene `index` and its type."""
+        """Return the number of scene `index` and its type."""
         return f"scene {index} ({scene_type(index)})"
 
 
 def scene_type(index: int) -> str:
-    """The type of scene `index`, a member of SCENES."""
+    """Return the type of scene `index`, a member of SCENES."""
     return list(SCENES)[index % len(SCENES)]
 
 
 @cache
 def read_texture(photograph: str, train: bool) -> np.ndarray:
-    """The training or test half of a photograph in grey at half its size, uint8: a brick is then 12 pixels wide, a patch 17.
+    """Read the training or test half of a photograph in grey at half its size, uint8: a brick is then 12 pixels wide, a patch 17.
 
     Raises:
         UserError: scikit-image is not installed, or its wheel does not hold the photograph.
@@ -128,7 +128,7 @@ def read_texture(photograph: str, train: bool) -> np.ndarray:
 
 
 def draw_layout(generator: np.random.Generator) -> np.ndarray:
-    """The region of each pixel, (SIZE, SIZE): hills with the ambiguous region below, the cue on top, and GAP pixels between.
+    """Draw the region of each pixel, (SIZE, SIZE): hills with the ambiguous region below, the cue on top, and GAP pixels between.
 
     A square window of 2 * GAP + 1 pixels about a pixel of the ambiguous region never holds one of the cue.
     """
@@ -144,7 +144,7 @@ def draw_layout(generator: np.random.Generator) -> np.ndarray:
 
 
 def draw_crop(texture: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A crop of SIZE x SIZE pixels as shares of white, turned, mirrored, and with another brightness and contrast."""
+    """Draw a crop of SIZE x SIZE pixels as shares of white, turned, mirrored, and with another brightness and contrast."""
     top, left = (generator.integers(side - SIZE + 1) for side in texture.shape)
     crop = np.rot90(texture[top : top + SIZE, left : left + SIZE], int(generator.integers(4)))
     if generator.random() < 0.5:
@@ -154,7 +154,7 @@ def draw_crop(texture: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def grown(region: np.ndarray, radius: int) -> np.ndarray:
-    """The pixels within `radius` of a region along both axes, (H, W) bool."""
+    """Return the pixels within `radius` of a region along both axes, (H, W) bool."""
     window = 2 * radius + 1
     for axis in (0, 1):
         margins = [(radius + 1, radius) if axis == each else (0, 0) for each in (0, 1)]

@@ -16,8 +16,8 @@ from ctxenc.training.bad_images import SKIP, Intact
 from ctxenc.training.console import say, text_table
 from ctxenc.training.nonfinite import check_outputs
 from ctxenc.training.runner import difference
-from ctxenc.training.segmentation.datasets import build_datasets, samples_of
-from ctxenc.training.segmentation.segment_metrics import SegmentationMetrics
+from ctxenc.training.segmentation.datasets import build_datasets, build_samples
+from ctxenc.training.segmentation.segment_metrics import count_pixels, measure_segmentation
 from ctxenc.training.segmentation.segment_prediction import check_views, probabilities
 from ctxenc.training.segmentation.segment_settings import MEASURED_ON, SegmentSettings
 from ctxenc.training.segmentation.segment_trainer import pixel_logits
@@ -34,24 +34,19 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{settings.data}: {difference(loaded.config.classes, classes)}")
     if len(classes) != len(loaded.config.classes):
         raise UserError(f"{loaded} has {len(loaded.config.classes)} classes, the data {len(classes)}")
-    _, samples = samples_of(datasets, settings, loaded.config.mean, loaded.config.std, settings.seed)
+    _, samples = build_samples(datasets, settings, loaded.config.mean, loaded.config.std, settings.seed)
     if settings.on_bad_image == SKIP:
         samples = Intact(samples, None, train=False)
-    metrics = SegmentationMetrics(len(classes))
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     for index in tqdm(range(len(samples)), "evaluating", unit="image", delay=1.0, leave=False, disable=None):
         image, mask = samples[index]
         found = scores(loaded, image, mask.shape, args)
         check_outputs(loaded.model, found, samples.name(index))
-        metrics.update(found.argmax(1).cpu(), mask[None])
-    measures = metrics.compute()
-    rows = [
-        (name.replace("_", " "), f"{100 * measures[name]:.2f} %")
-        for name in ("pixel_accuracy", "mean_iou", "mean_dice")
-    ]
-    rows += [
-        (f"IoU of {name}", f"{100 * value:.2f} %")
-        for name, value in zip(classes, measures["iou"].tolist(), strict=True)
-    ]
+        matrix += count_pixels(found.argmax(1).cpu(), mask[None], len(classes))
+    measures = measure_segmentation(matrix, classes)
+    titles = {name: name.replace("_", " ") for name in ("pixel_accuracy", "mean_iou", "mean_dice")}
+    titles |= {f"iou/{name}": f"IoU of {name}" for name in classes}
+    rows = [(title, f"{100 * measures[name]:.2f} %") for name, title in titles.items()]
     say(f"{loaded}, on {len(samples)} validation images of {settings.data}")
     print(text_table(("measure", "value"), rows, right=("value",)))
 

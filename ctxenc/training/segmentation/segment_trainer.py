@@ -19,11 +19,11 @@ from ctxenc.runs.config import atomic
 from ctxenc.runs.errors import UserError
 from ctxenc.runs.segment_config import SegmentConfig, build_network
 from ctxenc.training import loop, pictures
-from ctxenc.training.bad_images import FILE, SKIP, BadImages, Intact
-from ctxenc.training.loop import Loop, in_format
-from ctxenc.training.segmentation.datasets import Datasets, samples_of
+from ctxenc.training.bad_images import skip_broken
+from ctxenc.training.loop import Loop, to_format
+from ctxenc.training.segmentation.datasets import Datasets, build_samples
 from ctxenc.training.segmentation.mask_pictures import sheet
-from ctxenc.training.segmentation.segment_metrics import SegmentationMetrics, as_floats
+from ctxenc.training.segmentation.segment_metrics import count_pixels, measure_segmentation
 from ctxenc.training.segmentation.segment_settings import SCENES, SegmentSettings
 
 SCORE = "mean_iou"  # the column of metrics.csv that chooses the best epoch
@@ -53,15 +53,7 @@ def make_optimizer(network: EncNet, settings: SegmentSettings) -> Optimizer:
 
 
 class SegmentTrainer(Loop):
-    """Train one arm with one seed, from its configuration to its files.
-
-    Args:
-        config: The network's configuration.
-        settings: The training settings.
-        datasets: The data for training and evaluation.
-        arm: The folder to write to; training resumes from the newest checkpoint in it, if there is one.
-        seed: Seed of the weights and of all random draws.
-    """
+    """Train one arm with one seed, from its configuration to its files. See Loop for the other arguments."""
 
     score = SCORE
     score_label = "mIoU"
@@ -74,35 +66,35 @@ class SegmentTrainer(Loop):
     ) -> None:
         self.config, self.poly_power = config, settings.poly_power
         self.names = [datasets.val.name(index) for index in range(len(datasets.val))]
-        self.samples, self.val = samples_of(datasets, settings, config.mean, config.std, seed)
-        if settings.on_bad_image == SKIP:
-            bad = BadImages(arm.parent / FILE, len(self.samples) + len(self.val))
-            self.samples, self.val = Intact(self.samples, bad, train=True), Intact(self.val, bad, train=False)
+        self.samples, self.val = build_samples(datasets, settings, config.mean, config.std, seed)
+        total = len(self.samples) + len(self.val)
+        self.samples = skip_broken(self.samples, settings, arm, total, train=True)
+        self.val = skip_broken(self.val, settings, arm, total, train=False)
         self.criterion = EncNetLoss(settings.aux_weight, settings.se_weight)
         self.val_batch = None if settings.data == SCENES else 1  # images differ in size
         super().__init__(settings, arm, seed)
         self.criterion.to(self.accelerator.device)
 
     def build(self, fresh: bool) -> nn.Module:
-        """The network of the configuration."""
+        """Build the network of the configuration."""
         return build_network(self.config, self.settings.pretrained_backbone and fresh)
 
     def make_optimizer(self) -> Optimizer:
-        """The optimiser of the network."""
+        """Build the optimiser of the network."""
         return make_optimizer(self.network, self.settings)
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """EncNet's loss."""
+        """Return EncNet's loss."""
         return self.criterion(self.model(images), targets)
 
     def _val_loader(self) -> DataLoader:
-        """This process's share of the validation samples: each is in one share."""
+        """Build a loader of this process's share of the validation samples: each is in one share."""
         share = range(self.accelerator.process_index, len(self.val), self.accelerator.num_processes)
         return self.loader(Subset(self.val, share), train=False, batch_size=self.val_batch)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return pixel accuracy, mean IoU and Dice, and IoU and Dice of each class, over the pixels of all validation masks.
+        """Return the measures of measure_segmentation over the pixels of all validation masks.
 
         Store each image's share of wrong pixels, and the confusion of classes, in the progress.
 
@@ -110,19 +102,19 @@ class SegmentTrainer(Loop):
             UserError: No image counts.
         """
         self.model.eval()
-        metrics = SegmentationMetrics(len(self.config.classes)).to(self.accelerator.device)
-        metrics.distributed_available_fn = lambda: False  # the sum over processes is taken below
+        classes = self.config.classes
+        matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=self.accelerator.device)
         loader = self._val_loader()
         common = len(self.val) // self.accelerator.num_processes // (loader.batch_size or 1)
         bar = tqdm(loader, "evaluating", delay=1, leave=False, disable=not self.accelerator.is_main_process)
         wrong: list[float] = []
-        for images, masks in self.until_told(bar, common):
+        for images, masks in self.until_stopped(bar, common):
             masks = masks.to(self.accelerator.device)
             predictions = self._logits(images, masks.shape[1:]).argmax(1)
-            metrics.update(predictions, masks)
+            matrix += count_pixels(predictions, masks, len(classes))
             wrong += share_wrong(predictions, masks).tolist()
-        metrics.matrix = self.accelerator.reduce(metrics.matrix, "sum")
-        self.progress.confusion = metrics.matrix.tolist()
+        matrix = self.accelerator.reduce(matrix, "sum")
+        self.progress.confusion = matrix.tolist()
         shares = gather_object([wrong])
         found = [
             (name, shares[index % len(shares)][index // len(shares)], index) for index, name in enumerate(self.names)
@@ -132,11 +124,11 @@ class SegmentTrainer(Loop):
             raise UserError(
                 f"none of the {len(self.val)} validation images counts: its file is broken or all of its mask is ignored"
             )
-        return as_floats(metrics.compute(), self.config.classes)
+        return measure_segmentation(matrix, classes)
 
     def _logits(self, images: Tensor, size: torch.Size) -> Tensor:
-        """Logits of the pixels of masks of this size, fp32."""
-        images = in_format(images.to(self.accelerator.device), self.settings.channels_last)
+        """Return the logits of the pixels of masks of this size, fp32."""
+        images = to_format(images.to(self.accelerator.device), self.settings.channels_last)
         with self.accelerator.autocast():
             return pixel_logits(self.network, images, size)
 
@@ -187,7 +179,7 @@ class SegmentTrainer(Loop):
 
 
 def pixel_logits(network: Any, images: Tensor, size: torch.Size) -> Tensor:
-    """The logits of images at the pixels of masks of this size, fp32."""
+    """Return the logits of images at the pixels of masks of this size, fp32."""
     logits = network(images)["out"].float()
     if logits.shape[2:] != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=network.align_corners)
