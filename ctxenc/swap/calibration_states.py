@@ -1,4 +1,4 @@
-"""Keep the state around calibrate(): random states, modes, autocast, and after an error every value."""
+"""Protect state from calibrate(): random states, autocast's cache and, after an error, the values of the blocks."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def random_states_kept(seed: int) -> Iterator[None]:
+def keep_random_states(seed: int) -> Iterator[None]:
     """Seed the generators that an image loader may use, and restore their states at the end."""
     import numpy as np  # scikit-learn brings it
 
@@ -26,31 +26,24 @@ def random_states_kept(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def no_kept_casts() -> Iterator[None]:
+def disable_cast_cache() -> Iterator[None]:
     """Disable autocast's cache in the body: it would keep rounded weights of a block from before its fit."""
-    kept = torch.is_autocast_cache_enabled()
+    enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(kept)
+        torch.set_autocast_cache_enabled(enabled)
         torch.clear_autocast_cache()
 
 
 @contextmanager
-def all_or_nothing(blocks: Sequence[nn.Module], *models: nn.Module | None) -> Iterator[None]:
-    """Set eval mode in the body and restore the modes; after an error restore the blocks' values too."""
-    modes = {module: module.training for model in models if model is not None for module in model.modules()}
+def restore_on_error(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Restore the values of the blocks after an error in the body."""
     before = [{key: value.clone() for key, value in block.state_dict().items()} for block in blocks]
     try:
-        for model in models:
-            if model is not None:
-                model.eval()
         yield
     except BaseException:
         for block, values in zip(blocks, before, strict=True):
             block.load_state_dict(values)
         raise
-    finally:
-        for module, training in modes.items():
-            module.training = training
