@@ -66,10 +66,10 @@ def launches(direction: str, x: Tensor, K: int, gpu: Gpu) -> list[Launch]:
         return room(launch, gpu) if warmup else made.append(launch)
 
     launcher._slots.clear()
-    launcher.plan_of.cache_clear()
+    launcher.make_plan.cache_clear()
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(launcher, "gpu_of", return_value=gpu.target),
+        mock.patch.object(launcher, "describe_gpu", return_value=gpu.target),
         mock.patch.object(torch.version, "hip", "any" if gpu.backend == "hip" else None),
     ):
         _call(direction, x, K)

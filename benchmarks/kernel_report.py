@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.compiled import DTYPES, FOUND, Launch, compiled, disassemble, launches, read_amdgcn
 from benchmarks.environment import describe
 from benchmarks.gpus import GPUS, Gpu
-from ctxenc.kernels.fused.project import may_project
+from ctxenc.kernels.fused.project import can_project
 
 FEW = 64  # bytes of stack a thread, 16 registers of 255: versions of Triton differ by this much
 IMAGES, PIXELS = 3, 4096  # several programs share an image, so that a kernel adds up their sums
@@ -60,7 +60,7 @@ def cases(chips: list[str], codes: list[int], quick: bool) -> list[Case]:
 
 
 def _is_there(case: Case, first: int, quick: bool) -> bool:
-    if case.direction == "project" and not may_project(DTYPES[case.dtype], case.D, case.K):
+    if case.direction == "project" and not can_project(DTYPES[case.dtype], case.D, case.K):
         return False
     if case.direction == "gate" and (first != case.K or (quick and case.D == 64)):  # the gate has no codewords
         return False

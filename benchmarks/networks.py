@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import segmentation
 
 import ctxenc
-from ctxenc.context import reduced_channels
+from ctxenc.encoding import reduce_channels
 from ctxenc.integrations import EncNet, EncNetLoss
 from ctxenc.runs.segment_config import NoContext
 from ctxenc.swap.patching import find_context_blocks
-from ctxenc.swap.se_classes import empty_slots, find_se_blocks
+from ctxenc.swap.se_classes import find_empty_slots, find_se_blocks
 
 CLASSIFIERS = (
     "seresnet50",
@@ -92,7 +92,7 @@ def changes(model: nn.Module) -> dict[str, Change]:
         names = [name for name in SWAPS if not name.startswith("own")]
         other = {"SE": _with_se}
     else:
-        usual = all(block.rd_channels == reduced_channels(block.channels, 1 / 16, rd_divisor=8) for block in blocks)
+        usual = all(block.rd_channels == reduce_channels(block.channels, 1 / 16, rd_divisor=8) for block in blocks)
         names = [name for name in SWAPS if not (usual and name.startswith("1/16"))]
         other = {"no SE": _without_se}
         if model.default_cfg.get("architecture") == CLASSIFIERS[0]:
@@ -123,7 +123,7 @@ def _with_attention(kind: str, model: nn.Module) -> nn.Module:
 
 
 def _with_se(model: nn.Module) -> nn.Module:
-    for slot, _ in list(empty_slots(model)):
+    for slot, _ in list(find_empty_slots(model)):
         path, _, attribute = slot.name.rpartition(".")
         setattr(model.get_submodule(path), attribute, SEModule(slot.channels))
     return model

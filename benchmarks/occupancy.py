@@ -41,7 +41,7 @@ from benchmarks.compiled import DTYPES, Launch, launches, resources
 from benchmarks.environment import describe
 from benchmarks.gpus import GPUS, Gpu
 from benchmarks.shapes import NETWORKS, Feed
-from ctxenc.kernels.fused.tiles import ceil_div, programs_per_multiprocessor
+from ctxenc.kernels.fused.tiles import ceil_div, count_programs
 
 DIRECTIONS = ("forward", "backward")
 AIM_BUSY, AIM_L2 = 0.9, {"forward": 2.0, "backward": 1.5}
@@ -84,7 +84,7 @@ def estimate(launch: Launch, work: Work, moved: Traffic, gpu: Gpu) -> Kernel:
     a, programs, reads_x = launch.arguments, launch.programs, "p_x" in work.reads
     if reads_x:
         taken = resources(launch, gpu)
-        room = programs_per_multiprocessor(gpu.target, taken.registers, taken.shared, taken.warps)
+        room = count_programs(gpu.target, taken.registers, taken.shared, taken.warps)
     else:  # a finishing kernel has little traffic
         room = gpu.target.threads // (32 * launch.options.get("num_warps", 4))
     on_busiest = ceil_div(programs, multiprocessors) * work.share

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ctxenc import assign
 from ctxenc.encoding import Encoding
-from ctxenc.swap.starts import kmeans_centres, smoothing_for
+from ctxenc.swap.starts import find_centres, find_smoothing
 
 REMEDIES = ("k-means", "restart", "sharp", "decay")
 
@@ -50,8 +50,8 @@ def apply_after_epoch(remedy: str, epoch: int, network: nn.Module, images: Tenso
     with torch.no_grad():
         for layer, pixels in pixels_of(network.eval(), images).items():
             if remedy == "k-means":
-                layer.codewords.copy_(kmeans_centres(pixels, len(layer.codewords), seed=epoch))
-                layer.smoothing.fill_(smoothing_for(pixels[::16], layer.codewords, 0.9))
+                layer.codewords.copy_(find_centres(pixels, len(layer.codewords), seed=epoch))
+                layer.smoothing.fill_(find_smoothing(pixels[::16], layer.codewords, 0.9))
             else:
                 use = assign(pixels.mT[None], layer.codewords, layer.smoothing).mean((0, 2))
                 idle = use < 1 / (4 * len(use))

@@ -4,9 +4,7 @@ SE squeezes a map to its mean. This block encodes it with a learned codebook: it
 the residuals, and computes the channel gates from the sums. EncNet (arXiv 1803.08904), sections 3.1 and 4.3 (the CIFAR block).
 """
 
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, ClassVar, Final
 
 import torch
@@ -18,13 +16,22 @@ from ctxenc.encoding import (
     STARTS,
     Encoding,
     check_choice,
+    check_ratio,
     check_sizes,
     check_smoothing,
     is_traced,
+    reduce_channels,
     spread_codebook,
 )
-from ctxenc.functional import fused_gate, fused_pool, fused_projection, fuses_gate, fuses_pool, fuses_projection
-from ctxenc.kernels.backends import makes_saved_graph
+from ctxenc.functional import (
+    can_fuse_gate,
+    can_fuse_pool,
+    can_fuse_projection,
+    run_fused_gate,
+    run_fused_pool,
+    run_fused_projection,
+)
+from ctxenc.kernels.backends import is_saving_graph
 
 Layer = Callable[..., nn.Module]
 
@@ -39,7 +46,7 @@ POOLS = ("mean", "concat")
 MEAN_EPS = 1e-10
 
 
-def _gate(layer: str | Layer | nn.Module) -> nn.Module:
+def _build_gate(layer: str | Layer | nn.Module) -> nn.Module:
     if isinstance(layer, nn.Module):
         return layer
     if isinstance(layer, str):
@@ -53,35 +60,22 @@ def _gate(layer: str | Layer | nn.Module) -> nn.Module:
     return layer()
 
 
-def reduced_channels(channels: int, rd_ratio: float, rd_divisor: int) -> int:
-    """Return the multiple of rd_divisor nearest to channels * rd_ratio, at least one rd_divisor: timm's rule for SE."""
-    return max(rd_divisor, int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor)
-
-
-def check_ratio(name: str, rd_ratio: float) -> None:
-    """Check that rd_ratio is a positive finite number.
-
-    Raises:
-        ValueError: rd_ratio is not positive and finite.
-        TypeError: rd_ratio is not a number.
-    """
-    if not isinstance(rd_ratio, Real) or isinstance(rd_ratio, bool):
-        raise TypeError(f"{name}: rd_ratio must be a positive number, got {rd_ratio!r}")
-    if not 0 < rd_ratio < math.inf:
-        raise ValueError(f"{name}: rd_ratio must be a positive number, got {rd_ratio}")
-
-
-def _takes_statistics(norm: nn.Module) -> bool:
+def _has_batch_statistics(norm: nn.Module) -> bool:
     """Return whether a norm is a BatchNorm that will take batch statistics; SyncBatchNorm counts other processes' samples too."""
     return (
         norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm)
     )
 
 
-def _must_be_called(module: nn.Module) -> bool:
-    """Return whether this module must be called: it has a hook, a global hook exists, or its forward was replaced."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
+def _can_bypass(x: Tensor, *modules: nn.Module) -> bool:
+    """Return whether fused code may run in place of modules, for x: no torch.fx proxy, no hook, and no replaced forward."""
+    if is_traced(x) or nn.modules.module._has_any_global_hook():
+        return False
+    for module in modules:
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks) or "forward" in module.__dict__:
+            return False
+    return True
 
 
 def _check_batch(x: Tensor, rd_channels: int, conv_norm: bool, code_norm: bool) -> None:
@@ -105,7 +99,7 @@ def _coarsen(x: Tensor, max_size: int) -> Tensor:
     """Average-pool a map (B, C, H, W) to at most max_size x max_size."""
     height, width = min(x.shape[2], max_size), min(x.shape[3], max_size)
     # A saved graph may run at any size, so it pools in the form for any size, and copies maps that already fit.
-    if torch.jit.is_scripting() or not makes_saved_graph():
+    if torch.jit.is_scripting() or not is_saving_graph():
         if height == x.shape[2] and width == x.shape[3]:
             return x
         if x.numel() > 0 and x.shape[2] % height == 0 and x.shape[3] % width == 0:
@@ -117,7 +111,7 @@ def _coarsen(x: Tensor, max_size: int) -> Tensor:
 torch.fx.wrap("_coarsen")  # it reads shapes, and a traced graph has none
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """Return norm(x), computed in the dtype of its statistics and cast back.
 
     FSDP's mixed precision lowers the parameters but not the statistics, and BatchNorm accepts no two dtypes beside x's.
@@ -129,15 +123,15 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     affine = {name: getattr(norm, name) for name in ("weight", "bias") if getattr(norm, name, None) is not None}
     if all(each.dtype == dtype for each in (x, *affine.values())):
         return norm(x)
-    own = vars(norm)  # FSDP1 puts its tensors here, out of reach of torch.func.functional_call
-    held = {name: own[name] for name in affine if name in own}
-    own.update({name: each.to(dtype) for name, each in affine.items()})  # these hide the parameters for one call
+    attributes = vars(norm)  # FSDP1 puts its tensors here, out of reach of torch.func.functional_call
+    hidden = {name: attributes[name] for name in affine if name in attributes}
+    attributes.update({name: each.to(dtype) for name, each in affine.items()})  # these hide the parameters for one call
     try:
         return norm(x.to(dtype)).to(x.dtype)
     finally:
         for name in affine:
-            del own[name]
-        own.update(held)
+            del attributes[name]
+        attributes.update(hidden)
 
 
 Projection = nn.Conv2d  # pickles of whole blocks use this name for the projection's class
@@ -216,7 +210,7 @@ class ContextEncoding(nn.Module):
         check_sizes("ContextEncoding", channels=channels, num_codes=num_codes, rd_divisor=rd_divisor)
         check_ratio("ContextEncoding", rd_ratio)
         if rd_channels is None:
-            rd_channels = reduced_channels(channels, rd_ratio, rd_divisor)
+            rd_channels = reduce_channels(channels, rd_ratio, rd_divisor)
         check_sizes("ContextEncoding", rd_channels=rd_channels)
         check_choice("ContextEncoding", POOLS, pool=pool)
         check_smoothing(smoothing, "ContextEncoding")
@@ -224,7 +218,7 @@ class ContextEncoding(nn.Module):
         check_choice("ContextEncoding", STARTS, start=start)
         if max_size is not None:
             check_sizes("ContextEncoding", max_size=max_size)
-        gate = _gate(gate_layer)
+        gate = _build_gate(gate_layer)
         for argument, layer in {"act_layer": act_layer, "norm_layer": norm_layer}.items():
             if layer is not None and not callable(layer):
                 raise TypeError(f"ContextEncoding: {argument} must be a class or a function, got {layer!r}")
@@ -281,9 +275,9 @@ class ContextEncoding(nn.Module):
         """
 
         def keep_fp32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            lowered = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(moved.device, torch.float32) if lowered else moved
+            converted = fn(tensor)
+            is_lowered = converted.is_floating_point() and converted.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(converted.device, torch.float32) if is_lowered else converted
 
         if recurse:
             for child in self.children():
@@ -336,29 +330,27 @@ class ContextEncoding(nn.Module):
         return self
 
     def _encode(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and self._fuses_projection(x):
+        if not torch.jit.is_scripting() and self._can_fuse_projection(x):
             shift: Any = self.conv.bias
             codebook = self.encoding.codewords, self.encoding.smoothing
-            return fused_projection(x, self.conv.weight, shift, *codebook, self.aggregation)
+            return run_fused_projection(x, self.conv.weight, shift, *codebook, self.aggregation)
         return self.encoding(self.act(self.norm(self.conv(x))))
 
     @torch.jit.unused
-    def _fuses_projection(self, x: Tensor) -> bool:
+    def _can_fuse_projection(self, x: Tensor) -> bool:
         """Return whether one kernel projects and encodes: in a fused block without replaced parts or parts that must be called."""
         parts = (self.conv, self.norm, self.act, self.encoding)
-        own = [type(part) for part in parts] == [nn.Conv2d, nn.Identity, nn.ReLU, Encoding]
-        if not own or is_traced(x) or any(_must_be_called(part) for part in parts):
+        if [*map(type, parts)] != [nn.Conv2d, nn.Identity, nn.ReLU, Encoding] or not _can_bypass(x, *parts):
             return False
         encoding, shift = self.encoding, self.conv.bias
         if shift is None or not _is_product(self.conv) or (encoding.sampled and encoding.training):
             return False
-        return fuses_projection(x, self.conv.weight, shift, encoding.codewords, encoding.smoothing)
+        return can_fuse_projection(x, self.conv.weight, shift, encoding.codewords, encoding.smoothing)
 
     @torch.jit.unused
-    def _fuses_pool(self, encoding: Tensor) -> bool:
+    def _can_fuse_pool(self, encoding: Tensor) -> bool:
         """Return whether norm, ReLU and mean over the codewords are fused: only if the norm need not be called."""
-        norm = self.norm_codes
-        return not _must_be_called(norm) and not is_traced(encoding) and fuses_pool(encoding, norm)
+        return _can_bypass(encoding, self.norm_codes) and can_fuse_pool(encoding, self.norm_codes)
 
     def features(self, x: Tensor) -> Tensor:
         """Compute the input of the gate from x (B, C, H, W): (B, C') for "mean", (B, K * C') for "concat"; fp32 or x's dtype."""
@@ -366,30 +358,29 @@ class ContextEncoding(nn.Module):
         if max_size is not None:
             x = _coarsen(x, max_size)
         if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not is_traced(x):
-            _check_batch(x, self.rd_channels, _takes_statistics(self.norm), _takes_statistics(self.norm_codes))
+            _check_batch(x, self.rd_channels, _has_batch_statistics(self.norm), _has_batch_statistics(self.norm_codes))
         encoding = self._encode(x)
         if self.pool == "mean":
-            if not torch.jit.is_scripting() and self._fuses_pool(encoding):
-                return fused_pool(encoding, self.norm_codes, x.dtype)
+            if not torch.jit.is_scripting() and self._can_fuse_pool(encoding):
+                return run_fused_pool(encoding, self.norm_codes, x.dtype)
             encoding = encoding.unsqueeze(3)
             if torch.jit.is_scripting():
                 encoding = self.norm_codes(encoding)
             else:
-                encoding = _normed(self.norm_codes, encoding)
+                encoding = _normalize(self.norm_codes, encoding)
             return encoding.squeeze(3).relu().mean(1)
         return F.normalize(encoding.flatten(1), dim=1)
 
     @torch.jit.unused
-    def _fuses_gate(self, x: Tensor, logits: Tensor) -> bool:
+    def _can_fuse_gate(self, x: Tensor, logits: Tensor) -> bool:
         """Return whether the product is fused: only for a plain sigmoid gate, as hooks need a call."""
-        gate = self.gate
-        return type(gate) is nn.Sigmoid and not _must_be_called(gate) and not is_traced(x) and fuses_gate(x, logits)
+        return type(self.gate) is nn.Sigmoid and _can_bypass(x, self.gate) and can_fuse_gate(x, logits)
 
     def gated(self, x: Tensor, features: Tensor) -> Tensor:
         """Return the output for x (B, C, H, W) and features, the result of features(x)."""
         logits = self.fc(features.to(x.dtype))
-        if not torch.jit.is_scripting() and self._fuses_gate(x, logits):
-            return fused_gate(x, logits, self.residual)
+        if not torch.jit.is_scripting() and self._can_fuse_gate(x, logits):
+            return run_fused_gate(x, logits, self.residual)
         gated = x * self.gate(logits).to(x.dtype)[:, :, None, None]
         # Not relu, which saves its output: the next layer may change that in place.
         return F.threshold(x + gated, 0.0, 0.0) if self.residual else gated

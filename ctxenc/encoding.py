@@ -29,7 +29,7 @@ def is_traced(x: Tensor) -> bool:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
+def run_eagerly() -> Iterator[None]:
     """Run compiled modules eagerly inside the block: torch.compile ignores hooks added after compilation."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled unless this package was imported
         yield
@@ -142,9 +142,9 @@ class Encoding(nn.Module):
 def spread_codebook(name: str, encoding: Encoding, norm: nn.Module, act: nn.Module) -> None:
     """Initialise a codebook from the distribution of its features: act(norm(x)) of normal x, as a projection gives them.
 
-    Codewords are drawn as such features. The smoothing is 2 / the deviation of |z - d_k|^2 over the codewords, for a feature z,
-    so that pixels differ in their assignment. A fixed smoothing is kept; the norm's weight and bias are scaled instead.
-    A single codeword owns every pixel and stays as it is.
+    The codewords are such features. So that pixels differ in their assignment, the smoothing is 2 over the standard deviation of
+    |z - d_k|^2 over k, on average over features z. A smoothing that is not learned stays, and the norm's weight and bias are scaled
+    instead. A single codeword owns every pixel: nothing changes.
 
     Raises:
         ValueError: the smoothing is not learned, and the norm has no weight to scale.
@@ -160,17 +160,17 @@ def spread_codebook(name: str, encoding: Encoding, norm: nn.Module, act: nn.Modu
         return features.to(torch.promote_types(codewords.dtype, torch.float32))
 
     learned = isinstance(encoding.smoothing, nn.Parameter)
-    scaled = [each for each in (getattr(norm, "weight", None), getattr(norm, "bias", None)) if each is not None]
-    if not (learned or scaled):
-        what = f"{type(norm).__name__} without a weight"
-        raise ValueError(f"{name}: start must be 'paper' for a fixed smoothing behind {what}, got 'spread'")
-    pixels, started = draw(SPREAD_PIXELS), draw(encoding.num_codes)
-    distances = torch.cdist(pixels, started, compute_mode="donot_use_mm_for_euclid_dist")  # avoids (pixels, K, C)
+    affine = [each for each in (getattr(norm, "weight", None), getattr(norm, "bias", None)) if each is not None]
+    if not (learned or affine):
+        norm_name = f"{type(norm).__name__} without a weight"
+        raise ValueError(f"{name}: start must be 'paper' for a fixed smoothing behind {norm_name}, got 'spread'")
+    pixels, initial = draw(SPREAD_PIXELS), draw(encoding.num_codes)
+    distances = torch.cdist(pixels, initial, compute_mode="donot_use_mm_for_euclid_dist")  # avoids (pixels, K, C)
     smoothing = 2 / distances.square().std(1, correction=0).mean().clamp(min=1e-6)
     if learned:
         encoding.smoothing.fill_(smoothing)
     else:
-        for parameter in scaled:
+        for parameter in affine:
             parameter.mul_((smoothing / encoding.smoothing).sqrt())
     codewords.copy_(draw(encoding.num_codes))
 
@@ -189,13 +189,26 @@ def check_sizes(name: str, **sizes: int) -> None:
             raise ValueError(f"{name}: {argument} must be a positive integer, got {size}")
 
 
-def check_choice(name: str, choices: Sequence[str], **given: str) -> None:
+def check_ratio(name: str, rd_ratio: float) -> None:
+    """Check that rd_ratio is a positive finite number.
+
+    Raises:
+        ValueError: rd_ratio is not positive and finite.
+        TypeError: rd_ratio is not a number.
+    """
+    if not isinstance(rd_ratio, Real) or isinstance(rd_ratio, bool):
+        raise TypeError(f"{name}: rd_ratio must be a positive number, got {rd_ratio!r}")
+    if not 0 < rd_ratio < math.inf:
+        raise ValueError(f"{name}: rd_ratio must be a positive number, got {rd_ratio}")
+
+
+def check_choice(name: str, choices: Sequence[str], **settings: str) -> None:
     """Check that a setting is one of `choices`.
 
     Raises:
         ValueError: it is not.
     """
-    for argument, value in given.items():
+    for argument, value in settings.items():
         if value not in choices:
             raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -215,3 +228,8 @@ def check_smoothing(smoothing: str | float, name: str) -> None:
         raise TypeError(f"{rule}, got {type(smoothing).__name__}")
     elif not 0 < smoothing < math.inf:
         raise ValueError(f"{rule}, got {smoothing!r}")
+
+
+def reduce_channels(channels: int, rd_ratio: float, rd_divisor: int) -> int:
+    """Return the multiple of rd_divisor nearest to channels * rd_ratio, at least one rd_divisor: timm's rule for SE."""
+    return max(rd_divisor, int(channels * rd_ratio + rd_divisor / 2) // rd_divisor * rd_divisor)

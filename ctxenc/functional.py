@@ -22,9 +22,9 @@ def _check(name: str, x: Any, codewords: Any, smoothing: Any) -> Tensor:
     Returns:
         Smoothing as a tensor. A number becomes a tensor () in fp32 or wider, so that half precision does not round it.
     """
-    number = not isinstance(smoothing, (Tensor, bool)) and isinstance(smoothing, Real)
+    is_number = not isinstance(smoothing, (Tensor, bool)) and isinstance(smoothing, Real)
     tensors: list[tuple[str, Any]] = [("x", x), ("codewords", codewords)]
-    for argument, tensor in tensors if number else [*tensors, ("smoothing", smoothing)]:
+    for argument, tensor in tensors if is_number else [*tensors, ("smoothing", smoothing)]:
         if not isinstance(tensor, Tensor):
             rule = "a number or a tensor" if argument == "smoothing" else "a tensor"
             raise TypeError(f"{name}: {argument} must be {rule}, got {type(tensor).__name__}")
@@ -58,7 +58,7 @@ def _check_shapes(name: str, x: Tensor, codewords: Tensor, smoothing: Tensor | N
         )
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+def _disable_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Disable autocast, but only if it is enabled: strict torch.export cannot save such a region."""
     device = "cpu" if x.is_meta else x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -94,21 +94,21 @@ def encode(
         ValueError: shapes or devices do not match, or the aggregation or backend is unknown.
         RuntimeError: backend "triton" cannot run on this input or machine.
     """
-    backends.checked(backend, "encode: backend")
+    backends.check_backend(backend, "encode: backend")
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"encode: aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
     mean = aggregation == "mean"
     smoothing = _check("encode", x, codewords, smoothing)
-    fused, by_name = backends.choose("encode", backend, backends.why_not_encode, x, codewords, smoothing)
-    if fused:
+    is_fused, strict = backends.choose("encode", backend, backends.why_not_encode, x, codewords, smoothing)
+    if is_fused:
         from ctxenc.kernels.fused import encode as fused_encode
 
-        return fused_encode.encode(x, codewords, smoothing, by_name, mean)
+        return fused_encode.encode(x, codewords, smoothing, strict, mean)
     x = x.flatten(2)
-    with _no_autocast(x):
+    with _disable_autocast(x):
         # A saved graph cannot hold an autograd.Function.
-        serves = torch_encode.encode_plainly if backends.makes_saved_graph() else torch_encode.encode
-        encoding = serves(x, codewords, smoothing)
+        compute = torch_encode.encode_plainly if backends.is_saving_graph() else torch_encode.encode
+        encoding = compute(x, codewords, smoothing)
         return encoding / x.shape[2] if mean else encoding
 
 
@@ -130,18 +130,18 @@ def backend_info(
         ValueError: shapes or devices do not match.
     """
     if x is None and codewords is None:
-        return backends.info()
+        return backends.describe_choice()
     if smoothing is None and isinstance(codewords, Tensor) and codewords.dim() == 2:
         smoothing = codewords.new_empty(codewords.shape[0])
     smoothing = _check("backend_info", x, codewords, smoothing)
-    return backends.info(x, codewords, smoothing)  # type: ignore[arg-type]
+    return backends.describe_choice(x, codewords, smoothing)  # type: ignore[arg-type]
 
 
-def fuses_gate(x: Tensor, logits: Tensor) -> bool:
-    """Return whether fused_gate replaces the plain gate.
+def can_fuse_gate(x: Tensor, logits: Tensor) -> bool:
+    """Return whether run_fused_gate replaces the plain gate.
 
-    False under torch.compile: it fuses the plain gate with the neighbouring layers, and a custom operator would cost one more pass.
-    False in float64 too, even with backend "triton": encode() may get an fp32 projection of an fp64 map.
+    False under torch.compile, which fuses the plain gate with the neighbouring layers; a custom operator would cost one more pass.
+    False in float64, even with backend "triton". Then encode() may still run fused, on an fp32 projection of an fp64 map.
 
     Raises:
         RuntimeError: the backend is set to "triton" and the kernels cannot run, as in encode().
@@ -152,27 +152,27 @@ def fuses_gate(x: Tensor, logits: Tensor) -> bool:
 
 
 @torch.jit.unused
-def fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
+def run_fused_gate(x: Tensor, logits: Tensor, residual: bool) -> Tensor:
     """Return x * sigmoid(logits), or relu(x + x * sigmoid(logits)), for x (B, C, *spatial) and logits (B, C), laid out like x."""
     from ctxenc.kernels.fused import gate
 
-    return gate.gate(x.flatten(2), logits, residual, backends.preferred() == "triton").unflatten(2, x.shape[2:])
+    return gate.gate(x.flatten(2), logits, residual, backends.get_preferred() == "triton").unflatten(2, x.shape[2:])
 
 
-def fuses_pool(encoding: Tensor, norm: nn.Module) -> bool:
-    """Return whether fused_pool replaces norm, ReLU and mean: it needs a plain fp32 BatchNorm.
+def can_fuse_pool(encoding: Tensor, norm: nn.Module) -> bool:
+    """Return whether run_fused_pool replaces norm, ReLU and mean: it needs a plain fp32 BatchNorm.
 
     Everything else takes the plain expression. torch.compile fuses that itself, and a dispatch mode would not see the kernels.
     """
-    if backends.is_watched() or not backends.may_serve(encoding):
+    if backends.is_watched() or not backends.can_serve(encoding):
         return False
     if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
         return False
     if encoding.dim() != 3 or encoding.shape[1] > backends.MAX_CODES or not encoding.numel():
         return False
     tensors: tuple[Any, ...] = (encoding, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    plain = all(type(tensor) in backends.PLAIN and tensor.dtype == torch.float32 for tensor in tensors)
-    if not plain or type(norm.num_batches_tracked) is not Tensor:
+    are_plain = all(type(tensor) in backends.PLAIN and tensor.dtype == torch.float32 for tensor in tensors)
+    if not are_plain or type(norm.num_batches_tracked) is not Tensor:
         return False
     together = all(tensor.device == encoding.device for tensor in (*tensors, norm.num_batches_tracked))
     # The kernel is verified on aligned tensors, as operators return them.
@@ -180,21 +180,21 @@ def fuses_pool(encoding: Tensor, norm: nn.Module) -> bool:
 
 
 @torch.jit.unused
-def fused_pool(encoding: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
+def run_fused_pool(encoding: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
     """Return the mean over codewords of relu(norm(encoding)), for an encoding (B, K, C): (B, C) in the given dtype."""
     from ctxenc.kernels.fused.pool import pool
 
-    return pool(encoding, norm, dtype, backends.preferred() == "triton")
+    return pool(encoding, norm, dtype, backends.get_preferred() == "triton")
 
 
-def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> bool:
-    """Return whether fused_projection replaces a convolution, a ReLU and encode().
+def can_fuse_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor) -> bool:
+    """Return whether run_fused_projection replaces a convolution, a ReLU and encode().
 
     It does if the kernels can run, gradients are disabled, and the sizes fit the kernel. Otherwise the separate steps run; they
     support more, and raise the errors.
     """
     parameters, device = (weight, shift, codewords, smoothing), x.device.type
-    if torch.is_grad_enabled() or not backends.may_serve(x, *parameters):
+    if torch.is_grad_enabled() or not backends.can_serve(x, *parameters):
         return False
     if x.dim() != 4 or 0 in x.shape or any(tensor.device != x.device for tensor in parameters):
         return False
@@ -203,19 +203,19 @@ def fuses_projection(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor
         return False
     if (x.shape[1], codewords.shape[1]) != (weight.shape[1], weight.shape[0]):
         return False
-    from ctxenc.kernels.fused.project import may_project
+    from ctxenc.kernels.fused.project import can_project
 
-    return may_project(dtype, codewords.shape[1], codewords.shape[0])
+    return can_project(dtype, codewords.shape[1], codewords.shape[0])
 
 
 @torch.jit.unused
-def fused_projection(
+def run_fused_projection(
     x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, aggregation: str = "sum"
 ) -> Tensor:
     """Return the encoding (B, K, C'), fp32, of relu(conv2d(x, weight, shift)) without storing it; weight is (C', C, 1, 1)."""
     from ctxenc.kernels.fused.project import project_encode
 
-    choices = backends.preferred() == "triton", aggregation == "mean"
+    choices = backends.get_preferred() == "triton", aggregation == "mean"
     return project_encode(x.flatten(2), weight.flatten(1).to(x.dtype), shift, codewords, smoothing, *choices)
 
 
@@ -235,6 +235,6 @@ def assign(x: Tensor, codewords: Tensor, smoothing: Tensor | float) -> Tensor:
         ValueError: shapes or devices do not match.
     """
     smoothing = _check("assign", x, codewords, smoothing)
-    with _no_autocast(x):
+    with _disable_autocast(x):
         weights = torch_encode.assign(x.flatten(2), codewords, smoothing)
     return weights.unflatten(2, x.shape[2:])

@@ -36,7 +36,7 @@ def solves(operator: str, form: str) -> tuple[str, ...]:
 
 LOW = "        cross -= dot(operand, low, DOT)"
 IMAGE = "(tile // tiles).to(tl.int64), stride_b"
-BASE = "tl.where(tl.abs(c) > tl.max(tl.abs(d), 1) * OFFSET, rounded(c, DOT).to(tl.float32), 0.0)"
+BASE = "tl.where(tl.abs(c) > tl.max(tl.abs(d), 1) * OFFSET, round_operand(c, DOT).to(tl.float32), 0.0)"
 CENTER = 'return tl.minimum(tl.argmin(tl.where(o_k < K, distance, float("inf")), 0), K - 1)'
 REFUSED = ("tests/interpreted/test_verdicts.py", "-k", "never_refused")
 APART = (ENCODE, "-k", "gigabytes")

@@ -243,8 +243,8 @@ def test_images_learned_by_heart_are_not_reported(reader: nn.Module, monkeypatch
     monkeypatch.setattr(starts, "PENALTIES", [1e-6])  # a fit that interpolates
     images = [IMAGES[:24]]
     honest = calibrated(swapped(reader, pool="concat"), images, like=like, held_out=0.5)
-    split = calibration._images
-    monkeypatch.setattr(calibration, "_images", lambda *args: (split(*args)[0],) * 2)
+    split = calibration._split_images
+    monkeypatch.setattr(calibration, "_split_images", lambda *args: (split(*args)[0],) * 2)
     flattering = calibrated(swapped(reader, pool="concat"), images, like=like, held_out=0.5)
     for own, other in zip(honest.blocks, flattering.blocks, strict=True):
         assert other.gate_r2 > 0.9
@@ -447,7 +447,7 @@ def test_images_are_held_out_at_random() -> None:
 
     def held(seed: int) -> list[int]:
         fit, kept = (
-            torch.cat(part).flatten().int().tolist() for part in calibration._images(images.split(7), 0.25, seed)
+            torch.cat(part).flatten().int().tolist() for part in calibration._split_images(images.split(7), 0.25, seed)
         )
         assert len(kept) == 10
         assert sorted(fit + kept) == list(range(40))
@@ -491,15 +491,15 @@ def test_features_are_those_of_the_block(reader: nn.Module) -> None:
         encodings: list[Tensor] = []
         block.encoding.register_forward_hook(lambda _, __, out, kept=encodings: kept.append(out))
         with torch.no_grad():
-            assert torch.equal(block.features(x), starts.pooled(block, encodings[0]))
+            assert torch.equal(block.features(x), starts.pool_encodings(block, encodings[0]))
 
 
 def test_smoothing_follows_the_scale_of_the_data() -> None:
     torch.manual_seed(0)
     pixels, codewords = torch.randn(500, 6), torch.randn(8, 6)
-    soft = starts.smoothing_for(pixels, codewords, 0.9)
-    assert starts.smoothing_for(3 * pixels, 3 * codewords, 0.9) == pytest.approx(soft / 9, rel=1e-3)
-    assert soft < starts.smoothing_for(pixels, codewords, 0.5)
+    soft = starts.find_smoothing(pixels, codewords, 0.9)
+    assert starts.find_smoothing(3 * pixels, 3 * codewords, 0.9) == pytest.approx(soft / 9, rel=1e-3)
+    assert soft < starts.find_smoothing(pixels, codewords, 0.5)
     weights = ctxenc.assign(pixels.mT[None], codewords, soft)
     assert float(torch.special.entr(weights).sum(1).mean().exp()) == pytest.approx(8**0.9, rel=1e-3)
 
@@ -524,12 +524,12 @@ def test_projection_keeps_what_the_first_layer_looks_at() -> None:
     torch.manual_seed(0)
     pixels = [torch.randn(6, 10, 12), torch.randn(4, 7, 12)]
     first = torch.randn(5, 12)
-    assert torch.equal(starts.projection_rows(first, pixels, 5), first)
-    more = starts.projection_rows(first, pixels, 8)
+    assert torch.equal(starts.find_projection_rows(first, pixels, 5), first)
+    more = starts.find_projection_rows(first, pixels, 8)
     assert torch.equal(more[:5], first)
     assert (more[5:] @ first.mT).abs().max() < 1e-4
     torch.testing.assert_close(more[5:] @ more[5:].mT, torch.eye(3))
-    fewer = starts.projection_rows(first, pixels, 2)
+    fewer = starts.find_projection_rows(first, pixels, 2)
     responses = torch.cat([batch.mean(1) for batch in pixels]) @ first.mT
     basis = torch.linalg.svd(responses - responses.mean(0)).Vh[:2] @ first
     kept = torch.linalg.lstsq(fewer.mT, basis.mT)
@@ -540,7 +540,7 @@ def test_projection_keeps_what_the_first_layer_looks_at() -> None:
 def test_logits_stay_where_the_gate_moves(gate: str) -> None:
     logits = torch.cat([torch.linspace(-2, 2, 41), torch.tensor([-60.0, 45.0])])[:, None]
     layer = ctxenc.ContextEncoding(1, gate_layer=gate).gate
-    moved, values = starts.moving(layer, logits), layer(logits.clone())
+    moved, values = starts.clamp_logits(layer, logits), layer(logits.clone())
     assert torch.equal(moved[:41], logits[:41])
     assert (layer(moved.clone()) - values).abs().max() <= 0.0101 * (values.max() - values.min())
     assert (moved.abs().max() < 6) == (gate != "identity")
@@ -552,12 +552,12 @@ def test_images_of_huge_logits_do_not_spoil_the_fit() -> None:
     block = ctxenc.ContextEncoding(4, 8, rd_channels=8, pool="concat", gate_layer="hard_sigmoid").eval()
     encodings = torch.randn(200, 8, 8)
     with torch.no_grad():
-        features = starts.pooled(block, encodings)
+        features = starts.pool_encodings(block, encodings)
         logits = 1.5 * features @ torch.randn(64, 4)
         logits[:6] = 60 * torch.randn(6, 4).sign()
         starts.fit_gate(block, encodings, logits)
         own, wanted = block.gate(block.fc(features[6:])), block.gate(logits[6:].clone())
-    assert calibration.gate_r2([(own, wanted)]) > 0.8
+    assert calibration.compute_gate_r2([(own, wanted)]) > 0.8
 
 
 def test_fewer_pixels_than_codewords_are_named(reader: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torch.export import Dim
 
 import ctxenc
 from ctxenc import ContextEncoding
-from ctxenc.context import _coarsen, reduced_channels
+from ctxenc.context import _coarsen
+from ctxenc.encoding import reduce_channels
 from ctxenc.kernels import reference
 from tests.blocks import KINDS, each_pool, equal, group_norm, norms_of, stirred
 
@@ -95,7 +96,7 @@ def test_rd_channels_are_rounded_as_timm_rounds_them():
 
     for channels in range(1, 600, 7):
         for ratio in (1 / 16, 0.25, 1 / 3):
-            assert reduced_channels(channels, ratio, 8) == make_divisible(channels * ratio, 8, round_limit=0.0)
+            assert reduce_channels(channels, ratio, 8) == make_divisible(channels * ratio, 8, round_limit=0.0)
 
 
 def test_state_names():

@@ -199,8 +199,8 @@ def test_gpus_are_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: known)
     monkeypatch.setattr(ctxenc, "backend_info", lambda: BackendInfo("triton", "all is well"))
-    monkeypatch.setattr(tasks, "_driver", lambda: "570.1")
-    text = environment_text(tasks.environment())
+    monkeypatch.setattr(tasks, "_find_driver", lambda: "570.1")
+    text = environment_text(tasks.describe_environment())
     assert ", driver 570.1, Python" in text
     assert "GPU 0: Test GPU, 9.0, 132 multiprocessors, 144 GiB\n" in text
     assert 'backend="auto" takes triton: all is well' in text
@@ -216,7 +216,7 @@ def test_kernel_and_pytorch_path_are_timed_side_by_side(monkeypatch):
 
     monkeypatch.setattr(testing, "do_bench", do_bench)
     call = {"shape": [2, 16, 5, 5], "num_codes": 4, "dtype": "bf16", "layout": "channels_last"}
-    (found,) = tasks.times({"calls": [call], "device": "cpu"})
+    (found,) = tasks.time_calls({"calls": [call], "device": "cpu"})
     assert found["call"] == call
     assert found["torch"] == {"forward_ms": 1.5, "both_ms": 4.5}
     assert found["triton"]["problem"].startswith('encode: backend="triton" cannot run: ')

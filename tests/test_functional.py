@@ -175,21 +175,21 @@ def test_torch_by_name_is_torch_whatever_auto_means():
 def test_use_backend_nests_and_survives_errors():
     def fail_inside() -> None:
         with ctxenc.use_backend("triton"):
-            assert backends.preferred() == "triton"
+            assert backends.get_preferred() == "triton"
             raise KeyError
 
     with ctxenc.use_backend("torch"):
-        assert backends.preferred() == "torch"
+        assert backends.get_preferred() == "torch"
         with pytest.raises(KeyError):
             fail_inside()
-        assert backends.preferred() == "torch"
+        assert backends.get_preferred() == "torch"
         with pytest.raises(ValueError), ctxenc.use_backend("nonsense"):
             pass
-        assert backends.preferred() == "torch"
+        assert backends.get_preferred() == "torch"
         with ctxenc.use_backend("auto"):
-            assert backends.preferred() == "auto"
-        assert backends.preferred() == "torch"
-    assert backends.preferred() == backends.DEFAULT
+            assert backends.get_preferred() == "auto"
+        assert backends.get_preferred() == "torch"
+    assert backends.get_preferred() == backends.DEFAULT
 
 
 def test_use_backend_is_no_other_threads_business():
@@ -200,7 +200,7 @@ def test_use_backend_is_no_other_threads_business():
         with ctxenc.use_backend("triton"):
             first.set()
             second.wait(10)
-            seen.append(backends.preferred())
+            seen.append(backends.get_preferred())
 
     thread = threading.Thread(target=begin_first)
     thread.start()
@@ -208,9 +208,9 @@ def test_use_backend_is_no_other_threads_business():
     with ctxenc.use_backend("torch"):
         second.set()
         thread.join()
-        assert backends.preferred() == "torch"
+        assert backends.get_preferred() == "torch"
     assert seen == ["triton"]
-    assert backends.preferred() == backends.DEFAULT
+    assert backends.get_preferred() == backends.DEFAULT
     assert ctxenc.encode(**arguments()).shape == (2, 4, 6)
 
 
@@ -232,7 +232,7 @@ def test_backend_info():
 
 def test_the_environment_variable():
     for value, wanted in {"torch": "torch", "auto": "auto", "": "auto", "triton": "triton"}.items():
-        done = in_environment(value, "from ctxenc.kernels import backends; print(backends.preferred())")
+        done = in_environment(value, "from ctxenc.kernels import backends; print(backends.get_preferred())")
         assert done.stdout.split() == [wanted], done.stderr
 
 

@@ -15,7 +15,7 @@ from benchmarks.gpus import GPUS
 from benchmarks.occupancy import estimate, main, row
 from benchmarks.shapes import Feed
 from ctxenc.kernels.fused import forward
-from ctxenc.kernels.fused.tiles import programs_per_multiprocessor
+from ctxenc.kernels.fused.tiles import count_programs
 
 FEED = Feed("by hand", 32, (28, 28), 16, 64)
 
@@ -54,7 +54,7 @@ def test_a_launch_by_hand(monkeypatch):
     ],
 )
 def test_programs_that_fit_on_a_multiprocessor(target, registers, shared, warps, programs):
-    assert programs_per_multiprocessor(GPUS[target].target, registers, shared, warps) == programs
+    assert count_programs(GPUS[target].target, registers, shared, warps) == programs
 
 
 def test_memory_moves_x_once_and_what_l2_cannot_hold():

@@ -72,7 +72,7 @@ def test_values_and_gradients_in_parts(problem):
     assume(x.numel() > 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_encode, "PART", 1)
-        assert len(torch_encode._parts(x.flatten(2))) == x.shape[0]
+        assert len(torch_encode._split_batch(x.flatten(2))) == x.shape[0]
         assert_right(ctxenc.encode, problem)
         with torch.no_grad():
             inference = ctxenc.encode(x, codewords, smoothing)

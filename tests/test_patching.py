@@ -253,7 +253,7 @@ def test_empty_slots_are_filled_and_emptied(name: str) -> None:
 
 def test_filter_fn_gets_the_convolution_of_an_empty_slot() -> None:
     model, asked = timm.create_model("resnet10t"), {}
-    with pytest.raises(ValueError, match="ResNet, all of whose blocks filter_fn refused"):
+    with pytest.raises(ValueError, match="ResNet: filter_fn refused all of its blocks"):
         patch_se_blocks(model, fill_empty=True, filter_fn=lambda name, module: asked.update({name: module}))
     assert asked == {f"layer{i}.0.se": model.get_submodule(f"layer{i}.0.conv2") for i in range(1, 5)}
 

@@ -44,9 +44,9 @@ NOTHING_TO_PATCH = {
     "eca": (lambda: timm.create_model("ecaresnext26t_32x4d"), "ResNet with 8 EcaModule"),
     "empty": (lambda: timm.create_model("resnet10t"), "ResNet with 4 empty slots, which fill_empty=True fills"),
     "fx": (lambda: _fx(timm.create_model("test_efficientnet")), "a torch.fx graph keeps no SE blocks as modules"),
-    "traced": (lambda: torch.jit.trace(Toy().eval(), X), "nothing can be found in what is scripted or traced"),
-    "scripted": (lambda: torch.jit.script(Toy()), "nothing can be found in what is scripted or traced"),
-    "part scripted": (lambda: nn.Sequential(torch.jit.script(Toy())), "nothing can be found in what is scripted"),
+    "traced": (lambda: torch.jit.trace(Toy().eval(), X), "a scripted or traced model shows no SE blocks"),
+    "scripted": (lambda: torch.jit.script(Toy()), "a scripted or traced model shows no SE blocks"),
+    "part scripted": (lambda: nn.Sequential(torch.jit.script(Toy())), "a scripted or traced model shows"),
     "root": (lambda: SEModule(32), "must hold SE blocks, got one itself, SEModule; use ContextEncoding"),
     "built": (lambda: Toy(ctxenc.ContextEncoding(32)), "Toy with 1 ContextEncoding"),
 }

@@ -64,7 +64,7 @@ class LastSE(nn.Module):
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Any:
     """register_se_class, taken back at the end."""
-    monkeypatch.setattr(se_classes, "_KINDS", dict(se_classes._KINDS))
+    monkeypatch.setattr(se_classes, "_SE_CLASSES", dict(se_classes._SE_CLASSES))
     return ctxenc.register_se_class
 
 
@@ -149,8 +149,8 @@ def test_logits_are_those_of_the_gates(register: Any, kind: str) -> None:
     with torch.no_grad():
         network(images)
         model = patch_se_blocks(copy.deepcopy(network))
-        places = calibration._places(model, None, "random")
-        logits = calibration._original_logits(model, None, places, [images])["2"]
+        places = calibration._find_places(model, None, "random")
+        logits = calibration._record_original_logits(model, None, places, [images])["2"]
     torch.testing.assert_close(logits.sigmoid(), gates[0], atol=1e-5, rtol=1e-5)
 
 
@@ -165,14 +165,14 @@ def test_blocks_that_squeeze_by_themselves_are_named() -> None:
 def test_the_innermost_class_is_named() -> None:
     unit = type("SEUnit", (nn.Sequential,), {"__module__": __name__})(nn.Conv2d(3, 32, 1), SELayer(32))
     other = type("BASELayer", (nn.Conv2d,), {"__module__": __name__})(3, 3, 1)
-    assert se_classes._like_se(list(nn.Sequential(unit, unit[1], other).modules())) == ("1 SELayer", "")
+    assert se_classes._count_lookalikes(list(nn.Sequential(unit, unit[1], other).modules())) == ("1 SELayer", "")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224"])
 def test_nothing_else_looks_like_it(name: str) -> None:
     with torch.device("meta"):
         model = nn.Sequential(timm.create_model(name), nn.SELU(), nn.MSELoss())
-    assert se_classes._like_se(list(model.modules())) == ("", "")
+    assert se_classes._count_lookalikes(list(model.modules())) == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_nothing_else_looks_like_it(name: str) -> None:
     ],
 )
 def test_what_cannot_be_registered(register: Any, cls: Any, settings: Any, error: type[Exception], text: str) -> None:
-    known = dict(se_classes._KINDS)
+    known = dict(se_classes._SE_CLASSES)
     with pytest.raises(error, match=f"register_se_class: {text}"):
         register(cls, **settings)
-    assert known == se_classes._KINDS
+    assert known == se_classes._SE_CLASSES
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import ctxenc
 from benchmarks import networks, swap
 from benchmarks.memory import peak_bytes
 from benchmarks.swap_rows import named
-from ctxenc.kernels.backends import preferred
+from ctxenc.kernels.backends import get_preferred
 
 TINY = ["--device", "cpu", "--networks", "test_efficientnet", "--modes", "eager", "--size", "64", "--batch", "2"]
 SHORT = [*TINY, "--rounds", "2", "--variants", "own, mean"]
@@ -73,7 +73,7 @@ def test_the_backend_that_is_measured_is_in_force_and_told(device, backend, tmp_
     )
     assert set(seen) == {backend}
     assert len(seen) > 2
-    assert preferred() == "auto"
+    assert get_preferred() == "auto"
 
 
 def test_nothing_is_measured_where_the_operator_is_wrong(tmp_path, monkeypatch):

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from ctxenc.kernels.fused.tiles import (
     GPU,
     choose_tiles,
+    count_programs,
+    find_vector,
     is_channels_last,
     is_run,
-    programs_per_multiprocessor,
     split_images,
-    vector,
 )
 
 
@@ -48,7 +48,7 @@ def test_wide_loads_need_aligned_rows(dtype, last):
         x = room[start : start + B * rows * (length + row)].view(B, rows, length + row)[..., :length]
         x = x.transpose(1, 2) if last else x
         assert is_channels_last(x) == last
-        return vector(x, last)
+        return find_vector(x, last)
 
     assert width() == widest
     assert width(start=widest // 2) == width(row=widest // 2) == widest // 2  # rows of 8 bytes
@@ -80,11 +80,11 @@ def test_few_pixels_are_read_as_a_run():
 
 def test_programs_that_fit_on_a_multiprocessor():
     gpu = GPU(90, 132, 65536, 228 * 1024, 2048)
-    assert programs_per_multiprocessor(gpu, 255, 30_000, 4) == 2  # 256 registers for each of 128 threads
-    assert programs_per_multiprocessor(gpu, 128, 30_000, 4) == 4
-    assert programs_per_multiprocessor(gpu, 32, 100_000, 4) == 2  # shared memory
-    assert programs_per_multiprocessor(gpu, 16, 0, 8) == 8  # threads
-    assert programs_per_multiprocessor(gpu, 255, 200_000, 8) == 1
+    assert count_programs(gpu, 255, 30_000, 4) == 2  # 256 registers for each of 128 threads
+    assert count_programs(gpu, 128, 30_000, 4) == 4
+    assert count_programs(gpu, 32, 100_000, 4) == 2  # shared memory
+    assert count_programs(gpu, 16, 0, 8) == 8  # threads
+    assert count_programs(gpu, 255, 200_000, 8) == 1
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "backward without dx", "project"])

@@ -259,19 +259,19 @@ def test_what_the_fused_path_falls_back_to(layout, shared, dtype):
     x = lay_out(torch.randn(2, 6, 4, 5), layout).flatten(2).to(dtype)
     codewords, smoothing = torch.randn(3, 6), torch.rand(() if shared else (3,))
     leaves = [tensor.detach().requires_grad_() for tensor in (x, codewords, smoothing)]
-    encoding, weight_sum = torch_encode.forward_with_weight_sum(*leaves)
+    encoding, weight_sum = torch_encode.encode_with_weight_sum(*leaves)
     assert not encoding.requires_grad
     wanted = torch_encode.encode(*leaves)
     torch.testing.assert_close(encoding, wanted.detach())
     torch.testing.assert_close(weight_sum, torch_encode.assign(x, codewords, smoothing).sum(2))
     grad = torch.randn_like(encoding)
-    got = torch_encode.gradients(grad, *leaves, True)
+    got = torch_encode.compute_gradients(grad, *leaves, True)
     for one, other in zip(got, torch.autograd.grad(wanted, leaves, grad), strict=True):
         torch.testing.assert_close(one, other)
         assert not one.requires_grad
     dense = got[0].mT if x.stride(1) == 1 else got[0]
     assert dense.is_contiguous()
-    nothing, *others = torch_encode.gradients(grad, *leaves, False)
+    nothing, *others = torch_encode.compute_gradients(grad, *leaves, False)
     assert nothing.shape == (0,)
     assert nothing.dtype == dtype
     for one, other in zip(others, got[1:], strict=True):

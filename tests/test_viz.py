@@ -16,9 +16,9 @@ from torch import nn
 import ctxenc
 from ctxenc import ContextEncoding, Encoding, assign, viz
 from ctxenc.integrations import DeepTEN, EncNet
-from ctxenc.viz.figures import owner_colours
-from ctxenc.viz.palette import colours_of, owned
-from ctxenc.viz.usage import Usage, usage_of
+from ctxenc.viz.figures import colour_owners
+from ctxenc.viz.palette import choose_colours, measure_ownership
+from ctxenc.viz.usage import Usage, measure_usage
 
 K = 6
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
@@ -85,8 +85,8 @@ def test_alpha_is_the_bits_told_and_colour_the_codeword_most_above_its_mean():
     assert 0 < (bits > 1).sum() < (bits > 0.1).sum() < bits.numel()
     assert (owner != weights.argmax(0))[owner >= 0].any()
     assert np.allclose(owners[..., 3], bits.clamp(max=1) * (owner >= 0))
-    assert usage_of([weights]).bits == pytest.approx(bits.mean().item())
-    colours, shares = colours_of([weights]), owned([weights]).tolist()
+    assert measure_usage([weights]).bits == pytest.approx(bits.mean().item())
+    colours, shares = choose_colours([weights]), measure_ownership([weights]).tolist()
     assert len(set(owner.flatten().tolist())) > 3
     for code in range(K):
         mine = (owner == code).numpy()
@@ -108,17 +108,17 @@ def test_where_all_pixels_are_alike_nothing_has_a_colour(alike):
 
 def test_below_a_tenth_of_a_bit_a_pixel_has_no_owner():
     """A codeword that 920 of 1,000 pixels have alone tells 0.12 bits about each of them, one that 940 have 0.09."""
-    assert owned([weights_of(0.92, 0.08)]).tolist() == [0.92, 0.08]
-    assert owned([weights_of(0.94, 0.06)]).tolist() == [0, 0.06]
+    assert measure_ownership([weights_of(0.92, 0.08)]).tolist() == [0.92, 0.08]
+    assert measure_ownership([weights_of(0.94, 0.06)]).tolist() == [0, 0.06]
 
 
 def test_owners_are_by_means_over_all_images():
     """Of two images one has codeword 0 alone, the other codeword 1: within each, all pixels are alike."""
     images = [weights_of(1, 0), weights_of(0, 1)]
-    colours = colours_of(images)
-    for code, shown in enumerate(owner_colours(images, colours)):
+    colours = choose_colours(images)
+    for code, shown in enumerate(colour_owners(images, colours)):
         assert (shown == [*to_rgb(colours[code]), 1]).all()
-    assert owned(images[:1]).tolist() == [0, 0]
+    assert measure_ownership(images[:1]).tolist() == [0, 0]
 
 
 def test_weights_are_those_of_assign_on_what_the_layer_got(patched, photograph):
@@ -257,15 +257,15 @@ def weights_of(*shares: float, pixels: int = 1000) -> torch.Tensor:
 
 
 def test_usage_of_constructed_weights():
-    quarter = usage_of([weights_of(0.25, 0.25, 0.25, 0.25)])
+    quarter = measure_usage([weights_of(0.25, 0.25, 0.25, 0.25)])
     assert quarter.shares.tolist() == [0.25] * 4
     assert (quarter.entropy, quarter.pixel_entropy, quarter.bits, quarter.dead) == (2.0, 0.0, 2.0, [])
-    alone = usage_of([weights_of(1, 0, 0, 0)])
+    alone = measure_usage([weights_of(1, 0, 0, 0)])
     assert (alone.entropy, alone.pixel_entropy, alone.bits, alone.dead) == (0.0, 0.0, 0.0, [1, 2, 3])
-    soft = usage_of([torch.full((8, 3, 5), 1 / 8)])
+    soft = measure_usage([torch.full((8, 3, 5), 1 / 8)])
     assert (soft.entropy, soft.pixel_entropy, soft.bits) == pytest.approx((3.0, 3.0, 0.0))
     # Pixels count alike, whatever the image: 1,000 of codeword 0 and 3,000 of codeword 1.
-    mixed = usage_of([weights_of(1, 0), weights_of(0, 1, pixels=3000)])
+    mixed = measure_usage([weights_of(1, 0), weights_of(0, 1, pixels=3000)])
     assert mixed.shares.tolist() == [0.25, 0.75]
     assert mixed.entropy == pytest.approx(2 - 0.75 * math.log2(3))
 
@@ -277,8 +277,8 @@ def test_bits_are_never_negative_and_nan_where_entropies_are():
 
 def test_a_codeword_is_dead_below_a_hundredth_of_its_part():
     """K = 4: a hundredth of a quarter is 0.0025."""
-    assert usage_of([weights_of(0.497, 0.497, 0.003, 0.003)]).dead == []
-    assert usage_of([weights_of(0.497, 0.498, 0.003, 0.002)]).dead == [3]
+    assert measure_usage([weights_of(0.497, 0.497, 0.003, 0.003)]).dead == []
+    assert measure_usage([weights_of(0.497, 0.498, 0.003, 0.002)]).dead == [3]
 
 
 def test_usage_and_gates_of_a_model_are_those_of_the_look(patched, photograph):
@@ -298,11 +298,11 @@ def test_usage_and_gates_of_a_model_are_those_of_the_look(patched, photograph):
 def test_the_most_used_codewords_have_colours_on_all_images_and_the_rest_are_grey():
     one = weights_of(*[1 / 20] * 6, 14 / 20, *[0] * 6)
     other = weights_of(*[0] * 7, *[1 / 10] * 4, 6 / 10, 0)
-    colours = colours_of([one, other])
+    colours = choose_colours([one, other])
     # Of 2,000 pixels codeword 6 owns 700, 11 owns 600, 7 to 10 own 100 each, 0 to 5 own 50 each, 12 none.
     assert list(colours) == [6, 11, 7, 8, 9, 10, 0, 1, 2, 3]
     assert tuple(colours.values()) == viz.PALETTE
-    first, second = owner_colours([one, other], colours)
+    first, second = colour_owners([one, other], colours)
     assert (second[0, 0] == [*to_rgb(colours[7]), 1]).all()
     assert (first[0, 220] == [*to_rgb(viz.OTHERS), 1]).all()  # codeword 4
     look = viz.Look([torch.rand(4, 4, 3)] * 2, {"b": viz.Observation([one, other], None)}, None)
@@ -320,7 +320,7 @@ def test_what_owns_next_to_nothing_is_in_the_legend():
 
 def test_codewords_that_own_nothing_go_by_their_weight():
     weights = torch.tensor([0.1, 0.5, 0.15, 0.25])[:, None, None].expand(4, 2, 2)
-    assert list(colours_of([weights])) == [1, 3, 2, 0]
+    assert list(choose_colours([weights])) == [1, 3, 2, 0]
 
 
 def test_an_overview_shows_what_was_seen():
@@ -333,8 +333,8 @@ def test_an_overview_shows_what_was_seen():
     rows = np.reshape(np.array(maps), (2, 4))
     assert [axes.get_title() for axes in rows[0]] == ["image", "owners", "codeword 4", "codeword 1"]
     assert [axes.get_ylabel() for axes in rows[:, 0]] == ["wide", "high"]
-    colours = colours_of(observation.weights)
-    owners = owner_colours(observation.weights, colours)
+    colours = choose_colours(observation.weights)
+    owners = colour_owners(observation.weights, colours)
     for row, weights, expected in zip(rows, observation.weights, owners, strict=True):
         assert np.array_equal(np.asarray(row[1].images[1].get_array()), expected)
         for axes, code in zip(row[2:], (4, 1), strict=True):
@@ -342,7 +342,7 @@ def test_an_overview_shows_what_was_seen():
             assert np.allclose(drawn[..., 3], weights[code])
             assert (drawn[..., :3] == to_rgb(colours.get(code, viz.OTHERS))).all()
     heights = [bar.get_height() for bar in usage.patches]
-    assert np.allclose(heights, 100 * usage_of(observation.weights).shares)
+    assert np.allclose(heights, 100 * measure_usage(observation.weights).shares)
     drawn = np.asarray(strip.images[0].get_array())
     assert drawn.shape == (2, 3)
     assert np.allclose(np.sort(drawn), np.sort(observation.gates))

@@ -18,7 +18,7 @@ MARK = "ctxenc doctor: "
 LOOK_SECONDS = 300.0  # to build a network and run it on the PyTorch path, and to time some calls
 
 
-class Ended(NamedTuple):
+class Outcome(NamedTuple):
     """Hold the result of a finished child process."""
 
     results: list[dict[str, Any]]
@@ -51,12 +51,12 @@ class Children:
             for child in self._running:
                 _kill(child)
 
-    def run(self, task: str, request: dict[str, Any], seconds: float) -> Ended:
+    def run(self, task: str, request: dict[str, Any], seconds: float) -> Outcome:
         """Run a task of tasks.py to its end, or for so many seconds."""
         command = [*CHILD, task, json.dumps(request)]
         with self._lock:
             if self._over:
-                return Ended([], "interrupted")
+                return Outcome([], "interrupted")
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -79,7 +79,7 @@ class Children:
             with self._lock:
                 self._running.discard(child)
         lines = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
-        return Ended(list(map(json.loads, lines)), problem or _problem(child.returncode, errors))
+        return Outcome(list(map(json.loads, lines)), problem or _explain_failure(child.returncode, errors))
 
 
 def _kill(child: "subprocess.Popen[str]") -> None:
@@ -89,14 +89,14 @@ def _kill(child: "subprocess.Popen[str]") -> None:
         child.kill()
 
 
-def _problem(code: int, errors: str) -> str | None:
+def _explain_failure(code: int, errors: str) -> str | None:
     """Return why a process failed that ended by itself; None for success."""
     if code == 0:
         return None
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
-    said = [line for line in errors.splitlines() if line.strip()]
-    return f"its process failed: {said[-1].strip()[:300]}" if said else f"its process ended with code {code}"
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return f"its process failed: {lines[-1].strip()[:300]}" if lines else f"its process ended with code {code}"
 
 
 def examine(request: dict[str, Any], interpret: bool, jobs: int, seconds: float) -> Iterator[Event]:
@@ -114,26 +114,26 @@ def examine(request: dict[str, Any], interpret: bool, jobs: int, seconds: float)
             of each kind; "times" of each call; "problem" for a failed process.
     """
     with Children(interpret) as children:
-        looked = children.run("look", request | {"interpret": interpret}, LOOK_SECONDS)
+        outcome = children.run("look", request | {"interpret": interpret}, LOOK_SECONDS)
         needs: dict[str, Any] = {"kinds": [], "calls": []}
-        for result in looked.results:
+        for result in outcome.results:
             name = next(name for name in ("mistake", "environment", "needs") if name in result)
             needs = result[name] if name == "needs" else needs
             yield name, result[name] if isinstance(result[name], dict) else result
-        if looked.problem:
-            yield "problem", {"problem": f"the kernels that are needed could not be found: {looked.problem}"}
+        if outcome.problem:
+            yield "problem", {"problem": f"the kernels that are needed could not be found: {outcome.problem}"}
 
         def prove(kind: str) -> dict[str, Any]:
-            began = time.monotonic()
-            ended = children.run("prove", {"kind": kind, "device": needs["device"]}, seconds)
+            started_at = time.monotonic()
+            outcome = children.run("prove", {"kind": kind, "device": needs["device"]}, seconds)
             none = {
                 "serves": False,
-                "reason": ended.problem or "its process gave no verdict",
+                "reason": outcome.problem or "its process gave no verdict",
                 "excess": {},
                 "kept": False,
             }
-            verdict = ended.results[0] if ended.results and not ended.problem else none
-            return {"kind": json.loads(kind), **verdict, "seconds": round(time.monotonic() - began, 1)}
+            verdict = outcome.results[0] if outcome.results and not outcome.problem else none
+            return {"kind": json.loads(kind), **verdict, "seconds": round(time.monotonic() - started_at, 1)}
 
         with ThreadPoolExecutor(jobs) as pool:
             try:
@@ -143,8 +143,8 @@ def examine(request: dict[str, Any], interpret: bool, jobs: int, seconds: float)
                 children.end()
                 raise
         if needs["kinds"] and not interpret:
-            timed = children.run("times", {"calls": needs["calls"], "device": needs["device"]}, LOOK_SECONDS)
-            for result in timed.results:
+            timing = children.run("times", {"calls": needs["calls"], "device": needs["device"]}, LOOK_SECONDS)
+            for result in timing.results:
                 yield "times", result
-            if timed.problem:
-                yield "problem", {"problem": f"not every call was timed: {timed.problem}"}
+            if timing.problem:
+                yield "problem", {"problem": f"not every call was timed: {timing.problem}"}

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import ctxenc
+from ctxenc.diagnosis.examination import MARK
 from ctxenc.kernels import backends, records, verdicts
 
-MARK = "ctxenc doctor: "
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 INTERPRETED_BATCH = 2
@@ -45,22 +45,22 @@ def look(request: Request) -> Iterator[Result]:
     if device.type == "cpu":
         backends.GPUS = ("cuda", "cpu")  # in the interpreter "auto" chooses the kernels for CPU tensors
         request |= {"batch": INTERPRETED_BATCH}
-    subjects = [_model(request, device)] if request["model"] else _blocks(request, device)
-    yield {"environment": environment()}
+    subjects = [_build_model(request, device)] if request["model"] else _build_blocks(request, device)
+    yield {"environment": describe_environment()}
     reason = backends.why_not(torch.empty(1, device=device))
     kinds: dict[str, None] = {}
     calls: dict[str, Result] = {}
     for module, shape in subjects:
         for dtype in request["dtypes"]:
             for layout in request["layouts"]:
-                with ctxenc.use_backend("auto"), verdicts.watching() as watched:
+                with ctxenc.use_backend("auto"), verdicts.collect_kinds() as new_kinds:
                     _train_and_evaluate(module, shape, dtype, layout, calls)
-                kinds |= dict.fromkeys(kind.to_json() for kind in watched)
+                kinds |= dict.fromkeys(kind.to_json() for kind in new_kinds)
     needs = {"device": device.type, "why_no_kernels": reason, "kinds": list(kinds), "calls": list(calls.values())}
     yield {"needs": needs}
 
 
-def environment() -> Result:
+def describe_environment() -> Result:
     """Return versions, GPUs, the choice of auto with its reason, and the cache folders."""
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -78,32 +78,32 @@ def environment() -> Result:
         os.environ.get("TRITON_CACHE_DIR") or Path(os.environ.get("TRITON_HOME") or "~", ".triton/cache")
     )
     return {
-        "versions": {name: _version(name) for name in ("ctxenc", "torch", "triton", "timm")},
+        "versions": {name: _find_version(name) for name in ("ctxenc", "torch", "triton", "timm")},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
-        "driver": _driver(),
+        "driver": _find_driver(),
         "gpus": gpus,
         "auto": ctxenc.backend_info()._asdict(),
         "caches": {
-            "verdicts": _writable(records.directory),
-            "compiled kernels": _writable(lambda: triton_cache.expanduser()),
+            "verdicts": _check_writable(records.find_directory),
+            "compiled kernels": _check_writable(lambda: triton_cache.expanduser()),
         },
     }
 
 
-def _version(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
     try:
         return ctxenc.__version__ if package == "ctxenc" else importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _driver() -> str | None:
+def _find_driver() -> str | None:
     """Return the version of NVIDIA's driver."""
     try:
-        found = subprocess.run(
+        process = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -111,10 +111,10 @@ def _driver() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.split()[0] if found.returncode == 0 and found.stdout.strip() else None
+    return process.stdout.split()[0] if process.returncode == 0 and process.stdout.strip() else None
 
 
-def _writable(find: Any) -> Result:
+def _check_writable(find: Any) -> Result:
     """Return a folder, and the reason if it cannot be written to."""
     path = None
     try:
@@ -126,14 +126,14 @@ def _writable(find: Any) -> Result:
         return {"path": path and str(path), "problem": f"{type(error).__name__}: {error}"}
 
 
-def _blocks(request: Request, device: torch.device) -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
+def _build_blocks(request: Request, device: torch.device) -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
     """Yield blocks for maps of the requested shapes; fewer images in the interpreter: kernels do not depend on their number."""
     for B, D, H, W, K in request["shapes"]:
         block = ctxenc.ContextEncoding(D, num_codes=K, rd_channels=D, device=device)
         yield block, (request["batch"] if device.type == "cpu" else B, D, H, W)
 
 
-def _model(request: Request, device: torch.device) -> tuple[nn.Module, tuple[int, ...]]:
+def _build_model(request: Request, device: torch.device) -> tuple[nn.Module, tuple[int, ...]]:
     """Return a patched timm network, and the shape of its input.
 
     Raises:
@@ -157,13 +157,18 @@ def _model(request: Request, device: torch.device) -> tuple[nn.Module, tuple[int
 
 
 @contextlib.contextmanager
-def _recorded(module: nn.Module, calls: dict[str, Result]) -> Iterator[None]:
+def _record_calls(module: nn.Module, calls: dict[str, Result]) -> Iterator[None]:
     """Record the encode calls of a module in the with block: shape, dtype and layout of x, and codewords."""
 
     def record(encoding: Any, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         layout = "channels_last" if x.shape[1] > 1 and x.stride(1) == 1 else "channels_first"
-        call = {"shape": list(x.shape), "num_codes": encoding.num_codes, "dtype": _name(x.dtype), "layout": layout}
+        call = {
+            "shape": list(x.shape),
+            "num_codes": encoding.num_codes,
+            "dtype": _name_dtype(x.dtype),
+            "layout": layout,
+        }
         calls.setdefault(json.dumps(call), call)
 
     with contextlib.ExitStack() as stack:
@@ -173,7 +178,7 @@ def _recorded(module: nn.Module, calls: dict[str, Result]) -> Iterator[None]:
         yield
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name_dtype(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
@@ -188,7 +193,7 @@ def _train_and_evaluate(
         x = x.to(DTYPES[dtype])
     module.to(memory_format=LAYOUTS[layout])
     with torch.autocast(device.type, DTYPES[dtype]) if half else contextlib.nullcontext():
-        with _recorded(module, calls):
+        with _record_calls(module, calls):
             output = module.train()(x.requires_grad_())
         output.backward(torch.randn_like(output))
         fused = copy.deepcopy(module).eval()  # without hooks: under a hook the projection has no kernel
@@ -203,11 +208,11 @@ def prove(request: Request) -> Iterator[Result]:
     """Try one kernel now; ignore any recorded verdict."""
     kind = verdicts.Kind.from_json(request["kind"])
     verdict = verdicts.prove(kind, request["device"])
-    kept = verdict.lasts == "always" and records.recorded(verdicts.key_of(kind)) is not None
-    yield verdict._asdict() | {"kept": kept}
+    is_recorded = verdict.lasts == "always" and records.find_record(verdicts.make_record_key(kind)) is not None
+    yield verdict._asdict() | {"kept": is_recorded}
 
 
-def times(request: Request) -> Iterator[Result]:
+def time_calls(request: Request) -> Iterator[Result]:
     """Time the encode calls on the kernels and on the PyTorch path, in milliseconds of GPU time."""
     from triton.testing import do_bench
 
@@ -218,25 +223,25 @@ def times(request: Request) -> Iterator[Result]:
         parameters = torch.randn(K, D, device=x.device) / 4, torch.rand(K, device=x.device) / D
         tensors = x, *(parameter.requires_grad_() for parameter in parameters)
         grad = torch.randn(x.shape[0], K, D, device=x.device)
-        found: Result = {"call": call}
+        result: Result = {"call": call}
         for backend in ("triton", "torch"):
 
             def forward(backend: str = backend, tensors: tuple[Tensor, ...] = tensors) -> Tensor:
                 return ctxenc.encode(*tensors, backend=backend)
 
-            def both(forward: Any = forward, tensors: tuple[Tensor, ...] = tensors, grad: Tensor = grad) -> None:
+            def run_both(forward: Any = forward, tensors: tuple[Tensor, ...] = tensors, grad: Tensor = grad) -> None:
                 torch.autograd.grad(forward(), tensors, grad)
 
             try:
                 with torch.no_grad():
-                    found[backend] = {"forward_ms": do_bench(forward, warmup=5, rep=20, return_mode="median")}
-                found[backend]["both_ms"] = do_bench(both, warmup=5, rep=20, return_mode="median")
+                    result[backend] = {"forward_ms": do_bench(forward, warmup=5, rep=20, return_mode="median")}
+                result[backend]["both_ms"] = do_bench(run_both, warmup=5, rep=20, return_mode="median")
             except RuntimeError as error:  # the kernel does not work, or memory is short
-                found[backend] = {"problem": " ".join(str(error).split())[:300]}
-        yield found
+                result[backend] = {"problem": " ".join(str(error).split())[:300]}
+        yield result
 
 
-TASKS = {"look": look, "prove": prove, "times": times}
+TASKS = {"look": look, "prove": prove, "times": time_calls}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def check_backbone(owner: str, name: str) -> None:
         raise ValueError(f"{owner}: backbone must be the name of a timm model, got {name!r}{hint}")
 
 
-def dilated_backbone(
+def build_dilated_backbone(
     owner: str,
     name: str,
     *,
@@ -62,7 +62,7 @@ def dilated_backbone(
         raise ValueError(
             f"{owner}: stages must be an integer of at least {maps}, the maps that are used, got {stages!r}"
         )
-    wanted = f"one that timm can give output_stride={output_stride} and {maps} maps, as ResNets, RegNets and ConvNeXts"
+    rule = f"one that timm can give output_stride={output_stride} and {maps} maps, as ResNets, RegNets and ConvNeXts"
     try:
         backbone: Any = timm.create_model(
             name,
@@ -80,8 +80,8 @@ def dilated_backbone(
         AttributeError,
     ) as error:  # each family raises its own type
         reason = f"{type(error).__name__} {error}".strip()
-        raise ValueError(f"{owner}: backbone must be {wanted}, got {name!r} ({reason})") from error
+        raise ValueError(f"{owner}: backbone must be {rule}, got {name!r} ({reason})") from error
     reduction = backbone.feature_info.reduction()
     if reduction[-1] > output_stride or (stages is None and reduction[-1] < output_stride):
-        raise ValueError(f"{owner}: backbone must be {wanted}, got {name!r} with strides {reduction}")
+        raise ValueError(f"{owner}: backbone must be {rule}, got {name!r} with strides {reduction}")
     return backbone

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctxenc.integrations.encnet import EncNet
-from ctxenc.integrations.hub import with_usual_mode, without_memory
-from ctxenc.integrations.state_dicts import read_pickle, read_safetensors, unwrapped
+from ctxenc.integrations.hub import build_without_memory, write_with_usual_mode
+from ctxenc.integrations.state_dicts import read_pickle, read_safetensors, unwrap
 
 NAME = "load_encnet_checkpoint"
 METADATA = "ctxenc.EncNet"  # key of the configuration in the metadata of a safetensors file
@@ -98,7 +98,7 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
 
     Args:
         source: a file of tensors (.safetensors, or from torch.save, read with weights_only=True), or a state dict,
-            plain or wrapped by a trainer (DDP, Lightning, torch.compile, moving averages); see state_dicts.unwrapped.
+            plain or wrapped by a trainer (DDP, Lightning, torch.compile, moving averages); see state_dicts.unwrap.
 
     Returns:
         The network, on the CPU, in eval mode.
@@ -110,18 +110,18 @@ def load_encnet_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
     """
     try:
         content, config = (source, None) if isinstance(source, Mapping) else _read(Path(source))
-        state = _found(content)
+        state = _find_state(content)
     except ValueError as error:
         raise ValueError(f"{NAME}: {error}") from error
     names = {name: name for name in state}
     if config is None:
-        code_base = _recognised(state)
-        names = _renamed(state, code_base)
-        state = {ours: _converted(theirs, state[theirs]) for ours, theirs in names.items()}
-        config = _configuration(state) | {"align_corners": code_base.align_corners}  # and the papers' sums; see _built
+        code_base = _recognise(state)
+        names = _rename(state, code_base)
+        state = {ours: _convert(theirs, state[theirs]) for ours, theirs in names.items()}
+        config = _derive_config(state) | {"align_corners": code_base.align_corners}  # and the papers' sums; see _built
     # Allocate nothing before all shapes are checked.
-    _check(without_memory(lambda: _built(config)).state_dict(), state, names)
-    network = _built(config)
+    _check(build_without_memory(lambda: _build(config)).state_dict(), state, names)
+    network = _build(config)
     network.load_state_dict(state, strict=False)  # old checkpoints lack the batch counts
     return network.eval()
 
@@ -140,7 +140,7 @@ def save_encnet_checkpoint(network: EncNet, path: str | os.PathLike[str]) -> Non
         raise ValueError(f"save_encnet_checkpoint: path must end in .safetensors, got {str(path)!r}")
     metadata = {"format": "pt", METADATA: json.dumps(network.checked_config())}
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    with_usual_mode(Path(path), lambda: save_file(state, path, metadata))
+    write_with_usual_mode(Path(path), lambda: save_file(state, path, metadata))
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any] | None]:
@@ -154,7 +154,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any] | None]:
         raise ValueError(f"{path} is no valid safetensors file: {error}") from error
 
 
-def _built(config: Any) -> EncNet:
+def _build(config: Any) -> EncNet:
     """Build our network from the arguments in a file."""
     if not isinstance(config, dict):
         raise ValueError(f"{NAME}: the arguments of EncNet must be a table, got {config!r}")
@@ -168,16 +168,16 @@ def _built(config: Any) -> EncNet:
         raise ValueError(f"{NAME}: the checkpoint names a network that cannot be built: {error}") from error
 
 
-def _found(content: Any) -> dict[str, Tensor]:
+def _find_state(content: Any) -> dict[str, Tensor]:
     """Find the state dict of an EncNet in a file's content, by the codewords of either code base; else return all of it."""
     for name in CODEWORDS:
-        state = unwrapped(content, [name])
+        state = unwrap(content, [name])
         if name in state:
             return state
     return state
 
 
-def _recognised(state: dict[str, Tensor]) -> Source:
+def _recognise(state: dict[str, Tensor]) -> Source:
     if source := next((CODEWORDS[name] for name in CODEWORDS if name in state), None):
         return source
     if "encoding.context.encoding.codewords" in state:
@@ -191,25 +191,25 @@ def _recognised(state: dict[str, Tensor]) -> Source:
     )
 
 
-def _renamed(state: dict[str, Tensor], source: Source) -> dict[str, str]:
+def _rename(state: dict[str, Tensor], source: Source) -> dict[str, str]:
     """Return our name of each tensor, and the checkpoint's name."""
-    renamed, unknown = {}, []
+    names, unknown = {}, []
     for name in state:
-        beginning = max((each for each in source.names if name.startswith(each)), key=len, default=None)
-        if beginning is None:
+        prefix = max((each for each in source.names if name.startswith(each)), key=len, default=None)
+        if prefix is None:
             unknown.append(name)
-        elif (ours := source.names[beginning]) is not None:
-            renamed[(ours + name.removeprefix(beginning)).replace(".scale", ".smoothing")] = name
+        elif (ours := source.names[prefix]) is not None:
+            names[(ours + name.removeprefix(prefix)).replace(".scale", ".smoothing")] = name
     if unknown:
         raise ValueError(f"{NAME}: unknown in {source.name}'s EncNet: {', '.join(unknown)}")
-    return renamed
+    return names
 
 
-def _converted(name: str, tensor: Tensor) -> Tensor:
+def _convert(name: str, tensor: Tensor) -> Tensor:
     return -tensor if name.endswith(".scale") and tensor.is_floating_point() else tensor
 
 
-def _configuration(state: dict[str, Tensor]) -> dict[str, Any]:
+def _derive_config(state: dict[str, Tensor]) -> dict[str, Any]:
     """Derive the arguments of EncNet from names and shapes."""
     depths: Any = tuple(
         len({name.split(".")[2] for name in state if name.startswith(f"backbone.layer{stage}.")})
@@ -240,20 +240,20 @@ def _configuration(state: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _check(wanted: dict[str, Tensor], state: dict[str, Tensor], names: dict[str, str]) -> None:
+def _check(expected: dict[str, Tensor], state: dict[str, Tensor], names: dict[str, str]) -> None:
     """Check names and shapes strictly; only the batch counts may be missing. names: the checkpoint's names by ours."""
-    counts = {name for name in wanted if name.endswith("num_batches_tracked")}
+    counts = {name for name in expected if name.endswith("num_batches_tracked")}
     wrong = {
-        "missing": sorted(wanted.keys() - state.keys() - counts),
-        "unknown": sorted(names[name] for name in state.keys() - wanted.keys()),
+        "missing": sorted(expected.keys() - state.keys() - counts),
+        "unknown": sorted(names[name] for name in state.keys() - expected.keys()),
         "of another shape": [
             f"{names[name]} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
+            for name, tensor in expected.items()
             if name in state and state[name].shape != tensor.shape
         ],
         "of another kind": [
             f"{names[name]} {state[name].dtype} for {tensor.dtype}"
-            for name, tensor in wanted.items()
+            for name, tensor in expected.items()
             if name in state and state[name].is_floating_point() != tensor.is_floating_point()
         ],
     }

@@ -19,7 +19,7 @@ from ctxenc.encoding import check_sizes
 from ctxenc.parameters import encoding_parameters
 
 
-def _stage(in_channels: int, channels: int, stride: int, attn_layer: Any) -> nn.Sequential:
+def _build_stage(in_channels: int, channels: int, stride: int, attn_layer: Any) -> nn.Sequential:
     """Build two units; if the first changes the map's shape, its shortcut is a convolution with a bias and no norm."""
     shortcut = nn.Conv2d(in_channels, channels, 1, stride) if stride != 1 or in_channels != channels else None
     return nn.Sequential(
@@ -28,7 +28,7 @@ def _stage(in_channels: int, channels: int, stride: int, attn_layer: Any) -> nn.
     )
 
 
-def _map(module: str, channels: int, reduction: int) -> dict[str, Any]:
+def _describe_map(module: str, channels: int, reduction: int) -> dict[str, Any]:
     """Return an entry of timm's feature_info."""
     return {"num_chs": channels, "reduction": reduction, "module": module}
 
@@ -76,18 +76,18 @@ class CifarNet(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
-        self.layer1 = _stage(width, width, 1, attn_layer)
-        self.layer2 = _stage(width, 2 * width, 2, attn_layer)
-        self.layer3 = _stage(2 * width, 4 * width, 2, attn_layer)
+        self.layer1 = _build_stage(width, width, 1, attn_layer)
+        self.layer2 = _build_stage(width, 2 * width, 2, attn_layer)
+        self.layer3 = _build_stage(2 * width, 4 * width, 2, attn_layer)
         self.norm: nn.Module = nn.BatchNorm2d(4 * width)
         self.act = nn.ReLU(inplace=True)
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.feature_info = [
-            _map("act1", width, 1),
-            _map("layer1", width, 1),
-            _map("layer2", 2 * width, 2),
-            _map("layer3", 4 * width, 4),
+            _describe_map("act1", width, 1),
+            _describe_map("layer1", width, 1),
+            _describe_map("layer2", 2 * width, 2),
+            _describe_map("layer3", 4 * width, 4),
         ]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctxenc.encoding import Encoding, check_sizes, uncompiled
-from ctxenc.swap.starts import kmeans_centres
-from ctxenc.swap.states import eval_mode
+from ctxenc.encoding import Encoding, check_sizes, run_eagerly
+from ctxenc.swap.starts import find_centres
+from ctxenc.swap.states import set_eval_mode
 
 METHODS = ("kmeans", "sample")
 
@@ -38,27 +38,27 @@ def init_codewords(
         TypeError: module is not a module, or features is not a tensor.
         ModuleNotFoundError: method="kmeans" without scikit-learn: pip install 'ctxenc[train]'.
     """
-    layer = _only_encoding(module)
+    layer = _find_encoding(module)
     if not isinstance(features, Tensor):
         raise TypeError(f"init_codewords: features must be a tensor, got {type(features).__name__}")
     if method not in METHODS:
         raise ValueError(f"init_codewords: method must be one of {', '.join(METHODS)}, got {method!r}")
     check_sizes("init_codewords", samples=samples)
-    pixels = _seen(module, layer, features).flatten(2).mT.flatten(0, 1)  # (B * N, C)
+    pixels = _record_input(module, layer, features).flatten(2).mT.flatten(0, 1)  # (B * N, C)
     if len(pixels) < layer.num_codes or samples < layer.num_codes:
-        found = min(len(pixels), samples)
-        raise ValueError(f"init_codewords: features must hold {layer.num_codes} pixels, one a codeword, got {found}")
+        count = min(len(pixels), samples)
+        raise ValueError(f"init_codewords: features must hold {layer.num_codes} pixels, one a codeword, got {count}")
     if not pixels.isfinite().all():
         raise ValueError("init_codewords: features must be finite, got NaN or infinity")
     generator = torch.Generator().manual_seed(seed)
     pixels = pixels[torch.randperm(len(pixels), generator=generator)[:samples].to(pixels.device)]
     layer.codewords.copy_(
-        kmeans_centres(pixels, layer.num_codes, seed) if method == "kmeans" else pixels[: layer.num_codes]
+        find_centres(pixels, layer.num_codes, seed) if method == "kmeans" else pixels[: layer.num_codes]
     )
     return module
 
 
-def _only_encoding(module: nn.Module) -> Encoding:
+def _find_encoding(module: nn.Module) -> Encoding:
     if not isinstance(module, nn.Module):
         raise TypeError(f"init_codewords: module must be a torch.nn.Module, got {type(module).__name__}")
     layers = [each for each in module.modules() if isinstance(each, Encoding)]
@@ -69,15 +69,12 @@ def _only_encoding(module: nn.Module) -> Encoding:
     return layers[0]
 
 
-def _seen(module: nn.Module, layer: Encoding, features: Tensor) -> Tensor:
+def _record_input(module: nn.Module, layer: Encoding, features: Tensor) -> Tensor:
     """Return the layer's input when the module runs on features, in eval mode, so that no statistics change."""
-    seen: list[Any] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    try:
-        with uncompiled(), eval_mode(module):
-            module(features)
-    finally:
-        hook.remove()
-    if not seen:
+    inputs: list[Any] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    with hook, run_eagerly(), set_eval_mode(module):
+        module(features)
+    if not inputs:
         raise ValueError(f"init_codewords: the forward of module must reach its Encoding, got {type(module).__name__}")
-    return seen[0].float()
+    return inputs[0].float()

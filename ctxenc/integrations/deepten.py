@@ -104,7 +104,7 @@ class DeepTEN(
         self.backbone = _build(backbone, pretrained_backbone, in_chans, backbone_args)
         self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         self.conv = nn.Conv2d(
-            _channels_of(self.backbone, backbone, in_chans, backbone_args), rd_channels, 1, bias=False
+            _find_channels(self.backbone, backbone, in_chans, backbone_args), rd_channels, 1, bias=False
         )
         self.norm = nn.BatchNorm2d(rd_channels)
         self.act = nn.ReLU(inplace=True)
@@ -129,9 +129,9 @@ class DeepTEN(
             return {"backbone": r"^backbone\."}
         groups = self.backbone.group_matcher(coarse=coarse)
         return {
-            name: [(_inside_backbone(pattern), order) for pattern, order in spec]
+            name: [(_prefix_pattern(pattern), order) for pattern, order in spec]
             if isinstance(spec, (list, tuple))
-            else spec and _inside_backbone(spec)
+            else spec and _prefix_pattern(spec)
             for name, spec in groups.items()
         }
 
@@ -225,15 +225,15 @@ def _check_pool(global_pool: str, num_classes: int) -> None:
         raise ValueError(f'DeepTEN: num_classes must be 0 where global_pool is "", got {num_classes}')
 
 
-def _inside_backbone(pattern: str) -> str:
+def _prefix_pattern(pattern: str) -> str:
     """Turn a pattern for the backbone's parameter names into one for the whole network."""
     return r"^backbone\.(?:" + re.sub(r"(^|\||\((?:\?:)?)\^", r"\1", pattern) + ")"
 
 
 def _build(name: str, pretrained: bool, in_chans: int, arguments: dict[str, Any]) -> Any:
     check_backbone("DeepTEN", name)
-    if loading := sorted(each for each in arguments if each in LOADING or each.startswith("pretrained")):
-        raise ValueError(f"DeepTEN: backbone_args must not name what is loaded or from where, got {loading[0]}")
+    if refused := sorted(each for each in arguments if each in LOADING or each.startswith("pretrained")):
+        raise ValueError(f"DeepTEN: backbone_args must not name what is loaded or from where, got {refused[0]}")
     try:
         return timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", in_chans=in_chans, **arguments
@@ -244,7 +244,7 @@ def _build(name: str, pretrained: bool, in_chans: int, arguments: dict[str, Any]
         ) from error
 
 
-def _channels_of(network: nn.Module, name: str, in_chans: int, arguments: dict[str, Any]) -> int:
+def _find_channels(network: nn.Module, name: str, in_chans: int, arguments: dict[str, Any]) -> int:
     """Return the channels of the backbone's map. It runs on the meta device, which computes nothing."""
     size = to_2tuple(arguments.get("img_size", resolve_model_data_config(network)["input_size"][1:]))
     tensors = chain(network.named_parameters(), network.named_buffers())

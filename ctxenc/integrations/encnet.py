@@ -10,7 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ctxenc.encoding import AGGREGATIONS, STARTS, check_choice, check_sizes, check_smoothing
-from ctxenc.integrations.backbones import dilated_backbone
+from ctxenc.integrations.backbones import build_dilated_backbone
 from ctxenc.integrations.encoding_module import EncodingModule
 from ctxenc.integrations.hub import Saved
 from ctxenc.parameters import encoding_parameters
@@ -26,7 +26,7 @@ def group_norm(channels: int, **kwargs: Any) -> nn.GroupNorm:
 NORMS: dict[str, Norm] = {"batchnorm2d": nn.BatchNorm2d, "groupnorm": group_norm, "layernorm2d": LayerNorm2d}
 
 
-def _norm(norm_layer: str | Norm) -> Norm:
+def _find_norm(norm_layer: str | Norm) -> Norm:
     if isinstance(norm_layer, str):
         if norm_layer not in NORMS:
             raise ValueError(f"EncNet: norm_layer must be one of {', '.join(NORMS)} or a class, got {norm_layer!r}")
@@ -36,7 +36,7 @@ def _norm(norm_layer: str | Norm) -> Norm:
     return norm_layer
 
 
-def _conv(channels: int, out_channels: int, size: int, norm: Norm) -> nn.Sequential:
+def _build_conv(channels: int, out_channels: int, size: int, norm: Norm) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, size, padding=size // 2, bias=False),
         norm(out_channels),
@@ -44,7 +44,7 @@ def _conv(channels: int, out_channels: int, size: int, norm: Norm) -> nn.Sequent
     )
 
 
-def _classifier(channels: int, num_classes: int) -> nn.Sequential:
+def _build_classifier(channels: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
 
 
@@ -120,7 +120,7 @@ class EncNet(
         ):
             if not isinstance(value, bool):
                 raise TypeError(f"EncNet: {argument} must be True or False, got {value!r}")
-        norm = _norm(norm_layer)
+        norm = _find_norm(norm_layer)
         self.config = {
             "backbone": backbone,
             "num_classes": num_classes,
@@ -140,7 +140,7 @@ class EncNet(
         }
         self.num_classes = num_classes
         self.align_corners = align_corners
-        self.backbone = dilated_backbone(
+        self.backbone = build_dilated_backbone(
             "EncNet",
             backbone,
             maps=3 if lateral else 2 if aux else 1,
@@ -150,9 +150,9 @@ class EncNet(
             in_chans=in_chans,
         )
         widths = self.backbone.feature_info.channels()
-        self.reduce = _conv(widths[-1], channels, 3, norm)
-        self.laterals = nn.ModuleList(_conv(width, channels, 1, norm) for width in widths[-3:-1] if lateral)
-        self.fusion = _conv(3 * channels, channels, 3, norm) if lateral else None
+        self.reduce = _build_conv(widths[-1], channels, 3, norm)
+        self.laterals = nn.ModuleList(_build_conv(width, channels, 1, norm) for width in widths[-3:-1] if lateral)
+        self.fusion = _build_conv(3 * channels, channels, 3, norm) if lateral else None
         self.encoding = EncodingModule(
             channels,
             num_codes,
@@ -162,11 +162,11 @@ class EncNet(
             start=start,
             norm_layer=norm,
         )
-        self.classifier = _classifier(channels, num_classes)
+        self.classifier = _build_classifier(channels, num_classes)
         self.aux: nn.Module | None = None
         if aux:
             inner = max(1, widths[-2] // 4)
-            self.aux = nn.Sequential(_conv(widths[-2], inner, 3, norm), _classifier(inner, num_classes))
+            self.aux = nn.Sequential(_build_conv(widths[-2], inner, 3, norm), _build_classifier(inner, num_classes))
 
     def _resized(self, x: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)

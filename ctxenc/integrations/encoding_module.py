@@ -117,7 +117,7 @@ def add_context_encoding(
         raise ValueError(
             f"add_context_encoding: model must not have a Context Encoding Module yet, got {type(model).__name__} with one"
         )
-    owner, name, channels = _place(model)
+    owner, name, channels = _find_place(model)
     before, like = getattr(owner, name), next(model.parameters())
     context = ContextEncoding(
         channels,
@@ -138,7 +138,7 @@ def add_context_encoding(
     return model
 
 
-def _place(model: Any) -> tuple[nn.Module, str, int]:
+def _find_place(model: Any) -> tuple[nn.Module, str, int]:
     """Return the module before the insertion point: its owner, its name there, and its channels."""
     family = f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"
     if family in ("torchvision.FCN", "torchvision.DeepLabV3"):

@@ -12,22 +12,22 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, constants
 
 
-def with_usual_mode(path: Path, write: Callable[[], Any]) -> None:
+def write_with_usual_mode(path: Path, write: Callable[[], Any]) -> None:
     """Write a file with default permissions: safetensors makes its files readable by the owner alone."""
-    new = not path.exists()
+    is_new = not path.exists()
     path.touch()
     mode = S_IMODE(path.stat().st_mode)
     try:
         write()
     except BaseException:
-        if new:
+        if is_new:
             path.unlink(missing_ok=True)
         raise
     with suppress(PermissionError):  # a file system without permissions
         path.chmod(mode)
 
 
-def without_memory(build: Callable[[], Any]) -> Any:
+def build_without_memory(build: Callable[[], Any]) -> Any:
     """Run build() on the meta device; on the CPU if an older timm backbone reads values while it is built."""
     try:
         with torch.device("meta"):
@@ -59,7 +59,7 @@ class Saved(PyTorchModelHubMixin):
             except (TypeError, ValueError):
                 raise TypeError(f"{name}: {argument} must be JSON to be saved, got {value!r}") from None
         config = self.config | {"pretrained_backbone": False}
-        fresh: Any = without_memory(lambda: type(self)(**config))
+        fresh: Any = build_without_memory(lambda: type(self)(**config))
         own: Any = self
         built, mine = (
             {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} for network in (fresh, own)
@@ -89,7 +89,7 @@ class Saved(PyTorchModelHubMixin):
     @torch.jit.ignore
     def _save_pretrained(self, save_directory: Path) -> None:
         path = save_directory / constants.SAFETENSORS_SINGLE_FILE
-        with_usual_mode(path, lambda: super(Saved, self)._save_pretrained(save_directory))
+        write_with_usual_mode(path, lambda: super(Saved, self)._save_pretrained(save_directory))
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Any:

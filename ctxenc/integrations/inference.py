@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxenc.encoding import check_sizes
-from ctxenc.swap.states import eval_mode
+from ctxenc.swap.states import set_eval_mode
 
 Size = tuple[int, int]
 Window = tuple[int, int, int]  # image number, row and column of the upper left corner
@@ -70,23 +70,23 @@ def predict(
     _check(model, image, scales, stride, batch_size)
     if base_size is not None:
         check_sizes("predict", base_size=base_size)
-    size = _crop_size(crop)
+    size = _check_crop(crop)
     images = image if image.dim() == 4 else image.unsqueeze(0)
-    images = images.to(_device_of(model, image))
+    images = images.to(_find_device(model, image))
     height, width = images.shape[2:]
-    sides = [_scaled(height, width, scale, base_size) for scale in scales]
-    counts = [len(images) * prod(map(len, _grid(side, size or side, stride))) for side in sides]
+    sides = [_scale_size(height, width, scale, base_size) for scale in scales]
+    counts = [len(images) * prod(map(len, _place_crops(side, size or side, stride))) for side in sides]
     total: Tensor | None = None
-    with torch.no_grad(), eval_mode(model), _progress_bar(sum(counts), progress) as bar:
+    with torch.no_grad(), set_eval_mode(model), _make_progress_bar(sum(counts), progress) as bar:
         for side in sides:
-            probabilities = _slide(model, _resize(images, side), size or side, stride, flip, batch_size, bar)
+            probabilities = _slide_crops(model, _resize(images, side), size or side, stride, flip, batch_size, bar)
             probabilities = _resize(probabilities, (height, width))
             total = probabilities if total is None else total.add_(probabilities)
     assert total is not None  # there is at least one scale
     return total.div_(len(sides))
 
 
-def _scaled(height: int, width: int, scale: float, base_size: int | None) -> Size:
+def _scale_size(height: int, width: int, scale: float, base_size: int | None) -> Size:
     """Return the size of an image at a scale; with `base_size`, rounded as by the authors."""
     if base_size is None:
         return max(1, round(height * scale)), max(1, round(width * scale))
@@ -95,34 +95,34 @@ def _scaled(height: int, width: int, scale: float, base_size: int | None) -> Siz
     return (longer, shorter) if height > width else (shorter, longer)
 
 
-def _slide(
+def _slide_crops(
     model: nn.Module, images: Tensor, crop: Size, stride: float, flip: bool, batch_size: int, bar: Any
 ) -> Tensor:
     """Compute probabilities (B, classes, H, W), averaged over the crops that cover a pixel."""
     height, width = images.shape[2:]
     padded = F.pad(images, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
-    rows, columns = _grid((height, width), crop, stride)
+    rows, columns = _place_crops((height, width), crop, stride)
     windows: list[Window] = [(b, top, left) for b in range(len(images)) for top in rows for left in columns]
     total: Tensor | None = None
-    for start in range(0, len(windows), batch_size):
-        chunk = windows[start : start + batch_size]
+    for first in range(0, len(windows), batch_size):
+        chunk = windows[first : first + batch_size]
         crops = torch.stack([padded[b, :, top : top + crop[0], left : left + crop[1]] for b, top, left in chunk])
-        probabilities = _probabilities(model, crops)
+        probabilities = _predict_crops(model, crops)
         if flip:
-            probabilities = (probabilities + _probabilities(model, crops.flip(-1)).flip(-1)) / 2
+            probabilities = (probabilities + _predict_crops(model, crops.flip(-1)).flip(-1)) / 2
         if total is None:
             total = probabilities.new_zeros(len(images), probabilities.shape[1], height, width)
-        for (b, top, left), own in zip(chunk, probabilities, strict=True):
+        for (b, top, left), crop_probabilities in zip(chunk, probabilities, strict=True):
             place = total[b, :, top : top + crop[0], left : left + crop[1]]
-            place += own[:, : place.shape[1], : place.shape[2]]  # without the padding
+            place += crop_probabilities[:, : place.shape[1], : place.shape[2]]  # without the padding
         if bar is not None:
             bar.update(len(chunk))
     assert total is not None  # there is at least one crop
-    covers = torch.outer(_covers(rows, crop[0], height), _covers(columns, crop[1], width))
+    covers = torch.outer(_count_crops(rows, crop[0], height), _count_crops(columns, crop[1], width))
     return total.div_(covers.to(total.device))
 
 
-def _probabilities(model: nn.Module, crops: Tensor) -> Tensor:
+def _predict_crops(model: nn.Module, crops: Tensor) -> Tensor:
     output = model(crops)
     if isinstance(output, Mapping):
         if "out" not in output:
@@ -140,24 +140,24 @@ def _probabilities(model: nn.Module, crops: Tensor) -> Tensor:
     return output.float().softmax(1)
 
 
-def _grid(side: Size, crop: Size, stride: float) -> tuple[list[int], list[int]]:
+def _place_crops(side: Size, crop: Size, stride: float) -> tuple[list[int], list[int]]:
     """Return the first rows and columns of the crops."""
-    rows, columns = (_starts(*pair, stride) for pair in zip(side, crop, strict=True))
+    rows, columns = (_place_along(*pair, stride) for pair in zip(side, crop, strict=True))
     return rows, columns
 
 
-def _starts(side: int, crop: int, stride: float) -> list[int]:
+def _place_along(side: int, crop: int, stride: float) -> list[int]:
     """Return the crop positions along a side: one per stride, and the last at the end of the side."""
     last = max(0, side - crop)
     return [*range(0, last, max(1, round(crop * stride))), last]
 
 
-def _covers(starts: list[int], crop: int, side: int) -> Tensor:
+def _count_crops(places: list[int], crop: int, side: int) -> Tensor:
     """Count the crops that cover each pixel along a side, (side,)."""
-    covers = torch.zeros(side)
-    for start in starts:
-        covers[start : start + crop] += 1
-    return covers
+    counts = torch.zeros(side)
+    for first in places:
+        counts[first : first + crop] += 1
+    return counts
 
 
 def _resize(images: Tensor, side: Size) -> Tensor:
@@ -168,7 +168,7 @@ def _resize(images: Tensor, side: Size) -> Tensor:
     return resized.to(images.dtype)
 
 
-def _progress_bar(crops: int, progress: bool) -> Any:
+def _make_progress_bar(crops: int, progress: bool) -> Any:
     if not progress:
         return nullcontext()
     try:
@@ -178,14 +178,14 @@ def _progress_bar(crops: int, progress: bool) -> Any:
     return tqdm(total=crops, unit="crop", desc="predict")
 
 
-def _device_of(model: nn.Module, image: Tensor) -> torch.device:
+def _find_device(model: nn.Module, image: Tensor) -> torch.device:
     for tensors in (model.parameters(), model.buffers()):
         for tensor in tensors:
             return tensor.device
     return image.device
 
 
-def _crop_size(crop: int | Size | None) -> Size | None:
+def _check_crop(crop: int | Size | None) -> Size | None:
     rule = "predict: crop must be a positive integer, a pair of them or None"
     if crop is None:
         return None

@@ -37,9 +37,9 @@ def presence(target: Tensor, num_classes: int, ignore_index: int = 255) -> Tenso
     check_sizes("presence", num_classes=num_classes)
     check_ignore_index("presence", ignore_index)
     _check_masks("presence", target)
-    slots = _slots(target, num_classes, ignore_index).flatten(1)
-    found = torch.zeros(target.shape[0], num_classes + 1, dtype=torch.bool, device=target.device)
-    return found.scatter_(1, slots, True)[:, :num_classes]
+    slots = _index_slots(target, num_classes, ignore_index).flatten(1)
+    present = torch.zeros(target.shape[0], num_classes + 1, dtype=torch.bool, device=target.device)
+    return present.scatter_(1, slots, True)[:, :num_classes]
 
 
 class EncNetLoss(nn.Module):
@@ -90,7 +90,7 @@ class EncNetLoss(nn.Module):
         self.ignore_index = ignore_index
         self.se_loss = se_loss
         self.label_smoothing = label_smoothing
-        self.register_buffer("class_weight", None if class_weight is None else _class_weight(class_weight))
+        self.register_buffer("class_weight", None if class_weight is None else _check_class_weight(class_weight))
 
     def forward(self, outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
         parts = self.parts(outputs, target)
@@ -113,7 +113,7 @@ class EncNetLoss(nn.Module):
         return parts
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        logits = _at_least_fp32(logits)
+        logits = _widen(logits)
         weight = None if self.class_weight is None else self.class_weight.to(logits.dtype)
         # Not reduction="mean": it is NaN if every pixel is ignored, and on a GPU its sum takes a different order every
         # run.
@@ -125,19 +125,19 @@ class EncNetLoss(nn.Module):
             reduction="none",
             label_smoothing=self.label_smoothing,
         )
-        counted = target != self.ignore_index
-        share = counted.to(logits.dtype) if weight is None else weight[target.where(counted, 0)] * counted
-        return _ratio(losses.sum(), share.sum())
+        is_counted = target != self.ignore_index
+        share = is_counted.to(logits.dtype) if weight is None else weight[target.where(is_counted, 0)] * is_counted
+        return _divide(losses.sum(), share.sum())
 
     def _presence_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        logits = _at_least_fp32(logits)
-        found = presence(target, logits.shape[1], self.ignore_index)
+        logits = _widen(logits)
+        present = presence(target, logits.shape[1], self.ignore_index)
         if self.se_loss == "bce":
-            losses = F.binary_cross_entropy_with_logits(logits, found.to(logits.dtype), reduction="none")
+            losses = F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), reduction="none")
         else:
-            losses = (logits.sigmoid() - found.to(logits.dtype)).square()
-        labelled = found.any(1)  # (B,): images without labels would teach that every class is absent
-        return _ratio(losses.mean(1).where(labelled, 0).sum(), labelled.sum())
+            losses = (logits.sigmoid() - present.to(logits.dtype)).square()
+        has_label = present.any(1)  # (B,): images without labels would teach that every class is absent
+        return _divide(losses.mean(1).where(has_label, 0).sum(), has_label.sum())
 
     def _check(self, outputs: Mapping[str, Tensor], target: Tensor) -> None:
         if not isinstance(outputs, Mapping):
@@ -147,13 +147,13 @@ class EncNetLoss(nn.Module):
             raise ValueError(f"EncNetLoss: outputs must hold out, may hold aux and se, and no other key, got {got}")
         _check_logits("EncNetLoss", 'outputs["out"]', outputs["out"], target)
         shape = outputs["out"].shape
-        for name, wanted in (("aux", shape), ("se", shape[:2])):
+        for name, expected in (("aux", shape), ("se", shape[:2])):
             if name in outputs and not isinstance(outputs[name], Tensor):
                 got = type(outputs[name]).__name__
                 raise TypeError(f'EncNetLoss: outputs["{name}"] must be a tensor or left out, got {got}')
-            if name in outputs and outputs[name].shape != wanted:
+            if name in outputs and outputs[name].shape != expected:
                 raise ValueError(
-                    f'EncNetLoss: outputs["{name}"] must have shape {tuple(wanted)} to match out {tuple(shape)},'
+                    f'EncNetLoss: outputs["{name}"] must have shape {tuple(expected)} to match out {tuple(shape)},'
                     f" got {tuple(outputs[name].shape)}"
                 )
         if self.class_weight is not None and len(self.class_weight) != shape[1]:
@@ -198,43 +198,43 @@ class DiceLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         _check_logits("DiceLoss", "logits", logits, target)
         num_classes = logits.shape[1]
-        slots = _slots(target, num_classes, self.ignore_index).unsqueeze(1)  # (B, 1, H, W)
+        slots = _index_slots(target, num_classes, self.ignore_index).unsqueeze(1)  # (B, 1, H, W)
         one_hot = torch.zeros(
             len(slots), num_classes + 1, *slots.shape[2:], dtype=torch.bool, device=slots.device
         ).scatter_(1, slots, True)[:, :num_classes]
-        p = _at_least_fp32(logits).softmax(1)
+        p = _widen(logits).softmax(1)
         pixels = one_hot.sum((0, 2, 3))
         overlap = (p * one_hot).sum((0, 2, 3))
         total = (p * (slots < num_classes)).sum((0, 2, 3)) + pixels
         present = pixels > 0
         dice = (2 * overlap + self.smooth) / (total + self.smooth).where(present, 1)
-        return _ratio((1 - dice).where(present, 0).sum(), present.sum())
+        return _divide((1 - dice).where(present, 0).sum(), present.sum())
 
     def extra_repr(self) -> str:
         """Return settings, for print()."""
         return f"ignore_index={self.ignore_index}, smooth={self.smooth}"
 
 
-def _slots(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def _index_slots(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Return the index of each label among num_classes + 1 places: its class, or the last place if it is ignored.
 
-    Any other label gets an invalid index, so that scatter_ refuses it as cross entropy does. num_classes itself is moved on, or it
-    would count as ignored.
+    Any other label gets an invalid index, so that scatter_ refuses it as cross entropy does. The label num_classes becomes
+    num_classes + 1, because the place num_classes stands for ignored pixels.
     """
     labels = target.long()  # a uint8 label 156 equals -100 in uint8
     return labels.masked_fill(labels >= num_classes, num_classes + 1).masked_fill(labels == ignore_index, num_classes)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
+def _widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _ratio(total: Tensor, count: Tensor) -> Tensor:
+def _divide(total: Tensor, count: Tensor) -> Tensor:
     """Return total / count, or 0 with gradients of 0 if nothing was counted, without a device synchronisation."""
     return total / count.to(total.dtype).masked_fill(count == 0, 1)
 
 
-def _class_weight(values: Tensor | Sequence[float]) -> Tensor:
+def _check_class_weight(values: Tensor | Sequence[float]) -> Tensor:
     weight = torch.as_tensor(values, dtype=torch.float32).detach().clone()
     if weight.dim() != 1:
         raise ValueError(f"EncNetLoss: class_weight must have shape (classes,), got {tuple(weight.shape)}")

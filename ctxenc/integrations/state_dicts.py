@@ -53,19 +53,19 @@ def read_pickle(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 _check_claim(path, sum(each.file_size for each in archive.infolist()), size)
-        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_list_harmless_names()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, _TooLargeError):
         raise
     except Exception as error:  # the unpickler raises a dozen types
-        refused = re.search(r"GLOBAL:? (\S+)", str(error))
-        found = f"{refused[1]}, which could run code" if refused else "something else"
+        name = re.search(r"GLOBAL:? (\S+)", str(error))
+        found = f"{name[1]}, which could run code" if name else "something else"
         raise ValueError(
             f"{path} must be what torch.save wrote of tensors, numbers and texts, got {found}; where you trust it, keep its state"
             " dict and nothing more"
         ) from error
-    for tensor in _tensors(content):
+    for tensor in _collect_tensors(content):
         if tensor.layout is torch.strided and not tensor.is_meta:
             _check_claim(path, tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
     return content
@@ -75,24 +75,24 @@ class _TooLargeError(ValueError):
     pass
 
 
-def _check_claim(path: Path, claimed: int, there: int) -> None:
-    if claimed > there:
-        raise _TooLargeError(f"{path} claims {claimed:,} bytes where it holds {there:,}")
+def _check_claim(path: Path, size: int, limit: int) -> None:
+    if size > limit:
+        raise _TooLargeError(f"{path} claims {size:,} bytes where it holds {limit:,}")
 
 
-def _tensors(content: Any) -> Iterable[Tensor]:
+def _collect_tensors(content: Any) -> Iterable[Tensor]:
     """Collect the tensors in tables and lists, entering each container once."""
-    left, seen = [content], set()
-    while left:
-        each = left.pop()
+    queue, entered = [content], set()
+    while queue:
+        each = queue.pop()
         if isinstance(each, Tensor):
             yield each
-        elif isinstance(each, Mapping | list | tuple) and id(each) not in seen:
-            seen.add(id(each))
-            left += each.values() if isinstance(each, Mapping) else each
+        elif isinstance(each, Mapping | list | tuple) and id(each) not in entered:
+            entered.add(id(each))
+            queue += each.values() if isinstance(each, Mapping) else each
 
 
-def _harmless() -> list[Any]:
+def _list_harmless_names() -> list[Any]:
     """Return the names in pickles of timm's arguments and numpy's numbers (numpy 1 and 2): trainers store scores like this."""
     number: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
@@ -100,7 +100,7 @@ def _harmless() -> list[Any]:
     return [argparse.Namespace, np.dtype, *kinds, *scalars]
 
 
-def unwrapped(content: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
+def unwrap(content: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
     """Return the state dict from a trainer's file, under the network's own names.
 
     It may lie in one of CONTAINERS. Its names may have the trainer's prefix for the network ("module.", "model."),
@@ -127,7 +127,7 @@ def unwrapped(content: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
     if strange := [name for name in content if not isinstance(name, str)]:
         raise ValueError(f"a state dict must have names for keys, got {strange[0]!r}")
     state = {".".join(part for part in name.split(".") if part not in WRAPPERS): each for name, each in content.items()}
-    state = _within(state, wanted)
+    state = _remove_prefix(state, wanted)
     copies = {f"ema_{name.replace('.', '_')}" for name in state}
     state = {name: each for name, each in state.items() if name not in copies and name != "n_averaged"}
     for name, each in state.items():
@@ -139,26 +139,26 @@ def unwrapped(content: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
     return state
 
 
-def _within(state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+def _remove_prefix(state: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
     """Select the entries under the prefix shared by all wanted names, and remove it."""
     if all(name in state for name in wanted):
         return state
-    beginnings = [name.removesuffix(wanted[0]) for name in state if name.endswith(f".{wanted[0]}")]
-    found = [each for each in beginnings if all(f"{each}{name}" in state for name in wanted)]
-    if len(found) > 1:
-        raise ValueError(f"a state dict must hold one network, got several: {', '.join(found)}")
-    if not found:
+    prefixes = [name.removesuffix(wanted[0]) for name in state if name.endswith(f".{wanted[0]}")]
+    matches = [each for each in prefixes if all(f"{each}{name}" in state for name in wanted)]
+    if len(matches) > 1:
+        raise ValueError(f"a state dict must hold one network, got several: {', '.join(matches)}")
+    if not matches:
         return state
-    return {name.removeprefix(found[0]): each for name, each in state.items() if name.startswith(found[0])}
+    return {name.removeprefix(matches[0]): each for name, each in state.items() if name.startswith(matches[0])}
 
 
-def side_by_side(theirs: Iterable[str], ours: Iterable[str]) -> str:
+def compare_names(theirs: Iterable[str], ours: Iterable[str]) -> str:
     """Describe the first names present on one side only; empty if there is no difference."""
     theirs, ours = list(theirs), list(ours)
-    lacking, more = (
+    missing, more = (
         [name for name in one if name not in set(other)] for one, other in ((ours, theirs), (theirs, ours))
     )
     parts = [
-        f"{text} {', '.join(names[:SHOWN])}" for text, names in (("it has", more), ("the network", lacking)) if names
+        f"{text} {', '.join(names[:SHOWN])}" for text, names in (("it has", more), ("the network", missing)) if names
     ]
-    return f"{'; '.join(parts)} ({len(more)} and {len(lacking)} such names)" if parts else ""
+    return f"{'; '.join(parts)} ({len(more)} and {len(missing)} such names)" if parts else ""

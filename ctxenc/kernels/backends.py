@@ -32,7 +32,7 @@ class BackendInfo(NamedTuple):
     reason: str
 
 
-def checked(backend: str, source: str) -> str:
+def check_backend(backend: str, source: str) -> str:
     """Return the backend's name if it is known.
 
     Raises:
@@ -43,7 +43,7 @@ def checked(backend: str, source: str) -> str:
     return backend
 
 
-DEFAULT = checked(os.environ.get("CTXENC_BACKEND") or "auto", "the environment variable CTXENC_BACKEND")
+DEFAULT = check_backend(os.environ.get("CTXENC_BACKEND") or "auto", "the environment variable CTXENC_BACKEND")
 
 
 class _Mirror(threading.local):
@@ -57,7 +57,7 @@ _preferred: ContextVar[str] = ContextVar("ctxenc_backend", default=DEFAULT)
 _mirror = _Mirror()
 
 
-def preferred() -> str:
+def get_preferred() -> str:
     """Return the present meaning of "auto"."""
     return _mirror.backend if torch.compiler.is_compiling() else _preferred.get()
 
@@ -72,7 +72,7 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: backend is unknown.
     """
-    token = _preferred.set(checked(backend, "use_backend: backend"))
+    token = _preferred.set(check_backend(backend, "use_backend: backend"))
     before, _mirror.backend = _mirror.backend, backend
     try:
         yield
@@ -81,7 +81,7 @@ def use_backend(backend: str) -> Iterator[None]:
         _preferred.reset(token)
 
 
-def makes_saved_graph() -> bool:
+def is_saving_graph() -> bool:
     """Return whether torch.jit.trace or torch.export runs. is_exporting() of torch 2.8 to 2.11 is true under torch.compile too."""
     return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
@@ -137,7 +137,7 @@ def why_not(x: Tensor, *others: Tensor) -> str | None:
     on_gpu = x.is_cuda
     if not on_gpu and x.device.type not in GPUS and not (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"x is on {x.device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment)"
-    if makes_saved_graph():
+    if is_saving_graph():
         return "a graph for export takes the PyTorch path"
     if forward_ad._current_level >= 0:
         return "forward-mode AD has only the PyTorch path"
@@ -158,12 +158,13 @@ def why_not_encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> str | Non
     return None
 
 
-def may_serve(x: Tensor, *others: Tensor) -> bool:
+def _selects_kernels(backend: str, x: Tensor) -> bool:
+    return backend == "triton" or (backend == "auto" and x.device.type in GPUS)
+
+
+def can_serve(x: Tensor, *others: Tensor) -> bool:
     """Return whether the fused kernels are enabled for these tensors and can serve them. Never raises, even for "triton"."""
-    wanted = preferred()
-    if wanted == "torch" or (wanted == "auto" and x.device.type not in GPUS):
-        return False
-    return why_not(x, *others) is None
+    return _selects_kernels(get_preferred(), x) and why_not(x, *others) is None
 
 
 def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *others: Tensor) -> tuple[bool, bool]:
@@ -180,8 +181,8 @@ def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *
         RuntimeError: "triton" was requested and the kernels cannot run.
     """
     if backend == "auto":
-        backend = preferred()
-    if backend == "torch" or (backend == "auto" and x.device.type not in GPUS):
+        backend = get_preferred()
+    if not _selects_kernels(backend, x):
         return False, False
     reason = why(x, *others)
     if reason and backend == "triton":
@@ -189,9 +190,9 @@ def choose(name: str, backend: str, why: Callable[..., str | None], x: Tensor, *
     return reason is None, backend == "triton"
 
 
-def info(*tensors: Tensor) -> BackendInfo:
+def describe_choice(*tensors: Tensor) -> BackendInfo:
     """Return the backend that "auto" selects for encode(), and why: for x, codewords and smoothing, or for the current GPU."""
-    backend = preferred()
+    backend = get_preferred()
     if backend != "auto":
         return BackendInfo(backend, "set by use_backend() or CTXENC_BACKEND")
     if not tensors:
@@ -206,4 +207,4 @@ def info(*tensors: Tensor) -> BackendInfo:
         return BackendInfo("torch", reason)
     from ctxenc.kernels.fused import encode
 
-    return BackendInfo(*encode.expected(x, codewords, smoothing))
+    return BackendInfo(*encode.predict_backend(x, codewords, smoothing))

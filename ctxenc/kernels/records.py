@@ -21,7 +21,7 @@ PATIENCE = 600  # seconds until another machine's marker counts as left behind, 
 Key = dict[str, Any]  # operator, constants, gpu and versions
 
 
-def directory() -> Path:
+def find_directory() -> Path:
     """Return the folder of all records.
 
     Raises:
@@ -34,7 +34,7 @@ def directory() -> Path:
 
 
 @cache
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """Return the versions of a verdict, with a hash of the kernels' sources."""
     import triton
 
@@ -43,47 +43,47 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "triton": triton.__version__, "sources": sources}
 
 
-def _stem(key: Key) -> str:
+def _name_record(key: Key) -> str:
     return f"{key['operator']}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
 
 
 def read(key: Key) -> dict[str, Any] | None:
     """Return the record of exactly this key; None if it is missing or invalid."""
     try:
-        record = json.loads((directory() / f"{_stem(key)}.json").read_bytes())
+        record = json.loads((find_directory() / f"{_name_record(key)}.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or any(record.get(name) != value for name, value in key.items()):
         return None
-    ours = isinstance(record.get("serves"), bool) and isinstance(record.get("reason"), str)
-    return record if ours else None
+    is_valid = isinstance(record.get("serves"), bool) and isinstance(record.get("reason"), str)
+    return record if is_valid else None
 
 
-def recorded(key: Key) -> Path | None:
+def find_record(key: Key) -> Path | None:
     """Return the file of a record, or None."""
-    return directory() / f"{_stem(key)}.json" if read(key) else None
+    return find_directory() / f"{_name_record(key)}.json" if read(key) else None
 
 
-def settle(key: Key, verdict: dict[str, Any]) -> None:
+def write_verdict(key: Key, verdict: dict[str, Any]) -> None:
     """Record a verdict and remove leftover markers, which are then settled."""
-    if _write(f"{_stem(key)}.json", key | verdict):
-        for marker in left_behind(key):
+    if _write(f"{_name_record(key)}.json", key | verdict):
+        for marker in find_stale_markers(key):
             marker.unlink(missing_ok=True)
 
 
 def _write(name: str, content: dict[str, Any]) -> Path | None:
     """Write a file and return its path; None if it cannot be written."""
     try:
-        directory().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=directory(), suffix=".tmp", delete=False) as file:
+        find_directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=find_directory(), suffix=".tmp", delete=False) as file:
             json.dump(content, file)
-        os.replace(file.name, directory() / name)
+        os.replace(file.name, find_directory() / name)
     except OSError:
         return None
-    return directory() / name
+    return find_directory() / name
 
 
-def _started(pid: int) -> str:
+def _read_start_time(pid: int) -> str:
     """Return the start of a process on this machine in ticks since boot; empty if it has ended or cannot be seen."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -91,7 +91,7 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _here() -> list[str]:
+def _identify_machine() -> list[str]:
     """Return this machine with its process namespace (for containers), and its boot id."""
     boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     host = f"{socket.gethostname()} {os.readlink(processes) if processes.exists() else ''}"
@@ -100,14 +100,14 @@ def _here() -> list[str]:
 
 def mark(key: Key) -> Path | None:
     """Leave a marker before this process tries a kernel; None if it cannot be written."""
-    owner = {"machine": _here(), "pid": os.getpid(), "started": _started(os.getpid())}
-    return _write(f"{_stem(key)}.{uuid.uuid4().hex}.pending", owner)
+    owner = {"machine": _identify_machine(), "pid": os.getpid(), "started": _read_start_time(os.getpid())}
+    return _write(f"{_name_record(key)}.{uuid.uuid4().hex}.pending", owner)
 
 
-def left_behind(key: Key) -> list[Path]:
+def find_stale_markers(key: Key) -> list[Path]:
     """Return the markers of ended processes."""
     try:
-        return [path for path in directory().glob(f"{_stem(key)}.*.pending") if _has_ended(path)]
+        return [path for path in find_directory().glob(f"{_name_record(key)}.*.pending") if _has_ended(path)]
     except OSError:
         return []
 
@@ -118,7 +118,7 @@ def _has_ended(marker: Path) -> bool:
         (host, boot), pid, started = owner["machine"], int(owner["pid"]), str(owner["started"])
     except (OSError, ValueError, TypeError, KeyError):
         return False  # not our marker
-    here = _here()
-    if [host, boot] == here and started:
-        return _started(pid) != started
-    return (host == here[0] and boot != here[1]) or age > PATIENCE
+    machine = _identify_machine()
+    if [host, boot] == machine and started:
+        return _read_start_time(pid) != started
+    return (host == machine[0] and boot != machine[1]) or age > PATIENCE

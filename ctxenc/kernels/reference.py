@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def residuals(x: Tensor, codewords: Tensor) -> Tensor:
-    """Residuals r_ik = x_i - d_k.
+    """Return the residuals r_ik = x_i - d_k.
 
     Args:
         x: features (B, D, N).
@@ -21,7 +21,7 @@ def residuals(x: Tensor, codewords: Tensor) -> Tensor:
 
 
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Soft assignment w_ik = softmax over k of -s_k |r_ik|^2.
+    """Return the soft assignment w_ik = softmax over k of -s_k |r_ik|^2.
 
     Args:
         x: features (B, D, N).
@@ -36,7 +36,7 @@ def assign(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
-    """Encoding e_k = sum over i of w_ik r_ik.
+    """Return the encoding e_k = sum over i of w_ik r_ik.
 
     Args:
         x: features (B, D, N).

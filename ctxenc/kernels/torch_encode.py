@@ -44,15 +44,15 @@ class Codebook(NamedTuple):
     bias: Tensor  # s |d|^2, (K, 1)
 
 
-def _in_graph() -> bool:
+def _is_in_graph() -> bool:
     """Return whether a compiler or an exporter records the operations."""
     return torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 @torch.jit.unused
-def _is_free(tensor: Tensor) -> bool:
+def _can_work_in_place(tensor: Tensor) -> bool:
     """Return whether operations on a tensor may work in place and depend on sizes: nothing records them, no transform wraps it."""
-    if _in_graph() or torch.is_grad_enabled() or type(tensor) is not Tensor:
+    if _is_in_graph() or torch.is_grad_enabled() or type(tensor) is not Tensor:
         return False
     try:
         tensor.data_ptr()
@@ -62,9 +62,9 @@ def _is_free(tensor: Tensor) -> bool:
 
 
 @torch.jit.unused
-def _seen_maximum(tensor: Tensor) -> float | None:
+def _read_maximum(tensor: Tensor) -> float | None:
     """Return the largest value of a plain CPU tensor, else None: a graph and vmap have no values, and a GPU would have to wait."""
-    if _in_graph() or type(tensor) is not Tensor or not tensor.is_cpu:
+    if _is_in_graph() or type(tensor) is not Tensor or not tensor.is_cpu:
         return None
     try:
         return tensor.max().item()
@@ -75,10 +75,9 @@ def _seen_maximum(tensor: Tensor) -> float | None:
 def find_center(codewords: Tensor) -> Tensor | None:
     """Find the point c (D,) by which features and codewords are shifted: a codeword in a crowd, or the origin.
 
-    A codeword is in a crowd if at least half of all codewords, itself included, are near it: nearer than half the distance from
-    the origin of the farther one of the two. c is the codeword in a crowd with the smallest norm. Without a crowd a shift would
-    gain no digit. One outlier among the codewords can neither make a crowd nor break it up. Of two distant codewords, c is the
-    one nearer to the origin.
+    Two codewords are near each other if their distance is less than half of the larger of their norms. A codeword is in a crowd
+    if at least half of all codewords, itself included, are near it. c is the codeword in a crowd with the smallest norm. Without
+    a crowd a shift would gain no digit. A single outlier neither makes a crowd nor breaks it up.
 
     Returns:
         None for the origin, if the values can be read: a shift of x takes 40 to 100 % of forward on a CPU.
@@ -88,7 +87,7 @@ def find_center(codewords: Tensor) -> Tensor | None:
     # |d_j - d_k|^2 < max(|d_j|^2, |d_k|^2) / 4, or slightly more if these differ
     crowd = (few @ few.t() > 0.875 * torch.maximum(square, square[:, None])).to(few.dtype).mean(1)
     if not torch.jit.is_scripting():
-        largest = _seen_maximum(crowd)
+        largest = _read_maximum(crowd)
         if largest is not None and largest < 0.5:
             return None
     norms = square.masked_fill(crowd < 0.5, math.inf)
@@ -96,7 +95,7 @@ def find_center(codewords: Tensor) -> Tensor | None:
     return few.index_select(0, nearest).squeeze(0) * (norms.index_select(0, nearest) < math.inf)
 
 
-def _codebook(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Codebook:
+def _prepare_codebook(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Codebook:
     dtype = compute_dtype(x, codewords, smoothing)
     d = codewords.to(dtype)
     c = find_center(d.detach())
@@ -112,8 +111,8 @@ def _shift(x: Tensor, center: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 @torch.jit.unused
-def _square_sum_in_cache(x: Tensor) -> Tensor:
-    """Compute `_square_sum` without a temporary of x's size."""
+def _sum_squares_in_cache(x: Tensor) -> Tensor:
+    """Compute `_sum_squares` without a temporary of x's size."""
     if x.stride(1) == 1:  # channels last takes one pass: saves a quarter to a half of forward
         return torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
     if not x.is_cpu or x.numel() <= PART:
@@ -123,16 +122,16 @@ def _square_sum_in_cache(x: Tensor) -> Tensor:
     return sum((part.square().sum(1, keepdim=True) for part in parts[1:]), parts[0].square().sum(1, keepdim=True))
 
 
-def _square_sum(x: Tensor) -> Tensor:
+def _sum_squares(x: Tensor) -> Tensor:
     """Return |x'|^2 of every pixel, (B, 1, N)."""
-    if not torch.jit.is_scripting() and _is_free(x):
-        return _square_sum_in_cache(x)
+    if not torch.jit.is_scripting() and _can_work_in_place(x):
+        return _sum_squares_in_cache(x)
     return x.square().sum(1, keepdim=True)
 
 
 @torch.jit.unused
-def _weights_in_place(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
-    """Compute `_weights` over the memory of the logits: saves up to half of forward if D is as small as K."""
+def _compute_weights_in_place(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
+    """Compute `_compute_weights` over the memory of the logits: saves up to half of forward if D is as small as K."""
     if x.stride(1) == 1 and x.shape[1] >= 256:  # channels last takes one product for all images: 10 % of forward less
         logits = torch.matmul(x.transpose(1, 2), book.sd.t()).transpose(1, 2).contiguous()
     else:
@@ -143,10 +142,10 @@ def _weights_in_place(x: Tensor, book: Codebook, square_sum: Tensor | None) -> T
     return F.threshold(torch.softmax(logits, dim=1), SMALLEST, 0.0, inplace=True)
 
 
-def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
+def _compute_weights(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
     """Return weights (B, K, N) of shifted x: softmax over k of -s |x' - d'|^2, without |x'|^2 if one factor is shared."""
-    if not torch.jit.is_scripting() and _is_free(x) and _is_free(book.sd):
-        return _weights_in_place(x, book, square_sum)
+    if not torch.jit.is_scripting() and _can_work_in_place(x) and _can_work_in_place(book.sd):
+        return _compute_weights_in_place(x, book, square_sum)
     logits = torch.matmul(book.sd, x) - book.bias
     if square_sum is not None:  # after the product: a saved graph under autocast rounds the product's inputs
         logits = logits - book.s * square_sum
@@ -159,10 +158,10 @@ def _weights(x: Tensor, book: Codebook, square_sum: Tensor | None) -> Tensor:
 def _forward(x: Tensor, book: Codebook, learned: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return encoding (B, K, D), weights (B, K, N) and |x'|^2 (B, 1, N), the last only with one smoothing factor per codeword."""
     x = _shift(x, book.center, book.d.dtype)
-    square_sum = _square_sum(x) if learned else None
-    weights = _weights(x, book, square_sum)
+    square_sum = _sum_squares(x) if learned else None
+    weights = _compute_weights(x, book, square_sum)
     encoding, sums = torch.bmm(weights, x.transpose(1, 2)), weights.sum(2, keepdim=True)
-    if not torch.jit.is_scripting() and _is_free(encoding):
+    if not torch.jit.is_scripting() and _can_work_in_place(encoding):
         return encoding.addcmul_(sums, book.d, value=-1), weights, square_sum
     return encoding - sums * book.d, weights, square_sum
 
@@ -172,11 +171,13 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        book = _codebook(x, codewords, smoothing)
+        book = _prepare_codebook(x, codewords, smoothing)
         encoding, weights, square_sum = _forward(x, book, smoothing.dim() > 0)
         if square_sum is None:
             square_sum = encoding.new_empty(0)
-        elif not _is_free(weights):  # vmap must batch it like the weights, or its gradient counts once per sample
+        elif not _can_work_in_place(
+            weights
+        ):  # vmap must batch it like the weights, or its gradient counts once per sample
             square_sum = square_sum + 0 * weights[:, :1]
         # Keep one shape in all cases: activation checkpointing compares the shapes of both runs.
         c = book.d.new_zeros(book.d.shape[1]) if book.center is None else book.center
@@ -218,7 +219,7 @@ def _backward(
     channels_last: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     dtypes = x.dtype, codewords.dtype, smoothing.dtype
-    shift = None if _seen_maximum(center.abs()) == 0 else center
+    shift = None if _read_maximum(center.abs()) == 0 else center
     x, d = _shift(x, shift, weights.dtype), codewords.to(weights.dtype)
     d = d if shift is None else d - shift
     s = smoothing.to(d.dtype).reshape(-1, 1)
@@ -230,7 +231,7 @@ def _backward(
     if grad_weights is not None:
         p = p + grad_weights
     mean = (weights * p).sum(1, keepdim=True)
-    q = F.hardshrink(p.sub_(mean).mul_(weights) if _is_free(p) else weights * (p - mean), SMALLEST)
+    q = F.hardshrink(p.sub_(mean).mul_(weights) if _can_work_in_place(p) else weights * (p - mean), SMALLEST)
 
     moment = torch.bmm(q, x.transpose(1, 2))
     residual = moment - q.sum(2, keepdim=True) * d
@@ -256,26 +257,26 @@ def _backward(
         if grad_square_sum is not None:
             pull = pull + 2 * grad_square_sum
         # Allocating a tensor of x's size can cost as much as the product.
-        if _is_free(dx):
+        if _can_work_in_place(dx):
             dx.addcmul_(x, pull)
         else:
             dx = dx + x * pull
     return dx.to(dtypes[0]), dd, ds
 
 
-def _parts(x: Tensor) -> tuple[Tensor, ...]:
+def _split_batch(x: Tensor) -> tuple[Tensor, ...]:
     """Split the batch into runs of images whose weights fit the cache: 10 % of forward less at B, N, D, K = 64, 784, 32, 16."""
-    if _in_graph() or x.device.type != "cpu" or x.numel() <= 4 * PART:
+    if _is_in_graph() or x.device.type != "cpu" or x.numel() <= 4 * PART:
         return (x,)
     return x.split(max(1, PART // (x.shape[1] * x.shape[2])))
 
 
 def encode_plainly(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """Encode without the custom backward: for inference, saved graphs and forward-mode derivatives."""
-    book = _codebook(x, codewords, smoothing)
+    book = _prepare_codebook(x, codewords, smoothing)
     if torch.jit.is_scripting():
         return _forward(x, book, smoothing.dim() > 0)[0]
-    encodings = [_forward(part, book, smoothing.dim() > 0)[0] for part in _parts(x)]
+    encodings = [_forward(part, book, smoothing.dim() > 0)[0] for part in _split_batch(x)]
     return torch.cat(encodings) if len(encodings) > 1 else encodings[0]
 
 
@@ -284,13 +285,13 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
 
     Runs on any PyTorch device, with any float dtype and strides. Autocast must be off.
     """
-    recorded = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
-    if not recorded or forward_ad._current_level >= 0:
+    needs_graph = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
+    if not needs_graph or forward_ad._current_level >= 0:
         return encode_plainly(x, codewords, smoothing)
     return _Encode.apply(x, codewords, smoothing)[0]
 
 
-def forward_with_weight_sum(
+def encode_with_weight_sum(
     x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the encoding (B, K, D) of x (B, D, N) and each codeword's weight sum (B, K), or both over N: for the fused path."""
@@ -300,7 +301,7 @@ def forward_with_weight_sum(
         return encoding / count, weights.sum(2) / count
 
 
-def gradients(
+def compute_gradients(
     grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor, x_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x (empty if not wanted), codewords and smoothing, for the fused path.
@@ -320,6 +321,6 @@ def gradients(
 
 def assign(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
     """Return assignment weights (B, K, N) of x (B, D, N), fp32 or fp64, with plain autograd derivatives. Autocast must be off."""
-    book = _codebook(x, codewords, smoothing)
+    book = _prepare_codebook(x, codewords, smoothing)
     x = _shift(x, book.center, book.d.dtype)
-    return _weights(x, book, _square_sum(x) if smoothing.dim() else None)
+    return _compute_weights(x, book, _sum_squares(x) if smoothing.dim() else None)

@@ -6,12 +6,12 @@ The verdict counts for a `Kind`: the operator, every compile-time constant of th
 
 For `doctor` and other tools:
 
-    with verdicts.watching() as kinds:  # a dict of kinds; proves nothing, the PyTorch path serves
+    with verdicts.collect_kinds() as kinds:  # a dict of kinds; proves nothing, the PyTorch path serves
         model(x).sum().backward()
     for kind in kinds:  # kind.to_json() and Kind.from_json() carry one to another process
-        verdicts.known(kind)  # its Verdict(serves, reason, lasts, excess), or None; launches nothing
+        verdicts.find_verdict(kind)  # its Verdict(serves, reason, lasts, excess), or None; launches nothing
         verdicts.prove(kind, device)  # tries the kernel now, ignoring the record, and records the verdict
-    records.recorded(verdicts.key_of(kind))  # the file of a record, to send with a report, or None
+    records.find_record(verdicts.make_record_key(kind))  # the file of a record, to send with a report, or None
 """
 
 import contextlib
@@ -100,7 +100,7 @@ class Operator:
         verdict = self.served.get(key) or self._look_up(key, arguments)
         if verdict.serves:
             return self.kernel(*arguments)
-        if strict and _watched is None:
+        if strict and _collected is None:
             raise RuntimeError(f'{self.name}: backend="triton" cannot run: {verdict.reason}')
         with torch.autocast(arguments[0].device.type, enabled=False):
             return self.plain(*arguments)
@@ -123,22 +123,22 @@ class Operator:
     def kind(self, *arguments: Any) -> Kind | None:
         """Return the kind of kernel that these arguments take; None if nothing is launched."""
         constants = self.constants(*arguments)
-        return Kind(self.name, tuple(constants.items()), _gpu_of(arguments[0].device)) if constants else None
+        return Kind(self.name, tuple(constants.items()), _name_gpu(arguments[0].device)) if constants else None
 
 
 OPERATORS: dict[str, Operator] = {}
-_known: dict[Kind, Verdict] = {}
+_verdicts: dict[Kind, Verdict] = {}
 _calls_without_memory: dict[Kind, int] = {}
-_watched: dict[Kind, None] | None = None
+_collected: dict[Kind, None] | None = None
 _lock = threading.RLock()
 
 
-def place(x: Tensor) -> tuple[Any, ...]:
+def describe_placement(x: Tensor) -> tuple[Any, ...]:
     """Return every property of a tensor, except its values, that can affect a launch."""
     return x.dtype, x.shape, x.stride(), x.data_ptr() & 15, x.get_device()
 
 
-def _gpu_of(device: torch.device) -> str:
+def _name_gpu(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -146,31 +146,31 @@ def _gpu_of(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[dict[Kind, None]]:
+def collect_kinds() -> Iterator[dict[Kind, None]]:
     """Collect the kinds of kernels that calls ask for in the with block, in every thread.
 
     Nothing tries or launches a kernel meanwhile: the PyTorch path serves, even with `backend="triton"`.
     """
-    global _watched
-    before, _watched = _watched, {}
+    global _collected
+    before, _collected = _collected, {}
     for operator in OPERATORS.values():
         operator.served.clear()
     try:
-        yield _watched
+        yield _collected
     finally:
-        _watched = before
+        _collected = before
 
 
-def key_of(kind: Kind) -> dict[str, Any]:
+def make_record_key(kind: Kind) -> dict[str, Any]:
     """Return the key of a record: the kind, and its versions."""
-    return {"operator": kind.operator, "constants": dict(kind.constants), "gpu": kind.gpu, **records.versions()}
+    return {"operator": kind.operator, "constants": dict(kind.constants), "gpu": kind.gpu, **records.read_versions()}
 
 
-def known(kind: Kind) -> Verdict | None:
+def find_verdict(kind: Kind) -> Verdict | None:
     """Return the verdict of this process or the one on disk; None if there is no verdict yet."""
-    if kind not in _known and (record := records.read(key_of(kind))):
+    if kind not in _verdicts and (record := records.read(make_record_key(kind))):
         return Verdict(record["serves"], record["reason"], excess=record.get("excess"))
-    return _known.get(kind)
+    return _verdicts.get(kind)
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -179,14 +179,14 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _judge(kind: Kind, device: torch.device) -> Verdict:
     """Return the verdict of a kind; prove the kernel first if there is no verdict."""
-    if _watched is not None:
-        _watched[kind] = None
-        return Verdict(False, "no kernel runs inside verdicts.watching()", "call")
+    if _collected is not None:
+        _collected[kind] = None
+        return Verdict(False, "no kernel runs inside verdicts.collect_kinds()", "call")
     if os.environ.get("CTXENC_VERIFY") == "0":
         return Verdict(True, "not checked: CTXENC_VERIFY=0", "process")
     with _lock:  # one proof at a time: other threads want the same kernel
-        if kind in _known:
-            return _known[kind]
+        if kind in _verdicts:
+            return _verdicts[kind]
         if _is_capturing(device):  # nor may a kernel be loaded during capture
             return Verdict(
                 False, "while a CUDA graph is captured no kernel runs for the first time: call it before", "call"
@@ -195,22 +195,22 @@ def _judge(kind: Kind, device: torch.device) -> Verdict:
         if calls % RETRY:
             verdict = Verdict(False, "there was no memory to prove it", "call")
         else:
-            verdict = known(kind) or _crashed(kind) or prove(kind, device)
+            verdict = find_verdict(kind) or _find_crash(kind) or prove(kind, device)
         if verdict.lasts == "call":
             _calls_without_memory[kind] = calls + 1
             return verdict
-        _known[kind] = verdict
+        _verdicts[kind] = verdict
     if not verdict.serves:
         _warn(kind, verdict)
     return verdict
 
 
-def _crashed(kind: Kind) -> Verdict | None:
+def _find_crash(kind: Kind) -> Verdict | None:
     """Return the verdict of a kernel if its trial crashed a process, else None."""
-    if not records.left_behind(key_of(kind)):
+    if not records.find_stale_markers(make_record_key(kind)):
         return None
     verdict = Verdict(False, "a process ended while it tried this kernel; `python -m ctxenc doctor` tries it again")
-    records.settle(key_of(kind), verdict._asdict())
+    records.write_verdict(make_record_key(kind), verdict._asdict())
     return verdict
 
 
@@ -226,14 +226,14 @@ def prove(kind: Kind, device: torch.device | str) -> Verdict:
     """
     if kind.operator not in OPERATORS:  # not imported before the process's first call
         from ctxenc.kernels.fused import encode, gate, pool, project  # noqa: F401
-    device, key = torch.device(device), key_of(kind)
+    device, key = torch.device(device), make_record_key(kind)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # surfaces earlier errors, which are not this kernel's
     marker = records.mark(key)
     try:
         verdict = _try(OPERATORS[kind.operator], kind, device)
         if verdict.lasts == "always":
-            records.settle(key, verdict._asdict())
+            records.write_verdict(key, verdict._asdict())
     finally:
         if marker:
             marker.unlink(missing_ok=True)
@@ -251,8 +251,8 @@ def _try(operator: Operator, kind: Kind, device: torch.device) -> Verdict:
             for arguments in problems:
                 first = operator.results(operator.kernel, arguments)
                 wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
-                found = operator.excess(arguments, first, operator.results(operator.plain, wide))
-                excess = {name: max(over, excess.get(name, 0.0)) for name, over in found.items()}
+                excesses = operator.excess(arguments, first, operator.results(operator.plain, wide))
+                excess = {name: max(over, excess.get(name, 0.0)) for name, over in excesses.items()}
                 worst = max(excess, key=lambda name: excess[name])
                 if excess[worst] > 1:
                     return Verdict(False, f"{worst} is off by {excess[worst]:.3g} times its tolerance", excess=excess)
@@ -260,11 +260,11 @@ def _try(operator: Operator, kind: Kind, device: torch.device) -> Verdict:
                     if not all(map(torch.equal, first, operator.results(operator.kernel, arguments))):
                         return Verdict(False, f"{RUNS} runs on the same inputs gave different bits", excess=excess)
     except Exception as error:
-        return _failed(error, device)
+        return _judge_failure(error, device)
     return Verdict(True, f"{RUNS} runs of equal bits, errors within tolerance", excess=excess)
 
 
-def _failed(error: Exception, device: torch.device) -> Verdict:
+def _judge_failure(error: Exception, device: torch.device) -> Verdict:
     """Return the verdict for a kernel that raised. It lasts if this GPU will fail again, not if a repaired setup may help."""
     line = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in line:
@@ -279,7 +279,7 @@ def _failed(error: Exception, device: torch.device) -> Verdict:
 
 
 def _warn(kind: Kind, verdict: Verdict) -> None:
-    send = records.recorded(key_of(kind)) or "what `python -m ctxenc doctor --out FILE` writes"
+    send = records.find_record(make_record_key(kind)) or "what `python -m ctxenc doctor --out FILE` writes"
     warnings.warn(
         f"ctxenc: the PyTorch path serves in place of the fused kernel {kind}: {verdict.reason}. To report it, send {send}",
         RuntimeWarning,

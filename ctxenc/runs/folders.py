@@ -21,7 +21,7 @@ from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import nn
 
 import ctxenc.integrations.timm_models  # register our networks with timm
-from ctxenc.integrations.state_dicts import read_pickle, read_safetensors, side_by_side, unwrapped
+from ctxenc.integrations.state_dicts import compare_names, read_pickle, read_safetensors, unwrap
 from ctxenc.runs.config import RunConfig, atomic
 from ctxenc.runs.errors import UserError, near_names, one_line
 from ctxenc.swap.patching import patch_se_blocks
@@ -90,7 +90,7 @@ def load_initial(model: nn.Module, path: Path) -> None:
     Args:
         model: Not swapped yet.
         path: A run of finetune (its first SE network), safetensors, or a checkpoint of timm's train.py, torchvision's
-            references, Lightning or others (see state_dicts.unwrapped); averaged weights are preferred. Read as data, never
+            references, Lightning or others (see state_dicts.unwrap); averaged weights are preferred. Read as data, never
             executed.
 
     Raises:
@@ -101,7 +101,7 @@ def load_initial(model: nn.Module, path: Path) -> None:
     own = model.state_dict()
     try:
         content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
-        weights = unwrapped(content, list(own))
+        weights = unwrap(content, list(own))
     except OSError as error:
         raise UserError(f"--initial-checkpoint {path} cannot be read: {error.strerror or one_line(error)}") from error
     except ValueError as error:
@@ -174,7 +174,7 @@ def check_weights(model: nn.Module, path: Path) -> dict[str, str]:
 
 
 def _mismatch(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str:
-    if names := side_by_side(shapes, wanted):
+    if names := compare_names(shapes, wanted):
         return names
     name = next((name for name, shape in wanted.items() if shapes[name] != shape), None)
     return "" if name is None else f"{name} has shape {shapes[name]}, the model {wanted[name]}"

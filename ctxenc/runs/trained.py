@@ -12,7 +12,7 @@ from torch import nn
 
 from ctxenc.integrations.checkpoints import load_encnet_checkpoint
 from ctxenc.integrations.encnet import EncNet
-from ctxenc.integrations.hub import without_memory
+from ctxenc.integrations.hub import build_without_memory
 from ctxenc.runs.config import RunConfig, read_config
 from ctxenc.runs.errors import UserError, one_line
 from ctxenc.runs.folders import build_model, check_weights, load_weights, pick_device, resolve
@@ -67,7 +67,7 @@ def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str 
 def check_claims(build: Callable[[], nn.Module], weights: Path) -> None:
     """Raise UserError if a network does not fit its file, before allocating it: a configuration may claim any size."""
     try:
-        skeleton = without_memory(build)
+        skeleton = build_without_memory(build)
     except UserError:
         return  # the real build reports the reason, unless only the meta device is the obstacle
     check_weights(skeleton, weights)

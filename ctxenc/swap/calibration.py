@@ -6,7 +6,7 @@ fits each block, from its input on, to the output of the SE block for a few imag
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ctxenc.context import ContextEncoding
-from ctxenc.encoding import uncompiled
+from ctxenc.encoding import run_eagerly
 from ctxenc.functional import assign
 from ctxenc.swap import starts
-from ctxenc.swap.calibration_report import BlockCalibration, Calibration, compared, gate_r2
-from ctxenc.swap.patching import _originals, _patched_blocks
-from ctxenc.swap.se_classes import check_model, empty_slots, gate_of, last_layer, named_blocks
-from ctxenc.swap.states import eval_mode, restore_on_error, seed_generators, uncached_autocast
+from ctxenc.swap.calibration_report import BlockCalibration, Calibration, compare_predictions, compute_gate_r2
+from ctxenc.swap.patching import _iterate_blocks, _originals
+from ctxenc.swap.se_classes import check_model, find_empty_slots, find_logits, iterate_blocks
+from ctxenc.swap.states import disable_cast_cache, restore_on_error, seed_generators, set_eval_mode
 
 STARTS = ("calibrated", "neutral", "random")
 # Keep so many pixels of each block's input: they give the projection and its norm, the codewords and the smoothing.
@@ -38,14 +38,6 @@ class _Place:
     name: str
     block: ContextEncoding
     se: nn.Module | None
-
-    @property
-    def logits(self) -> tuple[nn.Module, bool] | None:
-        """Return the source of the SE block's logits: the gate's input (True) or the last layer's output (False)."""
-        if self.se is None:
-            return None
-        gate = gate_of(self.se)
-        return (last_layer(self.se), False) if gate is None else (gate, True)
 
 
 @torch.no_grad()
@@ -90,29 +82,28 @@ def calibrate(
         ImportError: the extra is not installed: pip install 'ctxenc[train]'.
     """
     _check_arguments(model, like, start, held_out)
-    tqdm = _needed("tqdm").tqdm
-    _needed("sklearn")
-    places = _places(model, like, start)
-    blocks = [place.block for place in places]
+    tqdm = _import_extra("tqdm").tqdm
+    _import_extra("sklearn")
+    places = _find_places(model, like, start)
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         seed_generators(seed, seed, seed),
-        uncached_autocast(),
-        uncompiled(),
-        eval_mode(model, like),
-        restore_on_error(blocks),
+        disable_cast_cache(),
+        run_eagerly(),
+        restore_on_error([place.block for place in places]),
+        set_eval_mode(model, like),
     ):
         torch.manual_seed(seed)
-        fitted, kept = _images(batches, held_out, seed)
-        places = _in_order(model, places, fitted[0][:1])
+        fitted, kept = _split_images(batches, held_out, seed)
+        places = _sort_places(model, places, fitted[0][:1])
         if start != "random":
-            logits = _original_logits(model, like, places, fitted)
+            logits = _record_original_logits(model, like, places, fitted)
             for place in tqdm(places, "calibrating", delay=1, leave=False, disable=None if progress else True):
                 if start == "neutral":
-                    starts.neutral_gate(place.block, logits[place.name])
+                    starts.set_neutral_gate(place.block, logits[place.name])
                 else:
                     _fit(model, place, fitted, logits[place.name], seed)
-        return _measured(model, like, places, kept, start, sum(map(len, fitted)))
+        return _measure(model, like, places, kept, start, sum(map(len, fitted)))
 
 
 def _check_arguments(model: nn.Module, like: nn.Module | None, start: str, held_out: float) -> None:
@@ -127,23 +118,23 @@ def _check_arguments(model: nn.Module, like: nn.Module | None, start: str, held_
         raise ValueError(f"calibrate: held_out must be a share between 0 and 1, got {held_out}")
 
 
-def _needed(package: str) -> Any:
+def _import_extra(package: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:
         raise ImportError(f"calibrate needs the extra: pip install 'ctxenc[train]' ({error})") from error
 
 
-def _places(model: nn.Module, like: nn.Module | None, start: str) -> list[_Place]:
+def _find_places(model: nn.Module, like: nn.Module | None, start: str) -> list[_Place]:
     """Return the patched blocks, each once. Without like, copy their SE blocks, because they will be called and moved."""
     names: dict[ContextEncoding, str] = {}
-    for name, block in _patched_blocks(model):
+    for name, block in _iterate_blocks(model):
         names.setdefault(block, name)
     if not names:
         raise ValueError(f"calibrate: model must have blocks of patch_se_blocks, got {type(model).__name__} with none")
     places = []
     for block, name in names.items():
-        se = _undo_record(name, block) if like is None else _in_original(name, block, like)
+        se = _find_undo_record(name, block) if like is None else _find_in_original(name, block, like)
         if any(tensor.is_meta for module in (block, se) if module is not None for tensor in module.parameters()):
             raise ValueError(f"calibrate: model must have values, got {name} on the meta device")
         if start == "calibrated":
@@ -164,7 +155,7 @@ def _check_norms(name: str, block: ContextEncoding) -> None:
             )
 
 
-def _undo_record(name: str, block: ContextEncoding) -> nn.Module | None:
+def _find_undo_record(name: str, block: ContextEncoding) -> nn.Module | None:
     if block not in _originals:
         raise RuntimeError(
             f"calibrate: no undo record for {name}: the model was copied or unpickled after patching; give the original"
@@ -173,19 +164,19 @@ def _undo_record(name: str, block: ContextEncoding) -> nn.Module | None:
     return _originals[block]
 
 
-def _in_original(name: str, block: ContextEncoding, like: nn.Module) -> nn.Module | None:
+def _find_in_original(name: str, block: ContextEncoding, like: nn.Module) -> nn.Module | None:
     """Return the SE block of that name in like; None for an empty slot."""
-    for found, se in named_blocks(like):
-        if found.name == name and found.channels == block.channels:
+    for record, se in iterate_blocks(like):
+        if record.name == name and record.channels == block.channels:
             return se
-    if any(found.name == name for found, _ in empty_slots(like)):
+    if any(record.name == name for record, _ in find_empty_slots(like)):
         return None
     raise ValueError(
         f"calibrate: like must have an SE block of {block.channels} channels at {name}, got {type(like).__name__} without it"
     )
 
 
-def _images(batches: Iterable[Any], held_out: float, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+def _split_images(batches: Iterable[Any], held_out: float, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """Split the images into batches to fit to and batches to hold out."""
     if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches must be an iterable of batches, got {type(batches).__name__}")
@@ -195,46 +186,44 @@ def _images(batches: Iterable[Any], held_out: float, seed: int) -> tuple[list[Te
             got = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"calibrate: batches must hold images (B, C, H, W) of floats, got {got}")
     total = sum(map(len, images))
-    held = round(total * held_out)
-    if min(held, total - held) < 2:
+    count = round(total * held_out)  # of the images to hold out
+    if min(count, total - count) < 2:
         raise ValueError(
             f"calibrate: batches must hold two images to fit and two to hold out, got {total} with held_out={held_out}"
         )
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:held]] = True
-    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for batch, is_held in zip(images, chosen.split([len(batch) for batch in images]), strict=True):
-        for part, mask in zip(parts, (~is_held, is_held), strict=True):
-            if mask.any():
-                part.append(batch[mask.to(batch.device)])
-    return parts
+    masks = torch.zeros(2, total, dtype=torch.bool)
+    masks[1, torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]] = True
+    masks[0] = ~masks[1]
+    fit, report = (
+        [batch[mask.to(batch.device)] for batch, mask in zip(images, part.split([*map(len, images)]), strict=True)]
+        for part in masks
+    )
+    return [batch for batch in fit if len(batch)], [batch for batch in report if len(batch)]
 
 
-def _on(model: nn.Module, images: Tensor) -> Tensor:
+def _move_to_model(model: nn.Module, images: Tensor) -> Tensor:
     """Return the images on the network's device and in its precision."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     return images.to(like.device, like.dtype)
 
 
 @contextmanager
-def _hooked(hooks: Iterable[Any]) -> Iterator[None]:
-    hooks = list(hooks)
-    try:
-        yield
-    finally:
+def _hold_hooks(hooks: Iterable[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
         for hook in hooks:
-            hook.remove()
+            stack.enter_context(hook)
+        yield
 
 
-def _in_order(model: nn.Module, places: list[_Place], image: Tensor) -> list[_Place]:
+def _sort_places(model: nn.Module, places: list[_Place], image: Tensor) -> list[_Place]:
     """Return the places in the order of execution."""
     calls: list[_Place] = []
 
-    def counter(place: _Place) -> Any:
+    def add_counter(place: _Place) -> Any:
         return place.block.register_forward_pre_hook(lambda *_: calls.append(place))
 
-    with _hooked(map(counter, places)):
-        model(_on(model, image))
+    with _hold_hooks(map(add_counter, places)):
+        model(_move_to_model(model, image))
     for place in places:
         if (count := calls.count(place)) != 1:
             raise ValueError(f"calibrate: model must call {place.name} once in a forward pass, got {count} calls")
@@ -242,43 +231,45 @@ def _in_order(model: nn.Module, places: list[_Place], image: Tensor) -> list[_Pl
 
 
 @contextmanager
-def _recorded(modules: dict[str, tuple[nn.Module, bool]]) -> Iterator[dict[str, list[Tensor]]]:
+def _record(modules: dict[str, tuple[nn.Module, bool]]) -> Iterator[dict[str, list[Tensor]]]:
     """Record each module's input (True) or output (False), (B, the rest), in a dtype wide enough to compute with."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+    tensors: dict[str, list[Tensor]] = {name: [] for name in modules}
 
-    def recorder(name: str, module: nn.Module, takes: bool) -> Any:
-        def keep(tensor: Tensor) -> None:
-            kept[name].append(_wide(tensor.flatten(1)).clone())  # the module or the next one may work in place
+    def add_recorder(name: str, module: nn.Module, takes: bool) -> Any:
+        def append(tensor: Tensor) -> None:
+            tensors[name].append(_widen(tensor.flatten(1)).clone())  # the module or the next one may work in place
 
         if takes:
-            return module.register_forward_pre_hook(lambda _, args: keep(args[0]))
-        return module.register_forward_hook(lambda _, __, output: keep(output))
+            return module.register_forward_pre_hook(lambda _, args: append(args[0]))
+        return module.register_forward_hook(lambda _, __, output: append(output))
 
-    with _hooked(recorder(name, *module) for name, module in modules.items()):
-        yield kept
+    with _hold_hooks(add_recorder(name, *module) for name, module in modules.items()):
+        yield tensors
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager
-def _original(model: nn.Module, like: nn.Module | None, places: list[_Place]) -> Iterator[tuple[nn.Module, Any]]:
+def _observe_original(
+    model: nn.Module, like: nn.Module | None, places: list[_Place]
+) -> Iterator[tuple[nn.Module, Any]]:
     """Yield the original network, and the dict that its forward fills with the SE blocks' logits.
 
     It is `like`, or the patched network with each block's output replaced by the output of its SE block.
     """
 
-    def replacer(place: _Place) -> Any:
+    def add_replacement(place: _Place) -> Any:
         se = place.se
         return place.block.register_forward_hook(lambda _, args, __: args[0] if se is None else se(args[0]))
 
-    sources = {place.name: place.logits for place in places if place.logits is not None}
-    with _recorded(sources) as logits, _hooked(map(replacer, places) if like is None else ()):
+    sources = {place.name: find_logits(place.se) for place in places if place.se is not None}
+    with _record(sources) as logits, _hold_hooks(map(add_replacement, places) if like is None else ()):
         yield model if like is None else like, logits
 
 
-def _original_logits(
+def _record_original_logits(
     model: nn.Module, like: nn.Module | None, places: list[_Place], batches: list[Tensor]
 ) -> dict[str, Tensor]:
     """Return the logits (n, C) of every SE block of the original network.
@@ -286,16 +277,18 @@ def _original_logits(
     The SE blocks' answers to the patched network's own maps work as well: in the measurement of starts.py the gates' R^2 was
     0.88 instead of 0.87, and agreement was the same.
     """
-    with _original(model, like, places) as (network, kept):
+    with _observe_original(model, like, places) as (network, tensors):
         for images in batches:
-            network(_on(network, images))
+            network(_move_to_model(network, images))
     count = sum(map(len, batches))
-    logits = {name: torch.cat(found) for name, found in kept.items()}
+    logits = {name: torch.cat(batch_logits) for name, batch_logits in tensors.items()}
     for place in places:
         weight = place.block.fc.weight
-        found = logits.get(place.name)
+        batch_logits = logits.get(place.name)
         logits[place.name] = (
-            _wide(weight.new_full((count, len(weight)), OPEN)) if found is None else found.to(weight.device)
+            _widen(weight.new_full((count, len(weight)), OPEN))
+            if batch_logits is None
+            else batch_logits.to(weight.device)
         )
         _check_finite(place.name, logits[place.name])
     return logits
@@ -306,25 +299,25 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"calibrate: batches must give finite features, got NaN or infinity at {name}")
 
 
-class _Seen(Exception):  # noqa: N818
+class _StopForward(Exception):  # noqa: N818
     """End a forward pass at the layer under observation."""
 
 
-def _seen(
+def _observe_layer(
     model: nn.Module, layer: nn.Module, batches: list[Tensor], take: Callable[[Tensor, Tensor], Tensor]
 ) -> list[Tensor]:
     """Return take(input, output) of a layer for every batch."""
-    found: list[Tensor] = []
+    results: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(take(args[0], output))
-        raise _Seen
+        results.append(take(args[0], output))
+        raise _StopForward
 
-    with _hooked([layer.register_forward_hook(stop)]):
+    with _hold_hooks([layer.register_forward_hook(stop)]):
         for images in batches:
-            with suppress(_Seen):
-                model(_on(model, images))
-    return found
+            with suppress(_StopForward):
+                model(_move_to_model(model, images))
+    return results
 
 
 def _fit(model: nn.Module, place: _Place, batches: list[Tensor], logits: Tensor, seed: int) -> None:
@@ -332,25 +325,25 @@ def _fit(model: nn.Module, place: _Place, batches: list[Tensor], logits: Tensor,
     generator = torch.Generator().manual_seed(seed)
     share = -(-PIXELS // sum(map(len, batches)))
 
-    def some_pixels(x: Tensor, _: Tensor) -> Tensor:
+    def draw_pixels(x: Tensor, _: Tensor) -> Tensor:
         x = x.flatten(2)
-        drawn = torch.randperm(x.shape[2], generator=generator)[:share]
-        return _wide(x[:, :, drawn.to(x.device)].mT)  # (B, N, C)
+        places = torch.randperm(x.shape[2], generator=generator)[:share]
+        return _widen(x[:, :, places.to(x.device)].mT)  # (B, N, C)
 
-    pixels = _seen(model, place.block.conv, batches, some_pixels)
+    pixels = _observe_layer(model, place.block.conv, batches, draw_pixels)
     for each in pixels:
         _check_finite(place.name, each)
-    wide = copy.deepcopy(place.block).to(logits.dtype)  # half precision needs fp32 here
+    copied = copy.deepcopy(place.block).to(logits.dtype)  # half precision needs fp32 here
     with torch.autocast(logits.device.type, enabled=False):
-        starts.start_codebook(wide, pixels, starts.first_layer(place.se), seed)
-    place.block.load_state_dict(wide.state_dict())
-    encodings = torch.cat(_seen(model, place.block.encoding, batches, lambda _, encoding: encoding))
+        starts.start_codebook(copied, pixels, starts.find_first_weight(place.se), seed)
+    place.block.load_state_dict(copied.state_dict())
+    encodings = torch.cat(_observe_layer(model, place.block.encoding, batches, lambda _, encoding: encoding))
     with torch.autocast(logits.device.type, enabled=False):
-        starts.fit_gate(wide, encodings.to(logits.dtype), logits)
-    place.block.load_state_dict(wide.state_dict())
+        starts.fit_gate(copied, encodings.to(logits.dtype), logits)
+    place.block.load_state_dict(copied.state_dict())
 
 
-def _measured(
+def _measure(
     model: nn.Module, like: nn.Module | None, places: list[_Place], batches: list[Tensor], start: str, fitted: int
 ) -> Calibration:
     """Measure the original network and this one on the same images, batch by batch, and return the report."""
@@ -358,7 +351,7 @@ def _measured(
     gates: dict[str, list[tuple[Tensor, Tensor]]] = {place.name: [] for place in places}
     predictions: list[tuple[Tensor, Tensor]] = []
 
-    def user(place: _Place) -> Any:
+    def add_recorder(place: _Place) -> Any:
         def record(encoding: Any, args: tuple[Tensor, ...]) -> None:
             weights = assign(args[0], encoding.codewords, encoding.smoothing)  # (B, K, H, W)
             used[place.name][weights.argmax(1).unique().cpu()] = True
@@ -366,18 +359,23 @@ def _measured(
         return place.block.encoding.register_forward_pre_hook(record)
 
     for images in batches:
-        with _original(model, like, places) as (network, wanted):
-            original = network(_on(network, images))
-        with _recorded({place.name: (place.block.gate, True) for place in places}) as own, _hooked(map(user, places)):
-            output = model(_on(model, images))
+        with _observe_original(model, like, places) as (network, logits_there):
+            original = network(_move_to_model(network, images))
+        with (
+            _record({place.name: (place.block.gate, True) for place in places}) as logits_here,
+            _hold_hooks(map(add_recorder, places)),
+        ):
+            output = model(_move_to_model(model, images))
         for place in places:
-            if place.name in wanted:
-                logits = (own[place.name][0], wanted[place.name][0].to(own[place.name][0]))
+            if place.name in logits_there:
+                logits = (logits_here[place.name][0], logits_there[place.name][0].to(logits_here[place.name][0]))
                 gates[place.name].append(tuple(place.block.gate(each) for each in logits))
         if all(isinstance(each, Tensor) and each.dim() > 1 for each in (output, original)):
-            predictions.append(compared(output, original.to(output.device)))
+            predictions.append(compare_predictions(output, original.to(output.device)))
     blocks = (
-        BlockCalibration(place.name, gate_r2(gates[place.name]), int(used[place.name].sum()), place.block.num_codes)
+        BlockCalibration(
+            place.name, compute_gate_r2(gates[place.name]), int(used[place.name].sum()), place.block.num_codes
+        )
         for place in places
     )
     agreement, kl = (

@@ -55,18 +55,20 @@ class Calibration:
         return "\n".join(lines)
 
 
-def compared(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+def compare_predictions(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each image the share of predictions that agree with the original, and their mean divergence."""
     same = (output.argmax(1) == original.argmax(1)).double()
-    own, wanted = (each.double().log_softmax(1) for each in (output, original))
-    divergence = (wanted.exp() * (wanted - own)).sum(1)
+    predicted, expected = (each.double().log_softmax(1) for each in (output, original))
+    divergence = (expected.exp() * (expected - predicted)).sum(1)
     return same.reshape(len(same), -1).mean(1), divergence.reshape(len(same), -1).mean(1)
 
 
-def gate_r2(gates: list[tuple[Tensor, Tensor]]) -> float | None:
+def compute_gate_r2(gates: list[tuple[Tensor, Tensor]]) -> float | None:
     """Return R^2 of pairs of own and wanted gates (B, C), as defined in BlockCalibration."""
     if not gates:
         return None
-    own, wanted = (cat(each).double() for each in zip(*gates, strict=True))
-    spread = (wanted - wanted.mean(0)).square().sum()
-    return float(1 - (wanted - own).square().sum() / spread) if spread > 1e-12 * wanted.numel() else None
+    predicted, expected = (cat(each).double() for each in zip(*gates, strict=True))
+    variation = (expected - expected.mean(0)).square().sum()
+    return (
+        float(1 - (expected - predicted).square().sum() / variation) if variation > 1e-12 * expected.numel() else None
+    )

@@ -13,17 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from ctxenc.context import POOLS, ContextEncoding, check_ratio, reduced_channels
-from ctxenc.encoding import AGGREGATIONS, STARTS, check_choice, check_sizes, check_smoothing
+from ctxenc.context import POOLS, ContextEncoding
+from ctxenc.encoding import (
+    AGGREGATIONS,
+    STARTS,
+    check_choice,
+    check_ratio,
+    check_sizes,
+    check_smoothing,
+    reduce_channels,
+)
 from ctxenc.swap.se_classes import (
     SEBlock,
     check_model,
-    empty_slots,
+    describe_contents,
+    find_empty_slots,
+    find_first_layer,
+    find_gate,
     find_se_blocks,
-    first_layer,
-    gate_of,
-    named_blocks,
-    what_it_has,
+    iterate_blocks,
 )
 
 _logger = logging.getLogger(__name__)
@@ -93,11 +101,11 @@ def find_context_blocks(model: nn.Module) -> list[ContextBlock]:
             block.max_size,
             block.start,
         )
-        for name, block in _patched_blocks(model)
+        for name, block in _iterate_blocks(model)
     ]
 
 
-def _patched_blocks(model: nn.Module) -> Iterator[tuple[str, ContextEncoding]]:
+def _iterate_blocks(model: nn.Module) -> Iterator[tuple[str, ContextEncoding]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ContextEncoding) and module.replaced is not None:
             yield name, module
@@ -130,10 +138,10 @@ class _Swap:
 
     def build(self, found: SEBlock, source: nn.Module) -> ContextEncoding:
         """Build the block for `found`, with the device, dtype and modes of `source`, the SE block or convolution."""
-        gate, weight = gate_of(source), next(source.parameters())
+        gate, weight = find_gate(source), next(source.parameters())
         rd_channels = found.rd_channels if self.rd_ratio is None else None
         if rd_channels is None:
-            rd_channels = reduced_channels(
+            rd_channels = reduce_channels(
                 found.channels, 1 / 16 if self.rd_ratio is None else self.rd_ratio, rd_divisor=8
             )
         block = ContextEncoding(
@@ -206,10 +214,10 @@ def patch_se_blocks(
     swap = replace(swap, smoothing=smoothing if isinstance(smoothing, str) else float(smoothing))
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"patch_se_blocks: filter_fn must be a function, got {filter_fn!r}")
-    found = list(named_blocks(model)) + (list(empty_slots(model)) if fill_empty else [])
+    found = list(iterate_blocks(model)) + (list(find_empty_slots(model)) if fill_empty else [])
     chosen = [(block, source) for block, source in found if filter_fn is None or filter_fn(block.name, source)]
     alike = 0
-    for name, block in _patched_blocks(model):
+    for name, block in _iterate_blocks(model):
         if _Swap.of(block) == swap:
             alike += 1
         elif filter_fn is None or filter_fn(name, _originals.get(block) or block):
@@ -221,16 +229,16 @@ def patch_se_blocks(
         if alike:
             _logger.info("patch_se_blocks: nothing to do, %d blocks have been patched with these settings", alike)
             return model
-        raise ValueError(f"patch_se_blocks: model must have SE blocks, got {what_it_has(model, bool(found))}")
+        raise ValueError(f"patch_se_blocks: model must have SE blocks, got {describe_contents(model, bool(found))}")
     _replace(model, chosen, swap)
     return model
 
 
 def _check(model: nn.Module, swap: _Swap) -> None:
     check_model("patch_se_blocks", model)
-    if wrapper := _wrapper(model):
+    if wrapper := _find_wrapper(model):
         raise ValueError(f"patch_se_blocks: model must not be wrapped yet, got {wrapper}: patch first, then wrap it")
-    if first_layer(model) is not None:
+    if find_first_layer(model) is not None:
         raise ValueError(
             f"patch_se_blocks: model must hold SE blocks, got one itself, {type(model).__name__}; use ContextEncoding"
         )
@@ -245,7 +253,7 @@ def _check(model: nn.Module, swap: _Swap) -> None:
         check_ratio("patch_se_blocks", swap.rd_ratio)
 
 
-def _wrapper(model: nn.Module) -> str | None:
+def _find_wrapper(model: nn.Module) -> str | None:
     """Return the wrapper of the model or of a part of it: wrappers hold on to parameters or graphs made earlier."""
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
@@ -270,10 +278,10 @@ def _replace(model: nn.Module, chosen: Collection[tuple[SEBlock, nn.Module]], sw
     try:
         _exchange(model, [(found.name, blocks[id(source)]) for found, source in chosen])
     except BaseException:
-        _decay_as_before(model)
+        _restore_decay(model)
         raise
     for _, source in chosen:
-        _originals[blocks[id(source)]] = source if first_layer(source) is not None else None
+        _originals[blocks[id(source)]] = source if find_first_layer(source) is not None else None
     after = sum(parameter.numel() for parameter in model.parameters())
     if frozen := sum(not block.fc.weight.requires_grad for block in blocks.values()):
         _logger.warning(
@@ -322,7 +330,7 @@ def restore_se_blocks(model: nn.Module) -> nn.Module:
             were replaced on the meta device, where they have no values, and the model has left it.
     """
     check_model("restore_se_blocks", model)
-    patched = list(_patched_blocks(model))
+    patched = list(_iterate_blocks(model))
     for name, block in patched:
         if block not in _originals:
             raise RuntimeError(
@@ -340,7 +348,7 @@ def restore_se_blocks(model: nn.Module) -> nn.Module:
     _exchange(model, [(name, _originals[block]) for name, block in patched])
     for module in model.modules():
         while isinstance(vars(module).get("no_weight_decay"), _NoWeightDecay):
-            _decay_as_before(module)
+            _restore_decay(module)
     return model
 
 
@@ -359,13 +367,13 @@ class _NoWeightDecay:
 
 def _exclude_from_decay(model: nn.Module, new_blocks: Collection[str]) -> None:
     before = vars(model).get("no_weight_decay")
-    own = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else ()  # type: ignore[operator]
-    blocks = {name for name, _ in _patched_blocks(model)} | set(new_blocks)
-    new = {f"{name}.encoding.{parameter}" for name in blocks for parameter in ("codewords", "smoothing")}
-    model.no_weight_decay = _NoWeightDecay(set(own) | new, before)  # type: ignore[assignment]
+    names_before = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else ()  # type: ignore[operator]
+    blocks = {name for name, _ in _iterate_blocks(model)} | set(new_blocks)
+    new_names = {f"{name}.encoding.{parameter}" for name in blocks for parameter in ("codewords", "smoothing")}
+    model.no_weight_decay = _NoWeightDecay(set(names_before) | new_names, before)  # type: ignore[assignment]
 
 
-def _decay_as_before(model: nn.Module) -> None:
+def _restore_decay(model: nn.Module) -> None:
     before = vars(model)["no_weight_decay"].before
     del model.no_weight_decay
     if before is not None:

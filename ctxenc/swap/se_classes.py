@@ -34,8 +34,8 @@ class SEBlock:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Say how to read an SE class; see register_se_class."""
+class SEClass:
+    """Name the parts of a class of SE blocks; see register_se_class."""
 
     first: str = ""
     gate: str = ""
@@ -44,16 +44,16 @@ class Kind:
     registered: bool = False  # by a user, whose names may be wrong
 
 
-_KINDS = {
-    "timm.layers.squeeze_excite.SEModule": Kind("fc1", "gate"),
-    "timm.layers.squeeze_excite.EffectiveSEModule": Kind("fc", "gate", reduces=False),
-    "timm.layers.squeeze_excite.SqueezeExciteCl": Kind("fc1", "gate", layout="NHWC"),
-    "timm.models._efficientnet_blocks.SqueezeExcite": Kind("conv_reduce", "gate"),
-    "timm.models.senet.SEModule": Kind("fc1", "sigmoid"),
-    "timm.models.hgnet.EseModule": Kind("conv", "sigmoid", reduces=False),
-    "torchvision.ops.misc.SqueezeExcitation": Kind("fc1", "scale_activation"),
-    "segmentation_models_pytorch.encoders._senet.SEModule": Kind("fc1", "sigmoid"),
-    "segmentation_models_pytorch.encoders.mobileone.SEBlock": Kind("reduce"),
+_SE_CLASSES = {
+    "timm.layers.squeeze_excite.SEModule": SEClass("fc1", "gate"),
+    "timm.layers.squeeze_excite.EffectiveSEModule": SEClass("fc", "gate", reduces=False),
+    "timm.layers.squeeze_excite.SqueezeExciteCl": SEClass("fc1", "gate", layout="NHWC"),
+    "timm.models._efficientnet_blocks.SqueezeExcite": SEClass("conv_reduce", "gate"),
+    "timm.models.senet.SEModule": SEClass("fc1", "sigmoid"),
+    "timm.models.hgnet.EseModule": SEClass("conv", "sigmoid", reduces=False),
+    "torchvision.ops.misc.SqueezeExcitation": SEClass("fc1", "scale_activation"),
+    "segmentation_models_pytorch.encoders._senet.SEModule": SEClass("fc1", "sigmoid"),
+    "segmentation_models_pytorch.encoders.mobileone.SEBlock": SEClass("reduce"),
 }
 LIBRARIES = "timm, torchvision and segmentation_models_pytorch"
 
@@ -100,7 +100,7 @@ def register_se_class(
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_se_class: cls must be a subclass of torch.nn.Module, got {cls!r}")
     if cls.__module__.partition(".")[0] in ("torch", "ctxenc"):
-        raise ValueError(f"register_se_class: cls must be a class of SE blocks, got {_qualified(cls)}")
+        raise ValueError(f"register_se_class: cls must be a class of SE blocks, got {_qualify(cls)}")
     for name, value in (("first", first), ("gate", gate)):
         if not isinstance(value, str):
             raise TypeError(f"register_se_class: {name} must be the name of a module, got {value!r}")
@@ -108,105 +108,106 @@ def register_se_class(
         raise TypeError(f"register_se_class: reduces must be True or False, got {reduces!r}")
     if layout not in ("NCHW", "NHWC"):
         raise ValueError(f"register_se_class: layout must be NCHW or NHWC, got {layout!r}")
-    _KINDS[_qualified(cls)] = Kind(first, gate, reduces, layout, registered=True)
+    _SE_CLASSES[_qualify(cls)] = SEClass(first, gate, reduces, layout, registered=True)
 
 
-def _qualified(cls: type) -> str:
+def _qualify(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _kind_by_class(module: nn.Module) -> Kind | None:
-    return next((_KINDS[name] for name in map(_qualified, type(module).__mro__) if name in _KINDS), None)
+def _find_class(module: nn.Module) -> SEClass | None:
+    return next((_SE_CLASSES[name] for name in map(_qualify, type(module).__mro__) if name in _SE_CLASSES), None)
 
 
-def _part(module: nn.Module, name: str) -> nn.Module:
+def _get_part(module: nn.Module, name: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"register_se_class: {type(module).__name__} must have a module {name}, got none") from error
 
 
-def _layers(module: nn.Module) -> list[nn.Conv2d | nn.Linear]:
+def _list_layers(module: nn.Module) -> list[nn.Conv2d | nn.Linear]:
     return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
 
 
-def _read(module: nn.Module) -> tuple[Kind, nn.Conv2d | nn.Linear] | None:
+def _read(module: nn.Module) -> tuple[SEClass, nn.Conv2d | nn.Linear] | None:
     """Return how to read an SE block with float weights, and its first layer; None for any other module.
 
     The first layer may be fused, or wrapped in an adapter.
     """
-    kind = _kind_by_class(module)
-    if kind is None:
+    cls = _find_class(module)
+    if cls is None:
         return None
-    if kind.registered:
-        _check_parts(module, kind)
-    first = _layers(_part(module, kind.first))
-    return (kind, first[0]) if first else None
+    if cls.registered:
+        _check_parts(module, cls)
+    first = _list_layers(_get_part(module, cls.first))
+    return (cls, first[0]) if first else None
 
 
-def _check_parts(module: nn.Module, kind: Kind) -> None:
+def _check_parts(module: nn.Module, cls: SEClass) -> None:
     """Raise an error if the names given to register_se_class do not name a first layer and a gate function."""
-    name, layers = type(module).__name__, _layers(module)
+    name, layers = type(module).__name__, _list_layers(module)
     if not layers:
         return  # quantized
-    first = _layers(_part(module, kind.first))
-    channels = max(_sizes(layer)[1] for layer in layers)
-    if not first or _sizes(first[0])[0] != channels:
-        found = "no such layer" if not first else f"one of {_sizes(first[0])[0]}"
+    first = _list_layers(_get_part(module, cls.first))
+    channels = max(_get_sizes(layer)[1] for layer in layers)
+    if not first or _get_sizes(first[0])[0] != channels:
+        found = "no such layer" if not first else f"one of {_get_sizes(first[0])[0]}"
         raise ValueError(
             f"register_se_class: first must name a convolution or linear layer of the {channels} channels of {name},"
-            f" got {kind.first!r}, {found}"
+            f" got {cls.first!r}, {found}"
         )
-    if kind.gate and _layers(_part(module, kind.gate)):
-        raise ValueError(f"register_se_class: gate must name an activation of {name}, got {kind.gate!r} with layers")
+    if cls.gate and _list_layers(_get_part(module, cls.gate)):
+        raise ValueError(f"register_se_class: gate must name an activation of {name}, got {cls.gate!r} with layers")
 
 
-def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
+def _get_sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
     """Return the input and output channels of a layer."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
 
 
-def first_layer(module: nn.Module) -> nn.Conv2d | nn.Linear | None:
+def find_first_layer(module: nn.Module) -> nn.Conv2d | nn.Linear | None:
     """Return the first layer of an SE block; None for any other module."""
     found = _read(module)
     return found[1] if found else None
 
 
-def gate_of(module: nn.Module) -> nn.Module | None:
+def find_gate(module: nn.Module) -> nn.Module | None:
     """Return the gate function of an SE block; None if it calls a sigmoid directly, and for any other module."""
     found = _read(module)
-    return _part(module, found[0].gate) if found and found[0].gate else None
+    return _get_part(module, found[0].gate) if found and found[0].gate else None
 
 
-def last_layer(module: nn.Module) -> nn.Module:
-    """Return the last layer of an SE block without a module for its gate: its output goes through the sigmoid."""
-    return _layers(module)[-1]
+def find_logits(module: nn.Module) -> tuple[nn.Module, bool]:
+    """Return the source of an SE block's logits: its gate (True: they are the input), or its last layer (False: the output)."""
+    gate = find_gate(module)
+    return (_list_layers(module)[-1], False) if gate is None else (gate, True)
 
 
-def named_blocks(model: nn.Module) -> Iterator[tuple[SEBlock, nn.Module]]:
+def iterate_blocks(model: nn.Module) -> Iterator[tuple[SEBlock, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
             continue
         if found := _read(module):
-            kind, first = found
-            channels, rd_channels = _sizes(first)
+            cls, first = found
+            channels, rd_channels = _get_sizes(first)
             block = SEBlock(
                 name=name,
-                class_name=_qualified(type(module)),
+                class_name=_qualify(type(module)),
                 channels=channels,
-                rd_channels=rd_channels if kind.reduces else None,
-                gate=type(_part(module, kind.gate)).__name__ if kind.gate else "Sigmoid",
-                layout=kind.layout,
+                rd_channels=rd_channels if cls.reduces else None,
+                gate=type(_get_part(module, cls.gate)).__name__ if cls.gate else "Sigmoid",
+                layout=cls.layout,
             )
             yield block, module
 
 
-def empty_slots(model: nn.Module) -> Iterator[tuple[SEBlock, nn.Module]]:
+def find_empty_slots(model: nn.Module) -> Iterator[tuple[SEBlock, nn.Module]]:
     """Yield the empty slots, each with the convolution before it."""
     for name, module in model.named_modules(remove_duplicate=False):
-        class_name = _qualified(type(module))
+        class_name = _qualify(type(module))
         if class_name in _EMPTY_SLOTS:
             slot, conv_name = _EMPTY_SLOTS[class_name]
             if getattr(module, slot, module) is None:
@@ -229,7 +230,7 @@ def find_se_blocks(model: nn.Module) -> list[SEBlock]:
         One record per block; an empty list if the model has no SE block.
     """
     check_model("find_se_blocks", model)
-    return [block for block, _ in named_blocks(model)]
+    return [block for block, _ in iterate_blocks(model)]
 
 
 def check_model(name: str, model: object) -> None:
@@ -242,23 +243,23 @@ def check_model(name: str, model: object) -> None:
         raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def what_it_has(model: nn.Module, filtered: bool) -> str:
+def describe_contents(model: nn.Module, filtered: bool) -> str:
     """Explain why a model has no SE blocks to patch."""
     name = type(model).__name__
     if filtered:
-        return f"{name}, all of whose blocks filter_fn refused"
+        return f"{name}: filter_fn refused all of its blocks"
     modules = list(model.modules())
     if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-        return f"{name}: nothing can be found in what is scripted or traced; patch before that"
+        return f"{name}: a scripted or traced model shows no SE blocks; patch it before"
     if any(isinstance(module, torch.fx.GraphModule) for module in modules):
         return f"{name}: a torch.fx graph keeps no SE blocks as modules; patch before tracing"
     names = [type(module).__name__ for module in modules]
     has = [f"{names.count(other)} {other}" for other in _OTHER_ATTENTION if other in names]
-    if quantized := sum(_kind_by_class(module) is not None for module in modules):
+    if quantized := sum(_find_class(module) is not None for module in modules):
         has.append(f"{quantized} quantized SE blocks; patch before that")
-    if empty := len(list(empty_slots(model))):
+    if empty := len(list(find_empty_slots(model))):
         has.append(f"{empty} empty slots, which fill_empty=True fills")
-    alike, inline = _like_se(modules)
+    alike, inline = _count_lookalikes(modules)
     if alike:
         has.append(f"{alike}, which may be SE: ctxenc.register_se_class makes a class known")
     if inline:
@@ -266,19 +267,21 @@ def what_it_has(model: nn.Module, filtered: bool) -> str:
     return f"{name} with {', '.join(has) or 'no channel attention'}; looked for the SE classes of {LIBRARIES}"
 
 
-def _like_se(modules: list[nn.Module]) -> tuple[str, str]:
+def _count_lookalikes(modules: list[nn.Module]) -> tuple[str, str]:
     """Count the classes with names like SE, and the classes with such layers."""
     classes, owners = Counter[str](), Counter[str]()
     for module in modules:
-        if _called_like_se(module) and not any(map(_called_like_se, list(module.modules())[1:])):
+        if _is_named_like_se(module) and not any(map(_is_named_like_se, list(module.modules())[1:])):
             classes[type(module).__name__] += 1
-        elif any(_LAYER_LIKE_SE.match(name) and _layers(child) == [child] for name, child in module.named_children()):
+        elif any(
+            _LAYER_LIKE_SE.match(name) and _list_layers(child) == [child] for name, child in module.named_children()
+        ):
             owners[type(module).__name__] += 1
     alike, inline = (", ".join(f"{count} {name}" for name, count in each.items()) for each in (classes, owners))
     return alike, inline
 
 
-def _called_like_se(module: nn.Module) -> bool:
+def _is_named_like_se(module: nn.Module) -> bool:
     cls = type(module)
-    foreign = cls.__module__.partition(".")[0] != "torch" and not _kind_by_class(module)
+    foreign = cls.__module__.partition(".")[0] != "torch" and not _find_class(module)
     return foreign and bool(_CLASS_LIKE_SE.search(cls.__name__))

@@ -21,17 +21,17 @@ from ctxenc.swap import se_classes
 BIAS = 1.0
 # Pixels are assigned to K^0.9 codewords on average, 12 of 16. With biases of 2, K^0.75 (8 of 16) gave 0.81 and 0.83, K^0.9 0.85
 # and 0.87. K^0.97 (15) adds another 0.03 and 0.01, but codewords that share all pixels have little of their own to learn from.
-SPREAD = 0.9
+SHARING = 0.9
 PENALTIES = [10 ** (exponent / 2) for exponent in range(-8, 9)]
 
 
-def first_layer(se: nn.Module | None) -> Tensor | None:
+def find_first_weight(se: nn.Module | None) -> Tensor | None:
     """Return the weight (C'', C) of the first layer of an SE block; None for an empty slot."""
-    layer = None if se is None else se_classes.first_layer(se)
+    layer = None if se is None else se_classes.find_first_layer(se)
     return None if layer is None else layer.weight.flatten(1)
 
 
-def kmeans_centres(pixels: Tensor, num_codes: int, seed: int) -> Tensor:
+def find_centres(pixels: Tensor, num_codes: int, seed: int) -> Tensor:
     """Return the centres (K, C) of scikit-learn's MiniBatchKMeans of pixels (N, C).
 
     Raises:
@@ -51,12 +51,12 @@ def kmeans_centres(pixels: Tensor, num_codes: int, seed: int) -> Tensor:
     return torch.from_numpy(kmeans.cluster_centers_).to(pixels)
 
 
-def smoothing_for(pixels: Tensor, codewords: Tensor, spread: float) -> float:
-    """Find the smoothing that assigns pixels (N, C) on average to K^spread codewords: 1 for 0 (hard), K for 1 (uniform).
+def find_smoothing(pixels: Tensor, codewords: Tensor, sharing: float) -> float:
+    """Find the smoothing that assigns pixels (N, C) on average to K^sharing codewords: one if sharing is 0, all K if it is 1.
 
     The number for a pixel is exp(entropy of its weights). Its average, taken as a logarithm, falls as the smoothing grows.
     """
-    wanted = spread * math.log(len(codewords))
+    target = sharing * math.log(len(codewords))
     scale = float((pixels - pixels.mean(0)).square().sum(1).mean())
     if scale < 1e-6:  # a constant map, as behind a norm of weight 0: any value works
         return 1.0
@@ -64,17 +64,17 @@ def smoothing_for(pixels: Tensor, codewords: Tensor, spread: float) -> float:
     for _ in range(40):
         middle = math.sqrt(low * high)
         weights = assign(pixels.mT[None], codewords, middle / scale)  # (1, K, N)
-        low, high = (middle, high) if torch.special.entr(weights).sum(1).mean() > wanted else (low, middle)
+        low, high = (middle, high) if torch.special.entr(weights).sum(1).mean() > target else (low, middle)
     return math.sqrt(low * high) / scale
 
 
-def _principal_rows(centred: Tensor, number: int) -> Tensor:
+def _find_principal_rows(centred: Tensor, number: int) -> Tensor:
     """Return the directions (number, C) of most variance in centred samples (N, C)."""
     _, directions = torch.linalg.eigh(centred.mT @ centred)  # columns, the least variance first
     return directions.flip(1)[:, :number].mT
 
 
-def projection_rows(first: Tensor | None, pixels: list[Tensor], number: int) -> Tensor:
+def find_projection_rows(first: Tensor | None, pixels: list[Tensor], number: int) -> Tensor:
     """Return rows (number, C) of the projection that pass on the SE block's features.
 
     Take the rows of the SE block's first layer; principal components instead gave a mean R^2 of 0.75, not 0.87, in the
@@ -90,12 +90,12 @@ def projection_rows(first: Tensor | None, pixels: list[Tensor], number: int) -> 
     first = together.new_zeros(0, together.shape[1]) if first is None else first.to(together)
     if len(first) > number:
         means = torch.cat([batch.mean(1) for batch in pixels])  # (n, C), the input of the SE block's layers
-        return _principal_rows((means - means.mean(0)) @ first.mT, number) @ first
+        return _find_principal_rows((means - means.mean(0)) @ first.mT, number) @ first
     if len(first) < number:
         basis, _ = torch.linalg.qr(first.mT)
         rest = together - together.mean(0)
         rest -= rest @ basis @ basis.mT
-        return torch.cat([first, _principal_rows(rest, number - len(first))])
+        return torch.cat([first, _find_principal_rows(rest, number - len(first))])
     return first
 
 
@@ -114,15 +114,15 @@ def start_codebook(block: ContextEncoding, pixels: list[Tensor], first: Tensor |
     norm's weights and the codewords are scaled instead, to the same assignment.
     """
     norm: Any = block.norm
-    rows = F.normalize(projection_rows(first, pixels, block.rd_channels), dim=1)
-    own = block.conv.weight.flatten(1)
-    rows = torch.cat([rows * own.norm(dim=1).mean(), own[len(rows) :]])
+    rows = F.normalize(find_projection_rows(first, pixels, block.rd_channels), dim=1)
+    weight = block.conv.weight.flatten(1)
+    rows = torch.cat([rows * weight.norm(dim=1).mean(), weight[len(rows) :]])
     block.conv.weight.copy_(rows[:, :, None, None])
     projected = torch.cat([batch.flatten(0, 1) for batch in pixels]) @ rows.mT  # (N, C')
     _start_norm(norm, projected.mean(0), projected.var(0))
-    seen = block.act(norm(projected[:, :, None, None])).flatten(1)
-    codewords = kmeans_centres(seen, block.num_codes, seed)
-    smoothing = smoothing_for(seen, codewords, SPREAD)
+    features = block.act(norm(projected[:, :, None, None])).flatten(1)
+    codewords = find_centres(features, block.num_codes, seed)
+    smoothing = find_smoothing(features, codewords, SHARING)
     if block.smoothing == "learned":
         block.encoding.smoothing.fill_(smoothing)
     else:
@@ -143,41 +143,43 @@ def fit_gate(block: ContextEncoding, encodings: Tensor, logits: Tensor) -> None:
 
     if block.pool == "mean":
         _start_norm(block.norm_codes, encodings.mean((0, 2)), encodings.var((0, 2)))
-    features = pooled(block, encodings)
+    features = pool_encodings(block, encodings)
     mean, deviation = features.mean(0), features.std(0)
     deviation = torch.where(deviation > 0, deviation, 1)
     ridge = RidgeCV([penalty * len(features) for penalty in PENALTIES])
-    ridge.fit(*(each.double().cpu().numpy() for each in ((features - mean) / deviation, moving(block.gate, logits))))
+    ridge.fit(
+        *(each.double().cpu().numpy() for each in ((features - mean) / deviation, clamp_logits(block.gate, logits)))
+    )
     weight = torch.from_numpy(ridge.coef_).to(features) / deviation  # (C, features)
     block.fc.weight.copy_(weight)
     block.fc.bias.copy_(torch.from_numpy(ridge.intercept_).to(features) - weight @ mean)
 
 
-def pooled(block: ContextEncoding, encodings: Tensor) -> Tensor:
+def pool_encodings(block: ContextEncoding, encodings: Tensor) -> Tensor:
     """Return the block's features of encodings (n, K, C'), as in ContextEncoding.features."""
     if block.pool == "mean":
         return block.norm_codes(encodings.unsqueeze(3)).squeeze(3).relu().mean(1)
     return F.normalize(encodings.flatten(1), dim=1)
 
 
-def neutral_gate(block: ContextEncoding, logits: Tensor) -> None:
+def set_neutral_gate(block: ContextEncoding, logits: Tensor) -> None:
     """Set the gate to the mean gate of logits (n, C) per channel, for any image."""
     mean = block.gate(logits.clone()).mean(0)  # a gate may work in place
     block.fc.weight.zero_()
-    block.fc.bias.copy_(_logits_of(block.gate, mean, logits.amin(0), logits.amax(0)))
+    block.fc.bias.copy_(_invert_gate(block.gate, mean, logits.amin(0), logits.amax(0)))
 
 
-def _logits_of(gate: nn.Module, wanted: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _invert_gate(gate: nn.Module, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Invert a monotone gate by bisection: find the logits between low and high that give the wanted values."""
     falls = gate(low.clone()) > gate(high.clone())
     for _ in range(40):
         middle = (low + high) / 2
-        over = (gate(middle.clone()) > wanted) ^ falls
+        over = (gate(middle.clone()) > values) ^ falls
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
     return (low + high) / 2
 
 
-def moving(gate: nn.Module, logits: Tensor) -> Tensor:
+def clamp_logits(gate: nn.Module, logits: Tensor) -> Tensor:
     """Clamp the logits: beyond the limits the gate moves by less than a hundredth of its range.
 
     Least squares also count the logits of a shut or fully open gate: a few images with logits of 50 took the held-out R^2 of a
@@ -186,5 +188,5 @@ def moving(gate: nn.Module, logits: Tensor) -> Tensor:
     low, high = logits.amin(), logits.amax()
     first, last = gate(low.clone()), gate(high.clone())
     margin = (last - first) / 100
-    ends = [_logits_of(gate, wanted, low, high) for wanted in (first + margin, last - margin)]
+    ends = [_invert_gate(gate, value, low, high) for value in (first + margin, last - margin)]
     return logits.clamp(*ends)

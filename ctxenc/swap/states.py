@@ -57,7 +57,7 @@ def seed_generators(python: int, numpy: int, torch_seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def eval_mode(*models: nn.Module | None) -> Iterator[None]:
+def set_eval_mode(*models: nn.Module | None) -> Iterator[None]:
     """Set eval mode, and restore each module's mode afterwards, also after an error."""
     modes = {module: module.training for model in models if model is not None for module in model.modules()}
     try:
@@ -71,7 +71,7 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def uncached_autocast() -> Iterator[None]:
+def disable_cast_cache() -> Iterator[None]:
     """Disable autocast's cache in the body: it would keep rounded weights of a block from before its fit."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

@@ -25,7 +25,7 @@ from ctxenc.training.prediction import find_images
 from ctxenc.training.segmentation import scenes
 from ctxenc.viz import Look, encoding_blocks, look, overview, presence_chart
 from ctxenc.viz.observing import Picture
-from ctxenc.viz.usage import usage_of
+from ctxenc.viz.usage import measure_usage
 
 SHOWN = (
     "astronaut.png",
@@ -149,7 +149,7 @@ def report(seen: Look) -> str:
     """Return a table of how each block uses its codebook."""
     rows = []
     for name, observation in seen.blocks.items():
-        usage = usage_of(observation.weights)
+        usage = measure_usage(observation.weights)
         codes, height, width = observation.weights[0].shape
         cells = (
             f"{height}x{width}",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ctxenc.runs.config import atomic
 from ctxenc.runs.errors import UserError
 from ctxenc.viz import encoding_blocks, look, overview
-from ctxenc.viz.figures import literal
+from ctxenc.viz.figures import escape
 
 FOLDER = "pictures"
 CONFUSION, WORST, CODEBOOKS, ASSIGNMENT = "confusion.png", "worst.png", "codebooks.png", "assignment-{}.png"
@@ -79,9 +79,9 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     shown = axes.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=100)
     figure.colorbar(shown, ax=axes, shrink=0.8, label="% of the true class")
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(literal(_most_confused(shares, classes)), fontsize="medium", wrap=True)
+    axes.set_title(escape(_most_confused(shares, classes)), fontsize="medium", wrap=True)
     if size <= LABELLED:
-        names = [literal(each) for each in classes]
+        names = [escape(each) for each in classes]
         axes.set_xticks(range(size), names, rotation=90, fontsize="small")
         axes.set_yticks(range(size), names, fontsize="small")
     if size <= LABELLED // 2:
@@ -113,7 +113,7 @@ def draw_worst(images: Sequence[Tensor], captions: Sequence[str], columns: int =
         axes = figure.add_subplot(rows, columns, number)
         axes.imshow(image.numpy())
         axes.set(xticks=[], yticks=[])
-        axes.set_xlabel(literal(caption), fontsize="small")
+        axes.set_xlabel(escape(caption), fontsize="small")
     return figure
 
 

@@ -1,9 +1,10 @@
 """Observe the blocks of a network: hooks record assignments and gates while images run through it."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ctxenc.context import ContextEncoding
-from ctxenc.encoding import Encoding, check_sizes, uncompiled
+from ctxenc.encoding import Encoding, check_sizes, run_eagerly
 from ctxenc.functional import assign
-from ctxenc.swap.states import eval_mode
+from ctxenc.swap.states import set_eval_mode
 from ctxenc.viz.reading import FORMATS, as_rgb
 
 Block = ContextEncoding | Encoding
@@ -80,7 +81,7 @@ def encoding_blocks(model: nn.Module) -> dict[str, Block]:
         raise TypeError(f"encoding_blocks: model must be a torch.nn.Module, got {type(model).__name__}")
     found: dict[str, Block] = {}
     inner: set[Encoding] = set()
-    for name, module in _unwrapped(model).named_modules():
+    for name, module in _unwrap(model).named_modules():
         if isinstance(module, ContextEncoding):
             found[name] = module
             inner.add(module.encoding)
@@ -185,21 +186,21 @@ def observe(
         raise TypeError(f"{caller}: images must be a sequence of images, got one {type(images).__name__}")
     if not len(images):
         raise ValueError(f"{caller}: images must hold at least one, got none")
-    model = _unwrapped(model)
+    model = _unwrap(model)
     config = getattr(model, "pretrained_cfg", None) or {}
     colours = [
-        torch.as_tensor(config.get(key) or usual if given is None else given, dtype=torch.float32)[:, None, None]
-        for key, given, usual in zip(("mean", "std"), (mean, std), IMAGENET, strict=True)
+        torch.as_tensor(config.get(key) or usual if inputs is None else inputs, dtype=torch.float32)[:, None, None]
+        for key, inputs, usual in zip(("mean", "std"), (mean, std), IMAGENET, strict=True)
     ]
     fixed = (
         tuple(config["input_size"][:0:-1]) if config.get("fixed_input_size") else None
     )  # (width, height), as Pillow's
     like = next(model.parameters())
     for image in images:
-        x = _tensor(caller, image, colours, image_size, fixed)
-        given = x.permute(0, 2, 3, 1) if getattr(model, "channels_last", False) and model in blocks.values() else x
-        with torch.no_grad(), uncompiled(), eval_mode(model), _hooked(blocks) as (weights, gates):
-            output = model(given.to(like.device, like.dtype))
+        x = _prepare_input(caller, image, colours, image_size, fixed)
+        inputs = x.permute(0, 2, 3, 1) if getattr(model, "channels_last", False) and model in blocks.values() else x
+        with torch.no_grad(), run_eagerly(), set_eval_mode(model), _record_blocks(blocks) as (weights, gates):
+            output = model(inputs.to(like.device, like.dtype))
         for name in blocks:
             if name not in weights:
                 raise ValueError(
@@ -207,15 +208,15 @@ def observe(
                 )
         logits = output.get("se") if isinstance(output, Mapping) else None
         presence = None if logits is None else logits[0].float().sigmoid().cpu()
-        yield _Pass(_photograph(x[0], colours), weights, gates, presence)
+        yield _Pass(_restore_photograph(x[0], colours), weights, gates, presence)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside torch.compile's wrapper, so that blocks keep their names."""
     return getattr(model, "_orig_mod", model)
 
 
-def _tensor(
+def _prepare_input(
     caller: str, image: Picture, colours: Sequence[Tensor], image_size: int, fixed: tuple[int, int] | None
 ) -> Tensor:
     """Return the network's input for an image, (1, C, H, W)."""
@@ -240,7 +241,7 @@ def _tensor(
     return ((pixels - mean) / std)[None]
 
 
-def _photograph(x: Tensor, colours: Sequence[Tensor]) -> Tensor:
+def _restore_photograph(x: Tensor, colours: Sequence[Tensor]) -> Tensor:
     """Return the picture (H, W, 3) in [0, 1] of a tensor (C, H, W); if its channels are not colours, their mean in grey."""
     x = x.float().cpu()
     if len(x) == 3:
@@ -252,7 +253,7 @@ def _photograph(x: Tensor, colours: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _hooked(blocks: Mapping[str, Block]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def _record_blocks(blocks: Mapping[str, Block]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Record weights (K, h, w) and gates (C,) by the block's name, while the model runs.
 
     The hooks sit on the children of a block, because EncodingModule calls methods of the block and never the block itself. The gate
@@ -261,26 +262,16 @@ def _hooked(blocks: Mapping[str, Block]) -> Iterator[tuple[dict[str, Tensor], di
     weights: dict[str, Tensor] = {}
     gates: dict[str, Tensor] = {}
 
-    def assigned(name: str) -> Callable[..., None]:
-        def hook(encoding: Any, inputs: tuple[Tensor, ...]) -> None:
-            weights[name] = assign(inputs[0], encoding.codewords, encoding.smoothing)[0].cpu()
+    def record_weights(name: str, encoding: Any, inputs: tuple[Tensor, ...]) -> None:
+        weights[name] = assign(inputs[0], encoding.codewords, encoding.smoothing)[0].cpu()
 
-        return hook
+    def record_gate(name: str, gate: nn.Module, _: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> None:
+        gates[name] = gate(logits.clone())[0].float().cpu()  # a clone: the gate may work in place
 
-    def gated(name: str, gate: nn.Module) -> Callable[..., None]:
-        def hook(fc: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-            gates[name] = gate(logits.clone())[0].float().cpu()  # a clone: the gate may work in place
-
-        return hook
-
-    handles = []
-    try:
+    with ExitStack() as stack:
         for name, block in blocks.items():
             encoding = block.encoding if isinstance(block, ContextEncoding) else block
-            handles.append(encoding.register_forward_pre_hook(assigned(name)))
+            stack.enter_context(encoding.register_forward_pre_hook(partial(record_weights, name)))
             if isinstance(block, ContextEncoding):
-                handles.append(block.fc.register_forward_hook(gated(name, block.gate)))
+                stack.enter_context(block.fc.register_forward_hook(partial(record_gate, name, block.gate)))
         yield weights, gates
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctxenc.viz.usage import FEW_BITS, bits_told, usage_of
+from ctxenc.viz.usage import FEW_BITS, measure_information, measure_usage
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color) without black, and three more colours, far from these and from OTHERS in CIELAB
 # for normal vision and for simulated deuteranopia and protanopia.
@@ -24,33 +24,36 @@ PALETTE = (
 OTHERS = "#555555"
 
 
-def owners(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def find_owners(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return each pixel's owner in these images, -1 for no owner, and the bits of its assignment, each (h, w).
 
-    A pixel's owner is the codeword whose weight exceeds its own mean the most; the mean is over all pixels of the
-    images, with equal weight. By the largest weight, one codeword would own everything if all pixels had the same
-    assignment. Below 0.1 bits of information a pixel has no owner.
+    Compare each weight of a pixel with that codeword's mean weight over all pixels of the images. The owner has the largest excess.
+    The largest weight would not do: if all pixels had the same assignment, one codeword would own them all. A pixel with less
+    than 0.1 bits of information has no owner.
 
     Args:
         weights: (K, h, w) for each image.
     """
-    shares = usage_of(weights).shares
-    told = [bits_told(each, shares) for each in weights]
+    shares = measure_usage(weights).shares
+    information = [measure_information(each, shares) for each in weights]
     best = [(each.double() - shares[:, None, None]).argmax(0) for each in weights]
-    return [(code.where(bits >= FEW_BITS, -1), bits) for code, bits in zip(best, told, strict=True)]
+    return [
+        (code.where(each_information >= FEW_BITS, -1), each_information)
+        for code, each_information in zip(best, information, strict=True)
+    ]
 
 
-def owned(weights: Sequence[Tensor]) -> Tensor:
+def measure_ownership(weights: Sequence[Tensor]) -> Tensor:
     """Return each codeword's share of owned pixels in these images, (K,) fp64; the rest has no owner."""
-    codes = torch.cat([code.flatten() for code, _ in owners(weights)])
+    codes = torch.cat([code.flatten() for code, _ in find_owners(weights)])
     return torch.bincount(codes[codes >= 0], minlength=len(weights[0])).double() / len(codes)
 
 
-def colours_of(weights: Sequence[Tensor]) -> dict[int, str]:
+def choose_colours(weights: Sequence[Tensor]) -> dict[int, str]:
     """Return the colours of the codewords with the most pixels in these images, most first; all others get no colour.
 
     Ties, for example at no pixels, are ordered by mean weight.
     """
-    order: list[int] = usage_of(weights).shares.argsort(descending=True, stable=True).tolist()
-    shares = owned(weights).tolist()
+    order: list[int] = measure_usage(weights).shares.argsort(descending=True, stable=True).tolist()
+    shares = measure_ownership(weights).tolist()
     return dict(zip(sorted(order, key=lambda code: -shares[code]), PALETTE, strict=False))

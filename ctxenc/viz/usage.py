@@ -58,8 +58,8 @@ def codebook_usage(model: nn.Module, images: Sequence[Picture], block: Chosen | 
     """
     chosen = choose_blocks("codebook_usage", model, [-1 if block is None else block])
     (name,) = chosen
-    return usage_of(
-        each.weights[name] for each in observe("codebook_usage", model, images, chosen, **_reading(reading))
+    return measure_usage(
+        each.weights[name] for each in observe("codebook_usage", model, images, chosen, **_complete_settings(reading))
     )
 
 
@@ -84,11 +84,13 @@ def gates(model: nn.Module, images: Sequence[Picture], block: Chosen | None = No
     ((name, module),) = chosen.items()
     if not isinstance(module, ContextEncoding):
         raise ValueError(f"gates: block must be a ContextEncoding, which has gates, got {type(module).__name__}")
-    return torch.stack([each.gates[name] for each in observe("gates", model, images, chosen, **_reading(reading))])
+    return torch.stack(
+        [each.gates[name] for each in observe("gates", model, images, chosen, **_complete_settings(reading))]
+    )
 
 
-def _reading(given: dict[str, Any]) -> dict[str, Any]:
-    return {"mean": None, "std": None, "image_size": IMAGE_SIZE} | given
+def _complete_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"mean": None, "std": None, "image_size": IMAGE_SIZE} | settings
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,12 @@ class UsageSum:
 
     Attributes:
         weights: (K,) fp64 on the CPU, the sum over the pixels.
-        bits: the sum over the pixels of the entropy of a pixel's weights.
+        pixel_entropy: the sum over the pixels of the entropy of a pixel's weights, in bits.
         pixels: their number.
     """
 
     weights: Tensor
-    bits: float
+    pixel_entropy: float
     pixels: int
 
     @classmethod
@@ -111,33 +113,36 @@ class UsageSum:
         flat = weights.flatten(2)
         if flat.device.type != "mps":  # mps has no fp64
             flat = flat.double()
-        return cls(flat.sum((0, 2)).cpu().double(), _bits(flat, dim=1).sum().item(), flat.shape[0] * flat.shape[2])
+        return cls(
+            flat.sum((0, 2)).cpu().double(), _measure_entropy(flat, dim=1).sum().item(), flat.shape[0] * flat.shape[2]
+        )
 
     def __add__(self, other: "UsageSum") -> "UsageSum":
-        return UsageSum(self.weights + other.weights, self.bits + other.bits, self.pixels + other.pixels)
+        entropy = self.pixel_entropy + other.pixel_entropy
+        return UsageSum(self.weights + other.weights, entropy, self.pixels + other.pixels)
 
     def usage(self) -> Usage:
         """Return the use of the codebook."""
         shares = self.weights / self.pixels
         dead = (shares < DEAD / len(shares)).nonzero().flatten().tolist()
-        return Usage(shares, _bits(shares, dim=0).item(), self.bits / self.pixels, dead)
+        return Usage(shares, _measure_entropy(shares, dim=0).item(), self.pixel_entropy / self.pixels, dead)
 
 
-def usage_of(weights: Iterable[Tensor]) -> Usage:
+def measure_usage(weights: Iterable[Tensor]) -> Usage:
     """Return the use of the codebook from weights (K, h, w) of one image or more."""
     return reduce(add, (UsageSum.of(each[None]) for each in weights)).usage()
 
 
-def bits_told(weights: Tensor, shares: Tensor) -> Tensor:
+def measure_information(weights: Tensor, shares: Tensor) -> Tensor:
     """Return the information of each pixel's assignment in bits, (h, w) fp64, from weights (K, h, w) and shares (K,).
 
     It is the Kullback-Leibler divergence of a pixel's weights from the shares. Its mean over the pixels is Usage.bits.
     """
     weights = weights.double()
     cross = torch.special.xlogy(weights, shares.double()[:, None, None]).sum(0) / math.log(2)
-    return (-cross - _bits(weights, dim=0)).clamp_min(0)
+    return (-cross - _measure_entropy(weights, dim=0)).clamp_min(0)
 
 
-def _bits(weights: Tensor, dim: int) -> Tensor:
-    """Return the entropy over a dimension."""
+def _measure_entropy(weights: Tensor, dim: int) -> Tensor:
+    """Return the entropy over a dimension, in bits."""
     return torch.special.entr(weights).sum(dim) / math.log(2)

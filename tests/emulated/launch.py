@@ -120,13 +120,13 @@ def emulated(
         return None
 
     launcher._slots.clear()
-    launcher.plan_of.cache_clear()
+    launcher.make_plan.cache_clear()
     target, before = GPUS[chip].target, torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
     try:
         with (
             mock.patch.object(JITFunction, "run", run),
-            mock.patch.object(launcher, "gpu_of", return_value=target),
+            mock.patch.object(launcher, "describe_gpu", return_value=target),
         ):
             yield ran
     finally:

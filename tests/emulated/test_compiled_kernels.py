@@ -148,8 +148,8 @@ def test_pool(chip, K, C, training, momentum, monkeypatch):
     monkeypatch.setattr(fused_pool, "PARTS", 2)
     constants = {"K": K, "C": C, "features": "float32", "training": training, "momentum": momentum, "eps": 1e-5}
     for operator, (problem,) in [
-        (fused_pool.FORWARD, fused_pool._problems(constants, torch.device("cpu"))),
-        (fused_pool.BACKWARD, fused_pool._backward_problems(constants, torch.device("cpu"))),
+        (fused_pool.FORWARD, fused_pool._make_forward_problems(constants, torch.device("cpu"))),
+        (fused_pool.BACKWARD, fused_pool._make_backward_problems(constants, torch.device("cpu"))),
     ]:
         with emulated(chip):
             results = operator.results(operator.kernel, problem)

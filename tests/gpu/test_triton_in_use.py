@@ -214,7 +214,7 @@ def test_a_fused_block_projects_and_encodes_in_one_kernel(channels, side, batch,
     block = block.to(DEVICE, dtype, memory_format=memory_format).eval().fuse()
     x = torch.randn(batch, channels, side, side).to(DEVICE, dtype, memory_format=memory_format)
     with torch.no_grad(), ctxenc.use_backend("triton"):
-        assert block._fuses_projection(x)
+        assert block._can_fuse_projection(x)
         got = block(x)
         encoding = block._encode(x)
         in_steps = block.encoding(block.act(block.conv(x)))

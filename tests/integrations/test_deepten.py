@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctxenc.integrations.deepten import DeepTEN, _inside_backbone
+from ctxenc.integrations.deepten import DeepTEN, _prefix_pattern
 from ctxenc.kernels import reference
 
 # One of each kind: plain, without norms, NHWC, with attention, and one whose head widens the map
@@ -193,7 +193,7 @@ def test_layers_are_grouped_as_the_backbones_are(backbone, coarse):
 
 
 def test_anchors_stay_anchors():
-    pattern = re.compile(_inside_backbone(r"^stem|^bn(\d)|(?:^a|b[^.]*)\.c"))
+    pattern = re.compile(_prefix_pattern(r"^stem|^bn(\d)|(?:^a|b[^.]*)\.c"))
     found = {name: bool(pattern.match(name)) for name in ("stem", "bn1", "a.c", "bb.c", "xbn1", "b..c")}
     assert not any(found.values())
     inside = {name: bool(pattern.match(f"backbone.{name}")) for name in found}

@@ -100,7 +100,7 @@ def test_crops_start_every_stride_and_end_with_the_border():
     ],
 )
 def test_starts(side, crop, stride, starts):
-    assert inference._starts(side, crop, stride) == starts
+    assert inference._place_along(side, crop, stride) == starts
 
 
 def test_overlaps_are_averaged_as_probabilities():
@@ -306,7 +306,7 @@ def test_the_models_device_is_used():
     """The meta device stands for a second one."""
     got = predict(nn.Conv2d(3, 4, 1, device="meta"), noise(3, 6, 7), crop=4)
     assert (got.device.type, got.shape) == ("meta", (1, 4, 6, 7))
-    assert inference._device_of(nn.BatchNorm2d(3, affine=False, device="meta"), noise(3)).type == "meta"
+    assert inference._find_device(nn.BatchNorm2d(3, affine=False, device="meta"), noise(3)).type == "meta"
 
 
 def test_progress(capsys, monkeypatch):

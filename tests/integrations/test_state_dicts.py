@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ctxenc.integrations import EncNet, load_encnet_checkpoint
 from ctxenc.integrations.checkpoints import MMSEGMENTATION, PYTORCH_ENCODING
-from ctxenc.integrations.state_dicts import read_pickle, side_by_side, unwrapped
+from ctxenc.integrations.state_dicts import compare_names, read_pickle, unwrap
 from ctxenc.runs import folders
 from ctxenc.runs.errors import UserError
 
@@ -104,20 +104,20 @@ def test_what_trainers_themselves_save(classifier):
     whole = nn.Module()
     whole.model, whole.loss = torch.compile(model), nn.Linear(2, 2)
     for state in (AveragedModel(model).state_dict(), whole.state_dict(), AveragedModel(whole).state_dict()):
-        found = unwrapped(state, list(classifier))
+        found = unwrap(state, list(classifier))
         assert found.keys() == classifier.keys()
         assert all(torch.equal(tensor, classifier[name]) for name, tensor in found.items())
 
 
 def test_a_beginning_that_only_some_names_have_stays():
     state = {"module.a": torch.ones(1), "b": torch.ones(1)}
-    assert unwrapped(state, ["a", "b"]).keys() == state.keys()
-    assert unwrapped({"module.a": torch.ones(1), "a": torch.zeros(1)}, ["a"]).keys() == {"module.a", "a"}
+    assert unwrap(state, ["a", "b"]).keys() == state.keys()
+    assert unwrap({"module.a": torch.ones(1), "a": torch.zeros(1)}, ["a"]).keys() == {"module.a", "a"}
 
 
 def test_a_network_beside_which_one_name_lies_is_found():
     state = {"module.a": torch.ones(1), "module.b": torch.ones(1), "a": torch.zeros(1)}
-    assert unwrapped(state, ["a", "b"]) == {"a": torch.ones(1), "b": torch.ones(1)}
+    assert unwrap(state, ["a", "b"]) == {"a": torch.ones(1), "b": torch.ones(1)}
 
 
 def test_of_several_networks_none_is_guessed(classifier, tmp_path):
@@ -136,8 +136,8 @@ def test_what_does_not_fit_is_shown_beside_ours(classifier, encnets, tmp_path):
         folders.load_initial(model, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"head\.encmodule\.encoding\.3\.codewords or .* such as backbone.0.weight"):
         load_encnet_checkpoint({"backbone.0.weight": torch.ones(1)})
-    assert side_by_side("ab", "ab") == ""
-    assert side_by_side("abcdef", "f") == "it has a, b, c (5 and 0 such names)"
+    assert compare_names("ab", "ab") == ""
+    assert compare_names("abcdef", "f") == "it has a, b, c (5 and 0 such names)"
 
 
 class TestClaims:

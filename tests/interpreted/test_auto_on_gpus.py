@@ -39,8 +39,8 @@ def specified(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, logits: Tensor) -> Tensor:
-    assert functional.fuses_gate(x, logits)
-    return functional.fused_gate(x, logits, False)
+    assert functional.can_fuse_gate(x, logits)
+    return functional.run_fused_gate(x, logits, False)
 
 
 def plainly_gated(x: Tensor, logits: Tensor) -> Tensor:
@@ -50,11 +50,11 @@ def plainly_gated(x: Tensor, logits: Tensor) -> Tensor:
 def pooled(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     norm = torch.nn.BatchNorm2d(4)
     norm.weight, norm.bias = (torch.nn.Parameter(each.detach()) for each in (weight, bias))
-    assert functional.fuses_pool(encoding, norm) or backends.is_watched()
+    assert functional.can_fuse_pool(encoding, norm) or backends.is_watched()
     for name, each in (("weight", weight), ("bias", bias)):  # which may be no leaf
         del norm._parameters[name]
         object.__setattr__(norm, name, each)
-    return functional.fused_pool(encoding, norm, torch.float32)
+    return functional.run_fused_pool(encoding, norm, torch.float32)
 
 
 def plainly_pooled(encoding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def test_forward_mode(no_kernel):
     with forward_ad.dual_level(), torch.no_grad():
         duals = [forward_ad.make_dual(*pair) for pair in zip(given, tangents, strict=True)]
         got = forward_ad.unpack_dual(ctxenc.encode(*duals)).tangent
-        assert not functional.fuses_gate(duals[0], draw(2, 6))
+        assert not functional.can_fuse_gate(duals[0], draw(2, 6))
     assert_close(got, jvp(specified, tuple(given), tuple(tangents))[1])
 
 
@@ -199,7 +199,7 @@ def test_transforms(no_kernel):
         return lambda *given: function(*given).square().sum()
 
     assert_close(grad(loss(ctxenc.encode), (0, 1, 2))(*given), grad(loss(specified), (0, 1, 2))(*given))
-    vmap(lambda x: x * functional.fuses_gate(x, x[:, :, 0, 0]))(given[0][None])
+    vmap(lambda x: x * functional.can_fuse_gate(x, x[:, :, 0, 0]))(given[0][None])
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
@@ -334,7 +334,7 @@ def test_what_the_kernels_do_not_take(no_kernel):
         assert_close(ctxenc.encode(x, *many), specified(x, *many))
         wide = draw(1, 4097, 2), draw(2, 4097, seed=1), draw(2, seed=2).abs() / 4097
         assert_close(ctxenc.encode(*wide), specified(*wide))
-        assert not functional.fuses_gate(given[0], given[0][:, :, 0, 0])
+        assert not functional.can_fuse_gate(given[0], given[0][:, :, 0, 0])
 
 
 class Marked(Tensor):
@@ -344,7 +344,7 @@ class Marked(Tensor):
 def test_subclasses(no_kernel):
     x, *rest = (each.detach() for each in tensors())
     assert type(ctxenc.encode(x.as_subclass(Marked), *rest)) is Marked
-    assert not functional.fuses_gate(x.as_subclass(Marked), x[:, :, 0, 0])
+    assert not functional.can_fuse_gate(x.as_subclass(Marked), x[:, :, 0, 0])
     with pytest.raises(RuntimeError, match="a Marked takes the PyTorch path"):
         ctxenc.encode(x.as_subclass(Marked), *rest, backend="triton")
     parameter = torch.nn.Parameter(rest[0])

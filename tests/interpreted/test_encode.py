@@ -83,16 +83,16 @@ def nothing_is_zero_by_luck(monkeypatch):
 def cut_into(patch: pytest.MonkeyPatch, cut: tuple[Tiles, int]) -> None:
     """Launch with these tiles, on a GPU with room for so many programs."""
     tiles, slots = cut
-    launch.plan_of.cache_clear()
+    launch.make_plan.cache_clear()
     patch.setattr(launch, "choose_tiles", lambda *_: tiles)
     for module in (forward, backward):
-        patch.setattr(module, "slots_of", lambda *_: slots)
+        patch.setattr(module, "count_slots", lambda *_: slots)
 
 
 @pytest.fixture(autouse=True)
 def no_plan_is_left():
     yield
-    launch.plan_of.cache_clear()
+    launch.make_plan.cache_clear()
 
 
 def triton_means(x: Tensor, codewords: Tensor, smoothing: Tensor) -> Tensor:

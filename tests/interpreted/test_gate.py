@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ctxenc
-from ctxenc.functional import fuses_gate
+from ctxenc.functional import can_fuse_gate
 from ctxenc.kernels.fused import gate as triton_gate
 
 # NumPy, which the interpreter computes with, warns of every overflow and NaN.
@@ -138,7 +138,7 @@ def nothing_is_zero_by_luck(monkeypatch):
 
 
 def cut_into(patch: pytest.MonkeyPatch, block_c: int, block_n: int, walk: int) -> None:
-    patch.setattr(triton_gate, "_tiles", lambda *_: (block_c, block_n))
+    patch.setattr(triton_gate, "_choose_tile", lambda *_: (block_c, block_n))
     patch.setattr(triton_gate, "WALK", walk)
     patch.setattr(triton_gate, "PROGRAMS", 1000)
 
@@ -285,7 +285,7 @@ def test_compiled_without_a_break(residual):
 
 def vector(*tensors: Tensor) -> int:
     last = triton_gate.is_channels_last(tensors[0])
-    return triton_gate._plan(*(triton_gate._as_runs(x, last) for x in tensors), last=last)[2]["VECTOR"]
+    return triton_gate._plan_launch(*(triton_gate._copy_to_runs(x, last) for x in tensors), last=last)[2]["VECTOR"]
 
 
 @pytest.mark.parametrize("elements", [1, 3])
@@ -422,11 +422,11 @@ def test_another_gate_and_one_with_hooks_are_called(calls):
 
 def test_when_it_is_taken():
     x, logits = (tensor.detach() for tensor in problem())
-    assert not fuses_gate(x, logits)
+    assert not can_fuse_gate(x, logits)
     with ctxenc.use_backend("triton"):
-        assert fuses_gate(x, logits)
-        assert not fuses_gate(x.double(), logits)
+        assert can_fuse_gate(x, logits)
+        assert not can_fuse_gate(x.double(), logits)
         with pytest.raises(RuntimeError, match=r'^gate: backend="triton" cannot run: x is on meta'):
-            fuses_gate(x.to("meta"), logits.to("meta"))
+            can_fuse_gate(x.to("meta"), logits.to("meta"))
         with pytest.raises(RuntimeError, match=r"inside torch\.func transforms only the PyTorch path runs"):
-            torch.func.vmap(lambda x: x * fuses_gate(x, logits))(x)
+            torch.func.vmap(lambda x: x * can_fuse_gate(x, logits))(x)

@@ -60,4 +60,4 @@ class Gate(nn.Module):
         self.logits = nn.Parameter(torch.zeros(2, 8, dtype=torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.fused_gate(x, self.logits, False)
+        return functional.run_fused_gate(x, self.logits, False)

@@ -369,24 +369,24 @@ def test_what_is_left_to_the_plain_expression(change, training, calls):
 
 def test_when_it_is_taken(monkeypatch):
     encoding, norm = problem()
-    assert not functional.fuses_pool(encoding, norm)
+    assert not functional.can_fuse_pool(encoding, norm)
     with monkeypatch.context() as patch:
         patch.setattr(backends, "GPUS", ("cuda", "cpu"))
-        assert functional.fuses_pool(encoding, norm)
+        assert functional.can_fuse_pool(encoding, norm)
     with ctxenc.use_backend("triton"):
-        assert functional.fuses_pool(encoding, norm)
-        assert functional.fuses_pool(encoding, norm.eval())
-        assert not functional.fuses_pool(encoding.double(), norm.double())
-        assert not functional.fuses_pool(encoding, norm.bfloat16())
-        assert not functional.fuses_pool(encoding.transpose(0, 2), problem(20, 5, 3)[1])
-        assert not functional.fuses_pool(encoding[:0], norm.float())
-        assert not functional.fuses_pool(encoding.to("meta"), norm)
-        assert not functional.fuses_pool(torch.empty(301)[1:].view(3, 5, 20), norm)
-        assert not functional.fuses_pool(torch.randn(2, 300, 4), nn.BatchNorm2d(300))
-        assert not functional.fuses_pool(encoding.as_subclass(nn.Buffer), norm)
+        assert functional.can_fuse_pool(encoding, norm)
+        assert functional.can_fuse_pool(encoding, norm.eval())
+        assert not functional.can_fuse_pool(encoding.double(), norm.double())
+        assert not functional.can_fuse_pool(encoding, norm.bfloat16())
+        assert not functional.can_fuse_pool(encoding.transpose(0, 2), problem(20, 5, 3)[1])
+        assert not functional.can_fuse_pool(encoding[:0], norm.float())
+        assert not functional.can_fuse_pool(encoding.to("meta"), norm)
+        assert not functional.can_fuse_pool(torch.empty(301)[1:].view(3, 5, 20), norm)
+        assert not functional.can_fuse_pool(torch.randn(2, 300, 4), nn.BatchNorm2d(300))
+        assert not functional.can_fuse_pool(encoding.as_subclass(nn.Buffer), norm)
         seen = []
-        torch.func.vmap(lambda e: seen.append(functional.fuses_pool(e, norm)) or e)(encoding)
-        make_fx(lambda e: seen.append(functional.fuses_pool(e, norm)) or e.clone())(encoding)
+        torch.func.vmap(lambda e: seen.append(functional.can_fuse_pool(e, norm)) or e)(encoding)
+        make_fx(lambda e: seen.append(functional.can_fuse_pool(e, norm)) or e.clone())(encoding)
         assert seen == [False, False]
 
 

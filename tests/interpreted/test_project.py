@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ctxenc
 from ctxenc import ContextEncoding
-from ctxenc.functional import fuses_projection
+from ctxenc.functional import can_fuse_projection
 from ctxenc.kernels.fused import forward, launch
 from ctxenc.kernels.fused import project as triton_project
-from ctxenc.kernels.fused.project import may_project
+from ctxenc.kernels.fused.project import can_project
 from ctxenc.kernels.fused.tiles import Tiles
 from tests.blocks import stirred
 from tests.interpreted.test_encode import (
@@ -72,9 +72,9 @@ def excess(x, weight, shift, codewords, smoothing, cut=None, mean=False):
     B, (K, D) = x.shape[0], codewords.shape
     with pytest.MonkeyPatch.context() as patch:
         if cut is not None:
-            launch.plan_of.cache_clear()
+            launch.make_plan.cache_clear()
             patch.setattr(launch, "choose_tiles", lambda *_: cut[0])
-            patch.setattr(forward, "slots_of", lambda *_: cut[1])
+            patch.setattr(forward, "count_slots", lambda *_: cut[1])
         errors = largest_excess(encode, z.to(x.dtype), codewords, smoothing, torch.ones(B, K, D), products=x.dtype)
     return errors["encoding"]
 
@@ -147,15 +147,15 @@ def test_opcheck():
 
 
 def test_what_fits():
-    assert may_project(torch.bfloat16, 64, 32)
-    assert may_project(torch.float16, 32, 64)
+    assert can_project(torch.bfloat16, 64, 32)
+    assert can_project(torch.float16, 32, 64)
     for dtype, D, K in [
         (torch.float32, 16, 16),
         (torch.float16, 64, 33),
         (torch.bfloat16, 65, 16),
         (torch.bfloat16, 33, 40),
     ]:
-        assert not may_project(dtype, D, K)
+        assert not can_project(dtype, D, K)
 
 
 # The block
@@ -273,9 +273,9 @@ def drawing(block):
 def test_blocks_that_take_their_steps(change, calls):
     block, x = fused_block().bfloat16(), torch.randn(2, 48, 5, 7).bfloat16()
     with ctxenc.use_backend("triton"), torch.no_grad():
-        assert block._fuses_projection(x)
+        assert block._can_fuse_projection(x)
         block = change(block)
-        assert not block._fuses_projection(x)
+        assert not block._can_fuse_projection(x)
         if block.encoding.codewords.dtype != torch.float64:
             block(x.to(block.conv.weight.dtype))
     assert not calls
@@ -342,17 +342,17 @@ def test_when_it_is_taken():
     codewords, smoothing = torch.randn(6, 20), torch.rand(6)
     rest = weight, shift, codewords, smoothing
     with torch.no_grad():
-        assert not fuses_projection(x, *rest)
+        assert not can_fuse_projection(x, *rest)
         with ctxenc.use_backend("triton"):
-            assert fuses_projection(x, *rest)
+            assert can_fuse_projection(x, *rest)
             for other in (x.bfloat16(), x[:0], x[0], x[:, 1:], x.to("meta")):
-                assert not fuses_projection(other, *rest)
-            assert not fuses_projection(x.float(), *(tensor.float() for tensor in rest))
+                assert not can_fuse_projection(other, *rest)
+            assert not can_fuse_projection(x.float(), *(tensor.float() for tensor in rest))
             for place, tensor in enumerate(rest):
                 for changed in (tensor.double(), tensor.to("meta")):
-                    assert not fuses_projection(x, *rest[:place], changed, *rest[place + 1 :])
-            assert not fuses_projection(x, weight, shift, torch.randn(6, 19), smoothing)
-            assert not fuses_projection(x, weight, shift.float(), codewords, smoothing)
+                    assert not can_fuse_projection(x, *rest[:place], changed, *rest[place + 1 :])
+            assert not can_fuse_projection(x, weight, shift, torch.randn(6, 19), smoothing)
+            assert not can_fuse_projection(x, weight, shift.float(), codewords, smoothing)
 
 
 def test_fakes():

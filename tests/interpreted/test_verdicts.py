@@ -53,8 +53,8 @@ def encoding_gradients(backend: str = "auto") -> list[Tensor]:
 def gated(x: Tensor, logits: Tensor, backend: str) -> Tensor:
     """As the block does it."""
     with ctxenc.use_backend(backend):
-        if functional.fuses_gate(x, logits):
-            return functional.fused_gate(x, logits, True)
+        if functional.can_fuse_gate(x, logits):
+            return functional.run_fused_gate(x, logits, True)
     assert backend == "torch"
     return (x + x * logits.sigmoid()[..., None, None]).relu()
 
@@ -72,8 +72,8 @@ def projection(backend: str = "auto") -> list[Tensor]:
     x, weight, shift = (t.half() for t in (draw(2, 8, 3, 5), draw(6, 8, 1, 1, seed=4), draw(6, seed=5)))
     codebook = draw(4, 6, seed=1), draw(4, seed=2).abs()
     with ctxenc.use_backend(backend), torch.no_grad():
-        if functional.fuses_projection(x, weight, shift, *codebook):
-            return [functional.fused_projection(x, weight, shift, *codebook)]
+        if functional.can_fuse_projection(x, weight, shift, *codebook):
+            return [functional.run_fused_projection(x, weight, shift, *codebook)]
     assert backend == "torch"
     return [ctxenc.encode(torch.nn.functional.conv2d(x, weight, shift).relu(), *codebook, backend="torch")]
 
@@ -82,8 +82,8 @@ def pooled(leaves: list[Tensor], backend: str) -> list[Tensor]:
     norm = torch.nn.BatchNorm2d(4)
     norm.weight, norm.bias = leaves[1:]
     with ctxenc.use_backend(backend):
-        if functional.fuses_pool(leaves[0], norm):
-            return [functional.fused_pool(leaves[0], norm, torch.float32), *norm.buffers()]
+        if functional.can_fuse_pool(leaves[0], norm):
+            return [functional.run_fused_pool(leaves[0], norm, torch.float32), *norm.buffers()]
     assert backend == "torch"
     return [norm(leaves[0].unsqueeze(3)).squeeze(3).relu().mean(1), *norm.buffers()]
 
@@ -183,7 +183,7 @@ def a_gpu_of_its_own(monkeypatch, tmp_path):
 
 def forget() -> None:
     """As in a new process."""
-    verdicts._known.clear()
+    verdicts._verdicts.clear()
     verdicts._calls_without_memory.clear()
     for operator in verdicts.OPERATORS.values():
         operator.served.clear()
@@ -194,7 +194,7 @@ def put(monkeypatch, case: Case, kernel: Callable[..., Any]) -> None:
 
 
 def files(suffix: str = "") -> list[Path]:
-    return sorted(path for path in records.directory().glob(f"*{suffix}"))
+    return sorted(path for path in records.find_directory().glob(f"*{suffix}"))
 
 
 def record_of(case: Case) -> dict[str, Any]:
@@ -341,7 +341,7 @@ def test_no_kernel_runs_for_the_first_time_in_a_graph_capture(case, monkeypatch)
     with silence():
         assert_right(case, case.call())
         assert kernel.calls == 0
-        assert not records.directory().exists()
+        assert not records.find_directory().exists()
         with pytest.raises(RuntimeError, match="while a CUDA graph is captured no kernel runs for the first time"):
             case.call("triton")
         monkeypatch.setattr(verdicts, "_is_capturing", lambda device: False)
@@ -367,7 +367,7 @@ def test_trust_without_a_proof(case, monkeypatch):
     put(monkeypatch, case, kernel)
     case.call()
     assert kernel.calls == 1
-    assert not records.directory().exists()
+    assert not records.find_directory().exists()
 
 
 # The cache
@@ -394,7 +394,7 @@ def test_a_kernel_that_killed_its_process(monkeypatch):
         assert not files(".pending")
         forget()
     assert kernel.calls == 0
-    with verdicts.watching() as kinds:
+    with verdicts.collect_kinds() as kinds:
         case.call()
     (kind,) = (kind for kind in kinds if kind.operator == case.operator.name)
     assert verdicts.prove(kind, "cpu").serves
@@ -426,8 +426,8 @@ def test_whose_marker_it_is(change, left_behind):
     marker.write_text(json.dumps(owner | {name: value for name, value in change.items() if name in owner}))
     if "age" in change:
         os.utime(marker, times=(time.time() - change["age"],) * 2)
-    assert records.left_behind(key) == ([marker] if left_behind else [])
-    assert not records.left_behind({"operator": "encode", "constants": {"D": 1}})
+    assert records.find_stale_markers(key) == ([marker] if left_behind else [])
+    assert not records.find_stale_markers({"operator": "encode", "constants": {"D": 1}})
 
 
 @pytest.mark.parametrize("place", ["a file", "no home"])
@@ -480,8 +480,8 @@ def test_a_verdict_counts_for_its_versions(changed, monkeypatch):
     case, kernel = CASES[0], StandIn(encode.FORWARD)
     put(monkeypatch, case, kernel)
     case.call()
-    versions = records.versions() | {changed: "another"}
-    monkeypatch.setattr(records, "versions", lambda: versions)
+    versions = records.read_versions() | {changed: "another"}
+    monkeypatch.setattr(records, "read_versions", lambda: versions)
     forget()
     case.call()
     assert kernel.calls == 2 * (proof(encode.FORWARD) + 1)
@@ -490,15 +490,15 @@ def test_a_verdict_counts_for_its_versions(changed, monkeypatch):
 
 def test_the_sources_are_the_kernels(monkeypatch, tmp_path):
     """Another byte in any of them is another hash."""
-    before = records.versions()["sources"]
+    before = records.read_versions()["sources"]
     (tmp_path / "fused").mkdir()
     for path in Path(encode.__file__).parent.glob("*.py"):
         (tmp_path / "fused" / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-    assert records.versions.__wrapped__()["sources"] == before
+    assert records.read_versions.__wrapped__()["sources"] == before
     with (tmp_path / "fused" / "walk.py").open("a") as file:
         file.write("#")
-    assert records.versions.__wrapped__()["sources"] != before
+    assert records.read_versions.__wrapped__()["sources"] != before
 
 
 HEAD = """
@@ -611,18 +611,18 @@ def test_kinds_are_seen_and_proved_elsewhere(monkeypatch):
     kernels = {operator: StandIn(operator) for operator in verdicts.OPERATORS.values()}
     for operator, kernel in kernels.items():
         monkeypatch.setattr(operator, "kernel", kernel)
-    with silence(), verdicts.watching() as kinds:
+    with silence(), verdicts.collect_kinds() as kinds:
         for case in CASES:
             assert_right(case, case.call())
     assert {kind.operator for kind in kinds} >= {case.operator.name for case in CASES}
     assert not any(kernel.calls for kernel in kernels.values())
     for kind in kinds:
         assert verdicts.Kind.from_json(kind.to_json()) == kind
-        assert verdicts.known(kind) is None
+        assert verdicts.find_verdict(kind) is None
         verdict = verdicts.prove(kind, "cpu")
         assert verdict.serves
-        assert verdicts.known(kind)[:2] == verdict[:2]
-        assert json.loads(records.recorded(verdicts.key_of(kind)).read_text())["operator"] == kind.operator
+        assert verdicts.find_verdict(kind)[:2] == verdict[:2]
+        assert json.loads(records.find_record(verdicts.make_record_key(kind)).read_text())["operator"] == kind.operator
 
 
 def test_what_would_serve_is_told(monkeypatch):
@@ -693,7 +693,7 @@ def test_a_lost_low_order_operand_shows(operator, dtype, monkeypatch):
 def without_an_image(encoding, *rest):
     """The statistics, the running ones too, of all images but the last."""
     _, statistics = pool.plain_forward(encoding[:-1], *rest)
-    return pool._pooled(encoding, *rest[:2], *statistics), statistics
+    return pool._pool(encoding, *rest[:2], *statistics), statistics
 
 
 def biased(encoding, weight, bias, mean, var, *rest):
@@ -726,7 +726,7 @@ def without_the_statistics_in_dencoding(*arguments):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_wrong_pool_shows(operator, wrong, result, momentum, monkeypatch):
     constants = {"K": 4, "C": 6, "features": "float32", "training": True, "momentum": momentum, "eps": 1e-5}
-    kind = verdicts.Kind(operator.name, tuple((constants | pool._tile(4)).items()), "interpreter")
+    kind = verdicts.Kind(operator.name, tuple((constants | pool._choose_tile(4)).items()), "interpreter")
     assert verdicts.prove(kind, "cpu").serves
     monkeypatch.setattr(operator, "kernel", wrong)
     verdict = verdicts.prove(kind, "cpu")
@@ -763,7 +763,7 @@ def test_right_kernels_are_never_refused(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_proof_does_not_depend_on_the_default_dtype(dtype):
-    with verdicts.watching() as kinds:
+    with verdicts.collect_kinds() as kinds:
         for case in CASES:
             case.call()
     try:

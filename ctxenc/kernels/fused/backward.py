@@ -11,25 +11,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.fused.launch import FUSED, key_of, make_readable, packed, plan_of, slots_of
+from ctxenc.kernels.fused.launch import FUSED, allocate_like, count_slots, make_key, make_plan, make_readable, pack
 from ctxenc.kernels.fused.steps import (
-    aligned,
     arrange,
+    assume_aligned,
+    compute_offsets,
+    differentiate_softmax,
     dot,
     find_center,
     find_nearness,
+    find_scale,
     load_rows,
     load_smoothing,
     load_tile,
-    offsets,
     prepare_codewords,
-    rounded,
-    scale_of,
+    round_operand,
     softmax,
     store_rounded,
-    weight_gradient,
 )
-from ctxenc.kernels.fused.tiles import block_of, ceil_div, is_channels_last, partial_cost, share_tiles
+from ctxenc.kernels.fused.tiles import ceil_div, choose_block, estimate_partial_cost, split_images
 from ctxenc.kernels.fused.wide import assign_wide, load_map, map_pointers
 
 SIZES = ["p_x", "N", "tiles", "B", "share", "stride_b", "stride_n", "stride_d", "count"]
@@ -50,25 +50,14 @@ def encode_bwd_kernel(
     tiles,  # tiles of BLOCK_N pixels per image
     B,
     share,  # tiles per program, over all images
-    stride_b,
-    stride_n,
-    stride_d,
+    stride_b, stride_n, stride_d,
     count,  # divisor of the encoding, and so of grad
-    D: tl.constexpr,
-    K: tl.constexpr,
-    SHARED: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     DX: tl.constexpr,  # compute the gradient in x
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    N, stride_n, stride_d = aligned(N, stride_n, stride_d, LAYOUT, VECTOR)
+    N, stride_n, stride_d = assume_aligned(N, stride_n, stride_d, LAYOUT, VECTOR)
     block, row = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
     o_k, o_d = tl.arange(0, BLOCK_K), block * BLOCK_D + tl.arange(0, BLOCK_D)
     m_k, m_d = o_k < K, o_d < D
@@ -78,22 +67,22 @@ def encode_bwd_kernel(
     sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     q_sum, dsmoothing = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     first, last = row * share, tl.minimum(row * share + share, B * tiles)
-    start = block * BLOCK_D
+    first_d = block * BLOCK_D
     loaded = load_tile(
-        p_x, first, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
+        p_x, first, last, tiles, first_d, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
     )
     for tile in tl.range(first, last, num_stages=1, disable_licm=True):
         ahead = load_tile(
-            p_x, tile + 1, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
+            p_x, tile + 1, last, tiles, first_d, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
         )
         b = (tile // tiles).to(tl.int64)
         o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         grad = load_rows(p_grad + b * K * D, o_d, o_k, D, K) * (1.0 / count)
         x = arrange(loaded, o_n, N, LAYOUT, BLOCK_N, BLOCK_D).to(tl.float32)
-        operand = rounded((x - base[None, :]) * x_scale, DOT)
-        grad_scale = scale_of(grad, DOT)
-        grad = rounded(grad / grad_scale, DOT)
+        operand = round_operand((x - base[None, :]) * x_scale, DOT)
+        grad_scale = find_scale(grad, DOT)
+        grad = round_operand(grad / grad_scale, DOT)
         if WIDE:
             weights = load_map(p_map, tile, BLOCK_N, BLOCK_K)
             q = tl.load(map_pointers(p_q, tile, BLOCK_N, BLOCK_K))
@@ -103,22 +92,22 @@ def encode_bwd_kernel(
             less_base = load_rows(p_codewords, o_d, o_k, D, K) - base[:, None]
             p -= tl.sum(less_base * grad.to(tl.float32), 0)[None, :] * grad_scale
             weights = softmax(nearness, s, m_n, m_k)
-            q = weight_gradient(weights, p)
-            weights = rounded(weights, DOT)
+            q = differentiate_softmax(weights, p)
+            weights = round_operand(weights, DOT)
             dsmoothing += tl.sum(q * nearness, 0)
-        q_scale = scale_of(q, DOT)
-        q_operand = rounded(q / q_scale, DOT)
+        q_scale = find_scale(q, DOT)
+        q_operand = round_operand(q / q_scale, DOT)
         q_sum += tl.sum(q_operand.to(tl.float32), 0) * q_scale
         sums -= dot(tl.trans(operand), q_operand, DOT) * q_scale
         if DX:
             sq = 2 * q * s[None, :]
-            sq_scale = scale_of(sq, DOT)
-            sq_operand = rounded(sq / sq_scale, DOT)
+            sq_scale = find_scale(sq, DOT)
+            sq_operand = round_operand(sq / sq_scale, DOT)
             dx = dot(weights, tl.trans(grad), DOT) * grad_scale
             dx += dot(sq_operand, tl.trans(high), DOT) * (sq_scale * scale)
             if not SHARED:  # if shared, its terms add up to 0
                 dx -= tl.sum(sq, 1)[:, None] * (x - c[None, :])
-            p_out = p_dx + b * D * N + offsets(o_n, o_d, D, N, LAYOUT == "last")
+            p_out = p_dx + b * D * N + compute_offsets(o_n, o_d, D, N, LAYOUT == "last")
             store_rounded(p_out, dx, m_n[:, None] & m_d[None, :])
         loaded = ahead
     d = load_rows(p_codewords, o_d, o_k, D, K) - base[:, None]
@@ -137,17 +126,11 @@ def finish_bwd_kernel(
     p_grad,  # (B, K, D)
     p_dcodewords,  # (K, D)
     p_dsmoothing,  # (K,) or ()
-    rows,
-    smoothing_rows,
+    rows, smoothing_rows,
     smoothing_row,  # stride
-    B,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    B, D: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Add up the rows of all programs in a fixed order, less the weight sums times grad; the last program does the smoothing."""
     o_row = tl.arange(0, ROWS)
     if tl.program_id(0) * BLOCK < K * D:
@@ -177,14 +160,6 @@ def finish_bwd_kernel(
             store_rounded(p_dsmoothing + o_k, dsmoothing, o_k < K)
 
 
-def empty_dx(x: Tensor, wanted: bool) -> Tensor:
-    """Allocate the gradient in x (B, D, N), dense, in the layout of x; an empty tensor if it is not wanted."""
-    if not wanted:
-        return x.new_empty(0)
-    B, D, N = x.shape
-    return x.new_empty((B, N, D)).transpose(1, 2) if is_channels_last(x) else x.new_empty((B, D, N))
-
-
 def encode_backward(
     grad: Tensor,
     x: Tensor,
@@ -200,13 +175,13 @@ def encode_backward(
     """
     B, D, N = x.shape
     K = codewords.shape[0]
-    dx = empty_dx(x, x_wanted)
+    dx = allocate_like(x, x_wanted)
     dcodewords, dsmoothing = codewords.new_empty((K, D)), smoothing.new_empty(smoothing.shape)
     if x.numel() == 0:
         return dx, dcodewords.zero_(), dsmoothing.zero_()
-    x, grad, codewords, smoothing = make_readable(x), packed(grad), packed(codewords), packed(smoothing)
-    key = key_of("backward" if x_wanted else "backward without dx", x, codewords, smoothing)
-    plan = plan_of(key, x.device)
+    x, grad, codewords, smoothing = make_readable(x), pack(grad), pack(codewords), pack(smoothing)
+    key = make_key("backward" if x_wanted else "backward without dx", x, codewords, smoothing)
+    plan = make_plan(key, x.device)
     tiles, row, count = ceil_div(N, plan.tiles.block_n), K * (D + 1), N if mean else 1
     stride_b, stride_d, stride_n = x.stride()
     with torch.cuda.device_of(x):
@@ -215,23 +190,23 @@ def encode_backward(
             weights, q, smoothing_rows = assign_wide(x, codewords, smoothing, plan, grad, count)
         options = {"WIDE": plan.wide, "DX": x_wanted, **plan.options}
 
-        def arguments(rows: Tensor, share: int) -> tuple:
+        def list_arguments(rows: Tensor, share: int) -> tuple:
             return (
                 *(x, codewords, smoothing, grad, weights, q, dx, rows),
                 *(N, tiles, B, share, stride_b, stride_n, stride_d, count),
             )
 
-        slots = slots_of(encode_bwd_kernel, key, arguments(grad, 1), options) // plan.blocks
-        cost = partial_cost(K, plan.tiles.block_n, x.element_size())
-        programs, share = share_tiles(B * tiles, max(1, slots), cost)
+        slots = count_slots(encode_bwd_kernel, key, list_arguments(grad, 1), options) // plan.blocks
+        cost = estimate_partial_cost(K, plan.tiles.block_n, x.element_size())
+        programs, share = split_images(1, B * tiles, max(1, slots), cost)  # a sum over the tiles of all images
         rows = x.new_empty((programs, row), dtype=torch.float32)
-        encode_bwd_kernel[(plan.blocks * programs,)](*arguments(rows, share), **options)
+        encode_bwd_kernel[(plan.blocks * programs,)](*list_arguments(rows, share), **options)
         if not plan.wide:
             smoothing_rows = rows[:, K * D :]
         finish_bwd_kernel[(ceil_div(K * D, BLOCK) + 1,)](
             *(rows, smoothing_rows, weight_sum, grad, dcodewords, dsmoothing),
             *(programs, B * tiles if plan.wide else programs, K if plan.wide else row, B),
-            *(D, K, smoothing.dim() == 0, BLOCK, block_of(K), ROWS),
+            *(D, K, smoothing.dim() == 0, BLOCK, choose_block(K), ROWS),
             **FUSED,
         )
     return dx, dcodewords, dsmoothing

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import register_flop_formula
 from ctxenc.kernels import torch_encode, verdicts
 from ctxenc.kernels.backends import is_transformed, is_watched
 from ctxenc.kernels.fused import proof
-from ctxenc.kernels.fused.backward import empty_dx, encode_backward
+from ctxenc.kernels.fused.backward import encode_backward
 from ctxenc.kernels.fused.forward import encode_forward
+from ctxenc.kernels.fused.launch import allocate_like
 from ctxenc.kernels.fused.steps import INTERPRETED
 from ctxenc.kernels.verdicts import Operator
 
@@ -37,12 +38,12 @@ def plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x (empty if not wanted), codewords and smoothing by the PyTorch path, laid out like the kernel's."""
     grad = grad / x.shape[2] if mean else grad
-    dx, dcodewords, dsmoothing = torch_encode.gradients(grad, x, codewords, smoothing, x_wanted)
-    empty = empty_dx(x, x_wanted)
+    dx, dcodewords, dsmoothing = torch_encode.compute_gradients(grad, x, codewords, smoothing, x_wanted)
+    empty = allocate_like(x, x_wanted)
     return dx if dx.stride() == empty.stride() else empty.copy_(dx), dcodewords, dsmoothing
 
 
-def _plainly(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool) -> Tensor:
+def _encode_plainly(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool) -> Tensor:
     """Encode by the PyTorch path, under autocast too."""
     x = x.flatten(2)
     with torch.autocast(x.device.type, enabled=False):
@@ -50,14 +51,14 @@ def _plainly(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool) -> Ten
     return encoding / x.shape[2] if mean else encoding
 
 
-def takes_formula(grad: Tensor) -> bool:
+def needs_torch_ops(grad: Tensor) -> bool:
     """Return whether backward must use PyTorch's own operations: for a second derivative, vmap or tangents."""
     if torch.compiler.is_dynamo_compiling():  # compiled autograd, where Dynamo misreads the checks below
         return False
     return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def differentiable(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+def differentiate(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """Return a function's gradients in the inputs that require one; they can be differentiated again, in grad too."""
     with torch.enable_grad():
         # Differentiate in views: if an input was computed from another, its gradient must not flow through this
@@ -80,7 +81,7 @@ def differentiate_again(operator: Any, function: Callable[..., Tensor], count: i
         ctx.save_for_backward(*inputs[: count + 1])
         ctx.others = inputs[count + 1 :]
 
-    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             saved = ctx.saved_tensors
@@ -95,41 +96,41 @@ def differentiate_again(operator: Any, function: Callable[..., Tensor], count: i
             second = torch.autograd.grad(owns, (grad, *inputs), outers, create_graph=again, allow_unused=True)
         return *second, *(None for _ in ctx.others)
 
-    operator.register_autograd(differentiate, setup_context=save)
+    operator.register_autograd(backward, setup_context=save)
 
 
 FORWARD = Operator(
     "encode",
     encode_forward,
-    torch_encode.forward_with_weight_sum,
-    proof.forward_constants,
-    proof.forward_problems,
-    proof.forward_excess,
-    proof.key,
+    torch_encode.encode_with_weight_sum,
+    proof.describe_forward,
+    proof.make_forward_problems,
+    proof.measure_forward_excess,
+    proof.key_call,
 )
 BACKWARD = Operator(
     "encode_backward",
     encode_backward,
     plain_backward,
-    proof.backward_constants,
-    proof.backward_problems,
-    proof.backward_excess,
+    proof.describe_backward,
+    proof.make_backward_problems,
+    proof.measure_backward_excess,
     lambda grad, x, codewords, smoothing, weight_sum, x_wanted, mean=False: (
-        *proof.key(x, codewords, smoothing),
+        *proof.key_call(x, codewords, smoothing),
         x_wanted,
     ),
 )
 
 
-def expected(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[str, str]:
+def predict_backend(x: Tensor, codewords: Tensor, smoothing: Tensor) -> tuple[str, str]:
     """Return the backend that would serve an encode on these tensors, and why. Runs nothing."""
     grad = x.new_empty(x.shape[0], *codewords.shape)
     x = x.flatten(2)
     kinds = FORWARD.kind(x, codewords, smoothing), BACKWARD.kind(grad, x, codewords, smoothing, grad[:, :, 0], True)
-    found = [verdicts.known(kind) if kind else None for kind in kinds]
-    words = [verdict.reason if verdict else "not tried yet: the first call does" for verdict in found]
-    backend = "torch" if found[0] and not found[0].serves else "triton"
-    return backend, f"forward {words[0]}; backward {words[1]}"
+    verdict_pair = [verdicts.find_verdict(kind) if kind else None for kind in kinds]
+    reasons = [verdict.reason if verdict else "not tried yet: the first call does" for verdict in verdict_pair]
+    backend = "torch" if verdict_pair[0] and not verdict_pair[0].serves else "triton"
+    return backend, f"forward {reasons[0]}; backward {reasons[1]}"
 
 
 # The registered operators
@@ -149,7 +150,7 @@ def _(x: Tensor, codewords: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]
 
 
 @register_flop_formula(torch.ops.ctxenc.encode)
-def _forward_flops(x: Sequence[int], codewords: Sequence[int], *_: Any, **__: Any) -> int:
+def _count_forward_flops(x: Sequence[int], codewords: Sequence[int], *_: Any, **__: Any) -> int:
     """Count the flops of the two products, from shapes."""
     return 2 * 2 * math.prod(x) * codewords[0]
 
@@ -179,11 +180,11 @@ def _(
     strict: bool = False,
     mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_dx(x, x_wanted), codewords.new_empty(codewords.shape), smoothing.new_empty(smoothing.shape)
+    return allocate_like(x, x_wanted), codewords.new_empty(codewords.shape), smoothing.new_empty(smoothing.shape)
 
 
 @register_flop_formula(torch.ops.ctxenc.encode_backward)
-def _backward_flops(
+def _count_backward_flops(
     grad: Any,
     x: Sequence[int],
     codewords: Sequence[int],
@@ -199,7 +200,7 @@ def _backward_flops(
 
 differentiate_again(
     _encode_backward_op,
-    lambda x, codewords, smoothing, weight_sum, x_wanted, strict, mean: _plainly(x, codewords, smoothing, mean),
+    lambda x, codewords, smoothing, weight_sum, x_wanted, strict, mean: _encode_plainly(x, codewords, smoothing, mean),
     count=3,
 )
 
@@ -211,12 +212,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.strict, ctx.mean = inputs[3:]
 
 
-def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None
     *inputs, weight_sum = ctx.saved_tensors
-    if takes_formula(grad):
-        return *differentiable(partial(_plainly, mean=ctx.mean), inputs, grad), None, None
+    if needs_torch_ops(grad):
+        return *differentiate(partial(_encode_plainly, mean=ctx.mean), inputs, grad), None, None
     x, *codebook = inputs
     x_wanted = ctx.needs_input_grad[0]
     arguments, choices = (grad, x.flatten(2), *codebook, weight_sum, x_wanted), (ctx.strict, ctx.mean)
@@ -227,7 +228,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[
     return dx.view(x.shape) if x_wanted else None, *others, None, None
 
 
-_encode_op.register_autograd(_gradients, setup_context=_save)
+_encode_op.register_autograd(_compute_gradients, setup_context=_save)
 
 
 class _Encode(torch.autograd.Function):
@@ -242,7 +243,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad)
+        return _compute_gradients(ctx, grad)
 
 
 def encode(x: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False, mean: bool = False) -> Tensor:
@@ -253,7 +254,7 @@ def encode(x: Tensor, codewords: Tensor, smoothing: Tensor, strict: bool = False
     """
     if is_watched():
         return _encode_op(x.flatten(2), codewords, smoothing, strict, mean)[0]
-    wanted = x.requires_grad or codewords.requires_grad or smoothing.requires_grad
-    if wanted and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+    needs_grad = x.requires_grad or codewords.requires_grad or smoothing.requires_grad
+    if needs_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return _Encode.apply(x, codewords, smoothing, strict, mean)
     return FORWARD(strict, x.flatten(2), codewords, smoothing, mean)[0]

@@ -13,20 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctxenc.kernels.fused.launch import FUSED, Key, Plan, key_of, make_readable, packed, plan_of, slots_of
+from ctxenc.kernels.fused.launch import FUSED, Key, Plan, count_slots, make_key, make_plan, make_readable, pack
 from ctxenc.kernels.fused.steps import (
-    aligned,
     arrange,
+    assume_aligned,
     dot,
     find_center,
     find_nearness,
     load_smoothing,
     load_tile,
     prepare_codewords,
-    rounded,
+    round_operand,
     softmax,
 )
-from ctxenc.kernels.fused.tiles import ceil_div, partial_cost, split_images
+from ctxenc.kernels.fused.tiles import ceil_div, estimate_partial_cost, split_images
 from ctxenc.kernels.fused.wide import assign_wide, load_map
 
 SIZES = [
@@ -58,26 +58,19 @@ def encode_fwd_kernel(
     tiles,  # tiles of BLOCK_N pixels per image
     share,  # tiles per program
     splits,  # programs per image
-    stride_b,
-    stride_n,
-    stride_d,
+    stride_b, stride_n, stride_d,
     row_e,  # strides from one split to the next
     row_w,
     count,  # divisor of both results: N for means, else 1
-    D: tl.constexpr,
-    K: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr,
     SHARED: tl.constexpr,  # one smoothing factor for all codewords: |x'|^2 cancels
     LAYOUT: tl.constexpr,  # "last" or "first": channels or pixels are contiguous; "run": a whole image is, channels first
     VECTOR: tl.constexpr,  # divides the address, the strides and N (in a run, D * N), in elements
     WIDE: tl.constexpr,  # a program takes one block of channels, and reads the weights from p_map
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    N, stride_n, stride_d = aligned(N, stride_n, stride_d, LAYOUT, VECTOR)
+    N, stride_n, stride_d = assume_aligned(N, stride_n, stride_d, LAYOUT, VECTOR)
     block, row = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
     first = row // splits * tiles + row % splits * share
     last = tl.minimum(first + share, row // splits * tiles + tiles)
@@ -88,23 +81,23 @@ def encode_fwd_kernel(
     d, high, low, scale, bias, c, base, x_scale = prepare_codewords(p_codewords, center, o_d, o_k, D, K, DOT)
     sums = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     weight_sum = tl.zeros((BLOCK_K,), tl.float32)
-    start = block * BLOCK_D
+    first_d = block * BLOCK_D
     loaded = load_tile(
-        p_x, first, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
+        p_x, first, last, tiles, first_d, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
     )
     for tile in tl.range(first, last, num_stages=1, disable_licm=True):
         # Load before the products of this tile, so that the copy overlaps them.
         ahead = load_tile(
-            p_x, tile + 1, last, tiles, start, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
+            p_x, tile + 1, last, tiles, first_d, N, stride_b, stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_D
         )
         o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         x = arrange(loaded, o_n, N, LAYOUT, BLOCK_N, BLOCK_D).to(tl.float32)
-        operand = rounded((x - base[None, :]) * x_scale, DOT)
+        operand = round_operand((x - base[None, :]) * x_scale, DOT)
         if WIDE:
             weights = load_map(p_map, tile, BLOCK_N, BLOCK_K)
         else:
             nearness = find_nearness(x, operand, high, low, scale / x_scale, bias, c, SHARED, DOT)
-            weights = rounded(softmax(nearness, s, o_n < N, m_k), DOT)
+            weights = round_operand(softmax(nearness, s, o_n < N, m_k), DOT)
         weight_sum += tl.sum(weights.to(tl.float32), 0)
         sums -= dot(tl.trans(operand), weights, DOT)
         loaded = ahead
@@ -120,11 +113,8 @@ def finish_fwd_kernel(
     p_rows,  # (B, rows, K D + K), fp32
     p_encoding,  # (B, K, D), fp32
     p_weight_sum,  # (B, K), fp32
-    rows,
-    KD: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    rows, KD: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Add the sums of all splits of an image in order."""
     BLOCKS: tl.constexpr = (KD + K + BLOCK - 1) // BLOCK
     b = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -136,7 +126,7 @@ def finish_fwd_kernel(
     tl.store(p_weight_sum + b * K + o - KD, total, mask=(o >= KD) & (o < KD + K))
 
 
-def add_up(
+def launch_and_add(
     kernel: Any, key: Key, plan: Plan, inputs: tuple[Tensor, ...], options: dict[str, Any], mean: bool
 ) -> tuple[Tensor, Tensor]:
     """Launch a forward kernel with several programs per image, and add their sums or, for a mean, their shares.
@@ -151,8 +141,8 @@ def add_up(
     encoding, weight_sum = x.new_empty((B, K, D), dtype=torch.float32), x.new_empty((B, K), dtype=torch.float32)
     with torch.cuda.device_of(x):
         one = (*inputs, encoding, weight_sum, N, tiles, tiles, 1, stride_b, stride_n, stride_d, K * D, K, count)
-        slots = max(1, slots_of(kernel, key, one, options) // plan.blocks)
-        splits, share = split_images(B, tiles, slots, partial_cost(K, plan.tiles.block_n, x.element_size()))
+        slots = max(1, count_slots(kernel, key, one, options) // plan.blocks)
+        splits, share = split_images(B, tiles, slots, estimate_partial_cost(K, plan.tiles.block_n, x.element_size()))
         if splits == 1:
             kernel[(plan.blocks * B,)](*one, **options)
             return encoding, weight_sum
@@ -171,10 +161,10 @@ def encode_forward(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool =
     if x.numel() == 0:
         (B, _, _), (K, D) = x.shape, codewords.shape
         return x.new_zeros((B, K, D), dtype=torch.float32), x.new_zeros((B, K), dtype=torch.float32)
-    x, codewords, smoothing = make_readable(x), packed(codewords), packed(smoothing)
-    key = key_of("forward", x, codewords, smoothing)
-    plan = plan_of(key, x.device)
+    x, codewords, smoothing = make_readable(x), pack(codewords), pack(smoothing)
+    key = make_key("forward", x, codewords, smoothing)
+    plan = make_plan(key, x.device)
     with torch.cuda.device_of(x):
         weights = assign_wide(x, codewords, smoothing, plan)[0] if plan.wide else codewords
     options = {"WIDE": plan.wide, **plan.options}
-    return add_up(encode_fwd_kernel, key, plan, (x, codewords, smoothing, weights), options, mean)
+    return launch_and_add(encode_fwd_kernel, key, plan, (x, codewords, smoothing, weights), options, mean)

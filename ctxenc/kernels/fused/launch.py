@@ -9,14 +9,14 @@ from torch import Tensor
 from ctxenc.kernels.fused.steps import INTERPRETED
 from ctxenc.kernels.fused.tiles import (
     Tiles,
-    block_of,
     ceil_div,
+    choose_block,
     choose_tiles,
-    gpu_of,
+    count_programs,
+    describe_gpu,
+    find_vector,
     is_channels_last,
     is_run,
-    programs_per_multiprocessor,
-    vector,
 )
 
 FUSED = {"enable_fp_fusion": True}  # Triton 3.10 flips its default
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     options: dict[str, Any]
 
 
-def precision(dtype: torch.dtype) -> str:
+def choose_precision(dtype: torch.dtype) -> str:
     """Return the precision of products: "bf16", "fp16", or fp32's input_precision by torch's own setting."""
     if dtype == torch.bfloat16:
         return "bf16"
@@ -64,25 +64,33 @@ def make_readable(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def packed(tensor: Tensor) -> Tensor:
+def allocate_like(x: Tensor, wanted: bool = True) -> Tensor:
+    """Allocate a dense tensor like x (B, C, N), in its layout: a result or a gradient. Not wanted: an empty tensor."""
+    if not wanted:
+        return x.new_empty(0)
+    B, C, N = x.shape
+    return x.new_empty((B, N, C)).transpose(1, 2) if is_channels_last(x) else x.new_empty((B, C, N))
+
+
+def pack(tensor: Tensor) -> Tensor:
     """Copy a small tensor that is not contiguous or not aligned to 16 bytes: Triton would compile a variant for it."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def key_of(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Key:
+def make_key(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Key:
     """Return the compile key of a call on a readable x."""
     layout = "last" if is_channels_last(x) else "run" if is_run(x) else "first"
-    elements = 16 // x.element_size() if layout == "run" else vector(x, layout == "last")
+    elements = 16 // x.element_size() if layout == "run" else find_vector(x, layout == "last")
     dtypes = (x.dtype, codewords.dtype, smoothing.dtype)
     K, D = codewords.shape
-    return Key(direction, dtypes, D, K, smoothing.dim() == 0, layout, elements, precision(x.dtype))
+    return Key(direction, dtypes, D, K, smoothing.dim() == 0, layout, elements, choose_precision(x.dtype))
 
 
 @cache
-def plan_of(key: Key, device: torch.device) -> Plan:
+def make_plan(key: Key, device: torch.device) -> Plan:
     """Choose the tiles and constants of a compile key."""
-    tiles = choose_tiles(key.direction, key.dtypes[0], key.D, key.K, gpu_of(device).capability)
+    tiles = choose_tiles(key.direction, key.dtypes[0], key.D, key.K, describe_gpu(device).capability)
     options = {
         "D": key.D,
         "K": key.K,
@@ -92,7 +100,7 @@ def plan_of(key: Key, device: torch.device) -> Plan:
         "DOT": key.dot,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": tiles.block_d,
-        "BLOCK_K": block_of(key.K),
+        "BLOCK_K": choose_block(key.K),
         "STAGES": tiles.stages,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
@@ -104,16 +112,16 @@ def plan_of(key: Key, device: torch.device) -> Plan:
 _slots: dict[Any, int] = {}
 
 
-def slots_of(kernel: Any, key: Key, arguments: tuple[Any, ...], options: dict[str, Any]) -> int:
+def count_slots(kernel: Any, key: Key, arguments: tuple[Any, ...], options: dict[str, Any]) -> int:
     """Count the programs of a kernel that the GPU runs at a time, from its compiled registers and shared memory."""
     device = arguments[0].device
     name = kernel, key, options.get("C"), device  # only the projection passes C
-    found = _slots.get(name)
-    if found is None:
-        gpu, programs = gpu_of(device), 2
+    slots = _slots.get(name)
+    if slots is None:
+        gpu, programs = describe_gpu(device), 2
         if not INTERPRETED and not torch.version.hip:  # AMD counts registers differently
             compiled = kernel.warmup(*arguments, grid=(1,), **options)
             compiled.run  # noqa: B018 - loads the binary, which tells its registers
-            programs = programs_per_multiprocessor(gpu, compiled.n_regs, compiled.metadata.shared, options["num_warps"])
-        found = _slots[name] = gpu.multiprocessors * programs
-    return found
+            programs = count_programs(gpu, compiled.n_regs, compiled.metadata.shared, options["num_warps"])
+        slots = _slots[name] = gpu.multiprocessors * programs
+    return slots

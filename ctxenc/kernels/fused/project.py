@@ -20,24 +20,24 @@ from torch.utils.flop_counter import register_flop_formula
 from ctxenc.kernels import torch_encode
 from ctxenc.kernels.fused import proof
 from ctxenc.kernels.fused.encode import DEVICES
-from ctxenc.kernels.fused.forward import add_up
-from ctxenc.kernels.fused.launch import key_of, make_readable, packed, plan_of
+from ctxenc.kernels.fused.forward import launch_and_add
+from ctxenc.kernels.fused.launch import make_key, make_plan, make_readable, pack
 from ctxenc.kernels.fused.steps import (
     _INTERPRETED,
-    aligned,
     arrange,
+    assume_aligned,
     dot,
     drop_bits,
     find_center,
     find_nearness,
-    image,
     load_smoothing,
     load_x,
+    locate_image,
     prepare_codewords,
-    rounded,
+    round_operand,
     softmax,
 )
-from ctxenc.kernels.fused.tiles import block_of
+from ctxenc.kernels.fused.tiles import choose_block
 from ctxenc.kernels.verdicts import Arguments, Constants, Operator
 
 SIZES = [
@@ -64,9 +64,9 @@ def project(
 ):  # fmt: skip
     """Return features z (BLOCK_N, BLOCK_D) of a tile: values of the dtype of x, in fp32; zero beyond D."""
     z = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
-        o_c = start + tl.arange(0, BLOCK_C)
-        x = load_x(p_image, o_n, start, N, stride_n, stride_c, C, LAYOUT, VECTOR, BLOCK_C)
+    for first_c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+        o_c = first_c + tl.arange(0, BLOCK_C)
+        x = load_x(p_image, o_n, first_c, N, stride_n, stride_c, C, LAYOUT, VECTOR, BLOCK_C)
         x = arrange(x, o_n, N, LAYOUT, BLOCK_N, BLOCK_C)
         mask = (o_c < C)[:, None] & (o_d < D)[None, :]
         weight = tl.load(p_weight + o_d[None, :] * C + o_c[:, None], mask=mask, other=0.0)
@@ -96,28 +96,17 @@ def project_encode_kernel(
     tiles,  # tiles of BLOCK_N pixels per image
     share,  # tiles per program
     splits,  # programs per image
-    stride_b,
-    stride_n,
-    stride_c,
+    stride_b, stride_n, stride_c,
     row_e,  # strides from one split to the next
     row_w,
     count,  # divisor of both results: N for means, else 1
-    C: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    SHARED: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-):
-    N, stride_n, stride_c = aligned(N, stride_n, stride_c, LAYOUT, VECTOR)
+):  # fmt: skip
+    N, stride_n, stride_c = assume_aligned(N, stride_n, stride_c, LAYOUT, VECTOR)
     row = tl.program_id(0).to(tl.int64)
-    p_image = image(p_x, row // splits, stride_b, VECTOR)
+    p_image = locate_image(p_x, row // splits, stride_b, VECTOR)
     first = (row % splits).to(tl.int32) * share
     o_d, o_k = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -132,9 +121,9 @@ def project_encode_kernel(
             p_image, p_weight, p_shift, o_n, o_d, N, stride_n, stride_c, C, D, LAYOUT, VECTOR, BLOCK_N, BLOCK_C, BLOCK_D,
             STAGES,
         )  # fmt: skip
-        operand = rounded((z - base[None, :]) * x_scale, DOT)
+        operand = round_operand((z - base[None, :]) * x_scale, DOT)
         nearness = find_nearness(z, operand, high, low, scale / x_scale, bias, c, SHARED, DOT)
-        weights = rounded(softmax(nearness, s, o_n < N, m_k), DOT)
+        weights = round_operand(softmax(nearness, s, o_n < N, m_k), DOT)
         weight_sum += tl.sum(weights.to(tl.float32), 0)
         sums -= dot(tl.trans(operand), weights, DOT)
     weight_sum *= 1.0 / count
@@ -144,12 +133,12 @@ def project_encode_kernel(
     tl.store(p_weight_sum + row * row_w + o_k, weight_sum, mask=m_k)
 
 
-def may_project(dtype: torch.dtype, D: int, K: int) -> bool:
+def can_project(dtype: torch.dtype, D: int, K: int) -> bool:
     """Return whether one kernel can project to D channels and encode with K codewords: a program must hold all channels.
 
     It takes half precision only: fp32 convolutions have their own tf32 setting, and three terms of tf32 take more registers.
     """
-    return dtype in (torch.float16, torch.bfloat16) and D <= 64 and block_of(D) * block_of(K) <= 2048
+    return dtype in (torch.float16, torch.bfloat16) and D <= 64 and choose_block(D) * choose_block(K) <= 2048
 
 
 def project_forward(
@@ -159,73 +148,77 @@ def project_forward(
     B, C, _ = x.shape
     if x.numel() == 0:
         return x.new_zeros((B, *codewords.shape), dtype=torch.float32)
-    x, weight, shift = make_readable(x), packed(weight), packed(shift)
-    codewords, smoothing = packed(codewords), packed(smoothing)
-    key = key_of("project", x, codewords, smoothing)
-    plan = plan_of(key, x.device)
-    options = {**plan.options, "C": C, "BLOCK_C": min(64, block_of(C))}
+    x, weight, shift = make_readable(x), pack(weight), pack(shift)
+    codewords, smoothing = pack(codewords), pack(smoothing)
+    key = make_key("project", x, codewords, smoothing)
+    plan = make_plan(key, x.device)
+    options = {**plan.options, "C": C, "BLOCK_C": min(64, choose_block(C))}
 
-    return add_up(project_encode_kernel, key, plan, (x, weight, shift, codewords, smoothing), options, mean)[0]
+    return launch_and_add(project_encode_kernel, key, plan, (x, weight, shift, codewords, smoothing), options, mean)[0]
 
 
-def plain(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> Tensor:
+def project_plainly(
+    x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False
+) -> Tensor:
     """Compute the same by the PyTorch path."""
     z = F.conv2d(x.unsqueeze(3), weight[:, :, None, None], shift.to(x.dtype)).relu()
     encoding = torch_encode.encode(z.flatten(2), codewords, smoothing)
     return (encoding / x.shape[2] if mean else encoding).contiguous()
 
 
-def _constants(
+def _describe(
     x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False
 ) -> Constants | None:
     if not x.numel():
         return None
-    names = {"C": x.shape[1], "shift": proof.name_of(shift.dtype)}
+    names = {"C": x.shape[1], "shift": proof.name_dtype(shift.dtype)}
     return names | proof.describe("project", x, codewords, smoothing)
 
 
-def _problems(constants: Constants, device: torch.device) -> list[Arguments]:
+def _make_problems(constants: Constants, device: torch.device) -> list[Arguments]:
     """Make many images, encoded as means, and one image whose sums several programs add up.
 
     Values are small integers, so the projected features are exact. They range from 0 to beyond 40, as channels differ.
     """
     C, D, K = (int(constants[name]) for name in "CDK")
     dtypes = {name: getattr(torch, str(constants[name])) for name in ("x", "shift", "codewords", "smoothing")}
-    draw = proof.drawing(device)
-    kept = min(1.0, 256 / C)  # share of nonzero x: bf16 could not hold longer sums
-    spread = (C * kept) ** 0.5 / 2
+    draw = proof.seed_draws(device)
+    share = min(1.0, 256 / C)  # share of nonzero x: bf16 could not hold longer sums
+    deviation = (C * share) ** 0.5 / 2
     shift = torch.tensor([-5, 20, 40], device=device).repeat(-(-D // 3))[:D]
-    codewords = spread * torch.randn(K, D, **draw) + shift
+    codewords = deviation * torch.randn(K, D, **draw) + shift
     # Near each other: otherwise fp16 could not represent the weights of an omitted codeword.
-    smoothing = (0.75 + 0.5 * torch.rand(() if constants["shared"] else (K,), **draw)) / (2 * D**0.5 * spread**2)
+    smoothing = (0.75 + 0.5 * torch.rand(() if constants["shared"] else (K,), **draw)) / (2 * D**0.5 * deviation**2)
     weight = torch.randint(-1, 2, (D, C), **draw)
-    given = {"x": weight, "shift": shift, "codewords": codewords, "smoothing": smoothing}
-    rest = [tensor.to(dtypes[name]) for name, tensor in given.items()]
-    found: list[Arguments] = []
+    parameters = {"x": weight, "shift": shift, "codewords": codewords, "smoothing": smoothing}
+    rest = [tensor.to(dtypes[name]) for name, tensor in parameters.items()]
+    problems: list[Arguments] = []
     for one_image in (False, True):
-        for x in proof.candidates(constants, C, device, one_image):
-            if _constants(x, *rest) == constants:
-                proof.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < kept))
-                found.append((x, *rest, not one_image))
+        for x in proof.make_candidates(constants, C, device, one_image):
+            if _describe(x, *rest) == constants:
+                proof.fill(x, lambda shape: torch.randint(-1, 2, shape, **draw) * (torch.rand(shape, **draw) < share))
+                problems.append((x, *rest, not one_image))
                 break
-    return found
+    return problems
 
 
-def _excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+def _measure_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
     x, weight, shift, *codebook, mean = arguments
     count = x.shape[2] if mean else 1
-    results, exact = (tuple(count * each for each in found) for found in (results, exact))
+    results, exact = (tuple(count * each for each in each_set) for each_set in (results, exact))
     z = (torch.matmul(weight.double(), x.double()) + shift.double()[:, None]).relu()
-    return proof.excess(("encoding",), results, exact, exact[0], z.to(x.dtype), *codebook)
+    return proof.measure_excess(("encoding",), results, exact, exact[0], z.to(x.dtype), *codebook)
 
 
-def _key(
+def _key_call(
     x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False
 ) -> tuple[Any, ...]:
-    return *proof.key(x, codewords, smoothing), shift.dtype
+    return *proof.key_call(x, codewords, smoothing), shift.dtype
 
 
-PROJECT = Operator("project_encode", project_forward, plain, _constants, _problems, _excess, _key)
+PROJECT = Operator(
+    "project_encode", project_forward, project_plainly, _describe, _make_problems, _measure_excess, _key_call
+)
 
 
 @torch.library.custom_op("ctxenc::project_encode", mutates_args=(), device_types=DEVICES)
@@ -262,7 +255,9 @@ def _(x: Tensor, weight: Tensor, shift: Tensor, codewords: Tensor, *_: Any, **__
 
 
 @register_flop_formula(torch.ops.ctxenc.project_encode)
-def _flops(x: Sequence[int], weight: Sequence[int], shift: Any, codewords: Sequence[int], *_: Any, **__: Any) -> int:
+def _count_flops(
+    x: Sequence[int], weight: Sequence[int], shift: Any, codewords: Sequence[int], *_: Any, **__: Any
+) -> int:
     """Count the flops of the projection and the two products of the encoding, from shapes."""
     (B, C, N), (K, D) = x, codewords
     return 2 * B * N * D * (C + 2 * K)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ctxenc.kernels import torch_encode
-from ctxenc.kernels.fused.launch import key_of, make_readable, plan_of, precision
-from ctxenc.kernels.fused.tiles import LONGEST_RUN, gpu_of, partial_cost
-from ctxenc.kernels.verdicts import Arguments, Constants, place
+from ctxenc.kernels.fused.launch import choose_precision, make_key, make_plan, make_readable
+from ctxenc.kernels.fused.tiles import LONGEST_RUN, describe_gpu, estimate_partial_cost
+from ctxenc.kernels.verdicts import Arguments, Constants, describe_placement
 
 PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}  # tf32 has fp16's unit
 LARGEST = 2**23  # elements of x or the weights in a problem, beyond three images: an fp64 copy takes 64 MB
@@ -25,40 +25,40 @@ AXES = {"encoding": 2, "dx": 1, "dcodewords": 1}  # axis of a result's channels
 UNITS = {True: (4.0, 0.5), False: (64.0, 64.0)}
 
 
-def name_of(dtype: torch.dtype) -> str:
+def name_dtype(dtype: torch.dtype) -> str:
     """Return the dtype's name, for getattr(torch, name)."""
     return str(dtype).removeprefix("torch.")
 
 
 def describe(direction: str, x: Tensor, codewords: Tensor, smoothing: Tensor) -> Constants:
     """Return everything that the kernels of a direction are compiled for, on x (B, channels, N)."""
-    key = key_of(direction, make_readable(x), codewords, smoothing)
+    key = make_key(direction, make_readable(x), codewords, smoothing)
     return {
-        "x": name_of(x.dtype),
-        "codewords": name_of(codewords.dtype),
-        "smoothing": name_of(smoothing.dtype),
+        "x": name_dtype(x.dtype),
+        "codewords": name_dtype(codewords.dtype),
+        "smoothing": name_dtype(smoothing.dtype),
         "D": key.D,
         "K": key.K,
         "shared": key.shared,
         "layout": key.layout,
         "vector": key.vector,
         "products": key.dot,
-        **plan_of(key, x.device).tiles._asdict(),
+        **make_plan(key, x.device).tiles._asdict(),
     }
 
 
-def key(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> tuple[Any, ...]:
+def key_call(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> tuple[Any, ...]:
     """Return everything that `describe` depends on. A mean takes the same binary with another divisor."""
-    setting = precision(x.dtype) if x.dtype == torch.float32 else None
-    return *place(x), codewords.shape, codewords.dtype, smoothing.dtype, smoothing.dim(), setting
+    setting = choose_precision(x.dtype) if x.dtype == torch.float32 else None
+    return *describe_placement(x), codewords.shape, codewords.dtype, smoothing.dtype, smoothing.dim(), setting
 
 
-def forward_constants(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> Constants | None:
+def describe_forward(x: Tensor, codewords: Tensor, smoothing: Tensor, mean: bool = False) -> Constants | None:
     """Return the constants of encode_forward."""
     return describe("forward", x, codewords, smoothing) if x.numel() else None
 
 
-def backward_constants(
+def describe_backward(
     _grad: Any, x: Tensor, codewords: Tensor, smoothing: Tensor, _weight_sum: Any, x_wanted: bool, mean: bool = False
 ) -> Constants | None:
     """Return the constants of encode_backward."""
@@ -68,20 +68,20 @@ def backward_constants(
     return {**describe(direction, x, codewords, smoothing), "x_wanted": x_wanted}
 
 
-def placed(
+def place_tensors(
     B: int, C: int, sizes: range, channels_last: bool, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Tensor]:
     """Return empty tensors (B, C, N) of one layout, some sizes N and every alignment: with distinct images, then one repeated."""
     room = torch.empty(B * C * max(sizes) + 8, dtype=dtype, device=device)
     for images in (B, 1):
-        for start in (0, 1, 2, 4):
+        for skip in (0, 1, 2, 4):
             for N in sizes:
-                x = room[start : start + images * C * N]
+                x = room[skip : skip + images * C * N]
                 x = x.view(images, N, C).transpose(1, 2) if channels_last else x.view(images, C, N)
                 yield x.expand(B, C, N)
 
 
-def candidates(constants: Constants, channels: int, device: torch.device, one_image: bool) -> Iterator[Tensor]:
+def make_candidates(constants: Constants, channels: int, device: torch.device, one_image: bool) -> Iterator[Tensor]:
     """Return empty features for a problem; every image has some full tiles and a partial one.
 
     There are as many images as multiprocessors, within LARGEST, so a program gets several tiles. Or there is one image, with so
@@ -89,26 +89,26 @@ def candidates(constants: Constants, channels: int, device: torch.device, one_im
     """
     block_n, K = int(constants["block_n"]), int(constants["K"])
     dtype = getattr(torch, str(constants["x"]))
-    N, images = (9 + partial_cost(K, block_n, dtype.itemsize) // 50) * block_n, 1
+    N, images = (9 + estimate_partial_cost(K, block_n, dtype.itemsize) // 50) * block_n, 1
     if not one_image:
         N = 7 * block_n
-        images = max(3, min(gpu_of(device).multiprocessors, LARGEST // (N * max(channels, K))))
+        images = max(3, min(describe_gpu(device).multiprocessors, LARGEST // (N * max(channels, K))))
     sizes = range(LONGEST_RUN - 17, LONGEST_RUN) if constants["layout"] == "run" else range(N + 1, N + 17)
-    return placed(images, channels, sizes, constants["layout"] == "last", dtype, device)
+    return place_tensors(images, channels, sizes, constants["layout"] == "last", dtype, device)
 
 
 def fill(x: Tensor, values: Callable[[torch.Size], Tensor]) -> None:
     """Write values of a shape to x, which may repeat one image."""
-    own = x[:1] if x.stride(0) == 0 else x
-    own.copy_(values(own.shape))
+    image = x[:1] if x.stride(0) == 0 else x
+    image.copy_(values(image.shape))
 
 
-def drawing(device: torch.device, seed: int = 0) -> dict[str, Any]:
+def seed_draws(device: torch.device, seed: int = 0) -> dict[str, Any]:
     """Return the torch.rand arguments (beside a shape) that repeat the draw at every call, under any torch default dtype."""
     return {"generator": torch.Generator(device).manual_seed(seed), "device": device, "dtype": torch.float32}
 
 
-def _problem(
+def _make_problem(
     constants: Constants, device: torch.device, constants_of: Callable[..., Constants | None], one_image: bool = False
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Place pixels and codewords on a line in every other channel, scattered in the others; every channel lies off the origin.
@@ -118,7 +118,7 @@ def _problem(
     range that half precision multiplies without a shift, and far larger in every eighth channel.
     """
     D, K, products = int(constants["D"]), int(constants["K"]), PRODUCTS.get(str(constants["products"]), torch.float32)
-    draw, channel = drawing(device), torch.arange(D, device=device)
+    draw, channel = seed_draws(device), torch.arange(D, device=device)
     size, on_line, sign = 2.0 ** -round(math.log2(D) / 2), channel % 2 == 0, torch.randint(0, 2, (D,), **draw) * 2.0 - 1
     offset = sign * torch.where(channel % 8 == 7, 1000.0 if products == torch.float32 else 100.0, 12.0)
     mantissa, exponent = torch.frexp(torch.linspace(1, 0.1, -(-K // 2), device=device, dtype=torch.float32))
@@ -132,32 +132,34 @@ def _problem(
     smoothing = 6 * (torch.rand(() if constants["shared"] else (K,), **draw) + 0.5)
     smoothing = smoothing.to(getattr(torch, str(constants["smoothing"])))
 
-    def features(shape: torch.Size) -> Tensor:
+    def draw_features(shape: torch.Size) -> Tensor:
         pixels = 2 * torch.rand(shape[0], 1, shape[2], **draw) - 1
-        strewn = 2 * torch.rand(shape, **draw) - 1
-        return (torch.where(on_line[:, None], pixels * sign[:, None], strewn) + offset[:, None]) * size
+        scattered = 2 * torch.rand(shape, **draw) - 1
+        return (torch.where(on_line[:, None], pixels * sign[:, None], scattered) + offset[:, None]) * size
 
-    for x in candidates(constants, D, device, one_image):
+    for x in make_candidates(constants, D, device, one_image):
         if constants_of(x, codewords, smoothing) == constants:
-            fill(x, features)
+            fill(x, draw_features)
             return x, codewords, smoothing
     return None
 
 
-def forward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
+def make_forward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
     """Make arguments of encode_forward: many images, for their means, and one image whose sums several programs add up."""
-    found = [(_problem(constants, device, forward_constants, one_image), not one_image) for one_image in (False, True)]
-    return [(*problem, mean) for problem, mean in found if problem is not None]
+    problems = [
+        (_make_problem(constants, device, describe_forward, one_image), not one_image) for one_image in (False, True)
+    ]
+    return [(*problem, mean) for problem, mean in problems if problem is not None]
 
 
-def backward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
+def make_backward_problems(constants: Constants, device: torch.device) -> list[Arguments]:
     """Make arguments of encode_backward, for means; the incoming gradients lie along the line, too."""
     x_wanted = bool(constants["x_wanted"])
-    problem = _problem(constants, device, lambda x, d, s: backward_constants(None, x, d, s, None, x_wanted))
+    problem = _make_problem(constants, device, lambda x, d, s: describe_backward(None, x, d, s, None, x_wanted))
     if problem is None:
         return []
     x, codewords, smoothing = (tensor.double() for tensor in problem)
-    weight_sum, draw = torch_encode.assign(x, codewords, smoothing).sum(2).float(), drawing(device, seed=1)
+    weight_sum, draw = torch_encode.assign(x, codewords, smoothing).sum(2).float(), seed_draws(device, seed=1)
     K, D = codewords.shape
     line = torch.where(torch.arange(D, device=device) % 2 == 0, (codewords[-1] - codewords[0]).sign().float(), 0.0)
     grad = torch.randn(len(x), K, 1, **draw) * line + 0.3 * torch.randn(len(x), K, D, **draw)
@@ -165,7 +167,7 @@ def backward_problems(constants: Constants, device: torch.device) -> list[Argume
     return [(grad * pixels, *problem, weight_sum / pixels, x_wanted, True)]
 
 
-def _absolute_terms(grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor) -> dict[str, Tensor]:
+def _sum_absolute_terms(grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tensor) -> dict[str, Tensor]:
     """Return the sum of the absolute terms of each row, for fp64 x (B, D, N) and grad (B, K, D)."""
     weights, center = torch_encode.assign(x, codewords, smoothing), codewords.mean(0)
     x, d, s = x - center[:, None], codewords - center, smoothing.abs().reshape(-1, 1)
@@ -173,25 +175,30 @@ def _absolute_terms(grad: Tensor, x: Tensor, codewords: Tensor, smoothing: Tenso
     distance = (squares - 2 * torch.matmul(d, x)).clamp(min=0).sqrt()  # |r_ik|
     p = (torch.bmm(grad, x) - (grad * d).sum(2, keepdim=True)).abs()
     q = weights * (p + (weights * p).sum(1, keepdim=True))
-    moved = weights * grad.norm(dim=2, keepdim=True) + 2 * s * q * distance
+    pulls = weights * grad.norm(dim=2, keepdim=True) + 2 * s * q * distance
     dsmoothing = (q * distance.square()).sum((0, 2))
     return {
         "encoding": (weights * distance).sum(2),
         "weight_sum": weights.sum(2),
-        "dx": moved.sum(1),
-        "dcodewords": moved.sum((0, 2)),
+        "dx": pulls.sum(1),
+        "dcodewords": pulls.sum((0, 2)),
         "dsmoothing": dsmoothing if smoothing.dim() else dsmoothing.sum(),
     }
 
 
-def excess(
+def find_largest(ratios: Tensor) -> float:
+    """Return the largest ratio of error to tolerance; NaN counts as infinite."""
+    return float(ratios.nan_to_num(float("inf")).max())
+
+
+def measure_excess(
     names: tuple[str, ...], results: tuple[Tensor, ...], exact: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor
 ) -> dict[str, float]:
-    """Return error over tolerance by result name, for these x, codewords and smoothing. NaN counts as infinite."""
-    products = PRODUCTS.get(precision(inputs[0].dtype), torch.float32)
+    """Return error over tolerance by result name, for these x, codewords and smoothing."""
+    products = PRODUCTS.get(choose_precision(inputs[0].dtype), torch.float32)
     of_pixels, of_sums = UNITS[products != torch.float32]
     of_sums *= 1.5 if inputs[0].shape[2] <= LONGEST_RUN else 1  # few pixels average less
-    terms, over = _absolute_terms(*(tensor.double() for tensor in (grad, *inputs))), {}
+    terms, over = _sum_absolute_terms(*(tensor.double() for tensor in (grad, *inputs))), {}
     for name, result, wanted in zip(names, results, exact, strict=True):
         if result.numel():
             error, size = result.double() - wanted, wanted
@@ -199,19 +206,23 @@ def excess(
                 error, size = error.norm(dim=AXES[name]), size.norm(dim=AXES[name])
             tolerance = (of_pixels if name == "dx" else of_sums) * torch.finfo(products).eps / 2 * terms[name]
             tolerance += torch.finfo(result.dtype).eps * size.abs() + torch.finfo(torch.float32).tiny
-            over[name] = float((error.abs() / tolerance).nan_to_num(float("inf")).max())
+            over[name] = find_largest(error.abs() / tolerance)
     return over
 
 
-def forward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+def measure_forward_excess(
+    arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+) -> dict[str, float]:
     """Check the results of encode_forward."""
     *inputs, mean = arguments
     count = inputs[0].shape[2] if mean else 1
-    results, exact = (tuple(count * each for each in found) for found in (results, exact))
-    return excess(("encoding", "weight_sum"), results, exact, exact[0], *inputs)
+    results, exact = (tuple(count * each for each in each_set) for each_set in (results, exact))
+    return measure_excess(("encoding", "weight_sum"), results, exact, exact[0], *inputs)
 
 
-def backward_excess(arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+def measure_backward_excess(
+    arguments: Arguments, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+) -> dict[str, float]:
     """Check the results of encode_backward, for means."""
     grad, *inputs = arguments[:4]
-    return excess(("dx", "dcodewords", "dsmoothing"), results, exact, grad / inputs[0].shape[2], *inputs)
+    return measure_excess(("dx", "dcodewords", "dsmoothing"), results, exact, grad / inputs[0].shape[2], *inputs)

@@ -2,9 +2,9 @@
 
 With c a codeword, the center, and d' = d - c, x' = x - c, the squared residual is |x'|^2 - 2 x'.d' + |d'|^2, as in torch_encode.py.
 The tensor cores get x minus a base. In fp32 the base is c, and a product has three terms of tf32. In half precision a channel's
-base is usually 0: x goes in unchanged, with d' in two terms, so a product is nearly exact. The base is c, rounded, if c is more
-than 16 times the spread of the codewords. fp16 operands are scaled by a power of two: gradients under loss scaling, and the
-low-order term of d', would leave its range.
+base is usually 0: x goes in unchanged, with d' in two terms, so a product is nearly exact. If c is more than 16 times the largest
+|d'| of the channel, the base is c, rounded. fp16 operands are scaled by a power of two, because gradients under loss scaling and
+the low-order term of d' would leave the range of fp16.
 """
 
 import os
@@ -17,18 +17,20 @@ from ctxenc.kernels.fused.tiles import LONGEST_RUN as _LONGEST_RUN
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LONGEST_RUN = tl.constexpr(_LONGEST_RUN)
-OFFSET = tl.constexpr(16)  # a channel's base is 0 up to this many times the spread of its codewords
+OFFSET = tl.constexpr(16)  # a channel's base is 0 while |c| is at most this many times the largest |d'|
 
 
 @triton.jit
 def drop_bits(value, BITS: tl.constexpr):
     """Round fp32 to the nearest value with BITS fewer fraction bits."""
-    bits = (value.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)
-    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # the sum would carry some NaN over to -0
+    pattern = (value.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)
+    return tl.where(
+        value == value, pattern.to(tl.float32, bitcast=True), value
+    )  # the sum would carry some NaN over to -0
 
 
 @triton.jit
-def rounded(value, DOT: tl.constexpr):
+def round_operand(value, DOT: tl.constexpr):
     """Round fp32 values to an operand of a product."""
     if DOT == "bf16":
         if _INTERPRETED:  # it multiplies bf16 wrongly, and truncates
@@ -64,7 +66,7 @@ def dot(a, b, DOT: tl.constexpr):
 
 
 @triton.jit
-def scale_of(value, DOT: tl.constexpr):
+def find_scale(value, DOT: tl.constexpr):
     """Return the power of two that scales a matrix into [-2, 2] for products in fp16, else 1."""
     scale = 1.0
     if DOT == "fp16":
@@ -74,19 +76,19 @@ def scale_of(value, DOT: tl.constexpr):
 
 
 @triton.jit
-def multiple(size, VECTOR: tl.constexpr):
+def assume_multiple(size, VECTOR: tl.constexpr):
     """Show the compiler that a size is a multiple of VECTOR; tl.multiple_of has no effect on arguments."""
     return size // VECTOR * VECTOR
 
 
 @triton.jit
-def image(p_x, b, stride_b, VECTOR: tl.constexpr):
+def locate_image(p_x, b, stride_b, VECTOR: tl.constexpr):
     """Return the address of image b (int64), a multiple of VECTOR elements."""
     return tl.multiple_of(p_x + b * stride_b, VECTOR * p_x.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
-def offsets(o_n, o_d, stride_n, stride_d, CHANNELS_LAST: tl.constexpr):
+def compute_offsets(o_n, o_d, stride_n, stride_d, CHANNELS_LAST: tl.constexpr):
     """Return offsets (BLOCK_N, BLOCK_D) inside an image: one stride is 1, the other may need 64 bits."""
     if CHANNELS_LAST:
         return (o_n.to(tl.int64) * stride_n)[:, None] + o_d[None, :]
@@ -95,28 +97,28 @@ def offsets(o_n, o_d, stride_n, stride_d, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def aligned(N, stride_n, stride_d, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
+def assume_aligned(N, stride_n, stride_d, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
     """Show the compiler which of N and the strides are multiples of VECTOR."""
     if LAYOUT == "last":
-        stride_n = multiple(stride_n, VECTOR)
+        stride_n = assume_multiple(stride_n, VECTOR)
     if LAYOUT == "first":
-        N, stride_d = multiple(N, VECTOR), multiple(stride_d, VECTOR)
+        N, stride_d = assume_multiple(N, VECTOR), assume_multiple(stride_d, VECTOR)
     return N, stride_n, stride_d
 
 
 @triton.jit
 def load_x(
-    p_image, o_n, start, N, stride_n, stride_d,
+    p_image, o_n, first_d, N, stride_n, stride_d,
     D: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Load features, zero beyond N and D, for arrange(): (BLOCK_N, BLOCK_D) of channels from `start` on, or all pixels of a run."""
     if LAYOUT == "run":
         o = tl.arange(0, BLOCK_D * LONGEST_RUN)
-        limit = multiple(tl.minimum(BLOCK_D, D - start) * N, VECTOR)
-        return tl.load(p_image + multiple(start * N, VECTOR) + o, mask=o < limit, other=0.0)
+        limit = assume_multiple(tl.minimum(BLOCK_D, D - first_d) * N, VECTOR)
+        return tl.load(p_image + assume_multiple(first_d * N, VECTOR) + o, mask=o < limit, other=0.0)
     else:
-        o_d = start + tl.arange(0, BLOCK_D)
-        o_x = offsets(o_n, o_d, stride_n, stride_d, LAYOUT == "last")
+        o_d = first_d + tl.arange(0, BLOCK_D)
+        o_x = compute_offsets(o_n, o_d, stride_n, stride_d, LAYOUT == "last")
         return tl.load(p_image + o_x, mask=(o_n < N)[:, None] & (o_d < D)[None, :], other=0.0)
 
 
@@ -133,13 +135,13 @@ def arrange(x, o_n, N, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def load_tile(
-    p_x, tile, last, tiles, start, N, stride_b, stride_n, stride_d,
+    p_x, tile, last, tiles, first_d, N, stride_b, stride_n, stride_d,
     D: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Load a tile by its number over all images; zeros from `last` on, so that a program can prefetch one tile."""
-    p_image = image(p_x, (tile // tiles).to(tl.int64), stride_b, VECTOR)
+    p_image = locate_image(p_x, (tile // tiles).to(tl.int64), stride_b, VECTOR)
     o_n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    return load_x(p_image, o_n, start, tl.where(tile < last, N, 0), stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_D)
+    return load_x(p_image, o_n, first_d, tl.where(tile < last, N, 0), stride_n, stride_d, D, LAYOUT, VECTOR, BLOCK_D)
 
 
 @triton.jit
@@ -157,8 +159,8 @@ def find_center(p_codewords, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.const
     """
     o_k = tl.arange(0, BLOCK_K)
     distance = tl.zeros((BLOCK_K,), tl.float32)
-    for start in tl.range(0, D, BLOCK_D, num_stages=1):
-        o_d = start + tl.arange(0, BLOCK_D)
+    for first_d in tl.range(0, D, BLOCK_D, num_stages=1):
+        o_d = first_d + tl.arange(0, BLOCK_D)
         d = load_rows(p_codewords, o_d, o_k, D, K)
         if K > 2:
             d -= (tl.sum(d, 1) / K)[:, None]
@@ -181,14 +183,14 @@ def prepare_codewords(p_codewords, center, o_d, o_k, D: tl.constexpr, K: tl.cons
     d = tl.where(mask, d - c[:, None], 0.0)
     base, x_scale = c, 1.0
     if DOT == "bf16" or DOT == "fp16":
-        base = tl.where(tl.abs(c) > tl.max(tl.abs(d), 1) * OFFSET, rounded(c, DOT).to(tl.float32), 0.0)
+        base = tl.where(tl.abs(c) > tl.max(tl.abs(d), 1) * OFFSET, round_operand(c, DOT).to(tl.float32), 0.0)
     if DOT == "fp16":
         x_scale = tl.where(tl.max(tl.abs(base), 0) > 0, 0.5, 1.0)
-    scale = scale_of(d, DOT)
-    high = rounded(d / scale, DOT)
-    low = rounded(d / scale - high.to(tl.float32), DOT)
-    multiplied = (high.to(tl.float32) + low.to(tl.float32)) * scale
-    bias = tl.sum(d * d + 2 * (c - base)[:, None] * multiplied, 0)
+    scale = find_scale(d, DOT)
+    high = round_operand(d / scale, DOT)
+    low = round_operand(d / scale - high.to(tl.float32), DOT)
+    operands = (high.to(tl.float32) + low.to(tl.float32)) * scale
+    bias = tl.sum(d * d + 2 * (c - base)[:, None] * operands, 0)
     return d + tl.where(mask, (c - base)[:, None], 0.0), high, low, scale, bias, c, base, x_scale
 
 
@@ -210,7 +212,7 @@ def find_nearness(x, operand, high, low, scale, bias, c, SHARED: tl.constexpr, D
 
 @triton.jit
 def load_smoothing(p_smoothing, o_k, K: tl.constexpr, SHARED: tl.constexpr):
-    """Smoothing (BLOCK_K,) in fp32; SHARED: one factor for all codewords."""
+    """Load the smoothing (BLOCK_K,) in fp32; SHARED: one factor for all codewords."""
     return tl.load(p_smoothing + (o_k * 0 if SHARED else o_k), mask=o_k < K, other=0.0).to(tl.float32)
 
 
@@ -223,6 +225,6 @@ def softmax(nearness, s, m_n, m_k):
 
 
 @triton.jit
-def weight_gradient(weights, p):
+def differentiate_softmax(weights, p):
     """Return the gradient q (BLOCK_N, BLOCK_K) in the logits, from p = residuals . grad."""
     return weights * (p - tl.sum(weights * p, 1)[:, None])

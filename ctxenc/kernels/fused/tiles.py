@@ -33,7 +33,7 @@ class GPU(NamedTuple):
 
 
 @cache
-def gpu_of(device: torch.device) -> GPU:
+def describe_gpu(device: torch.device) -> GPU:
     """Describe the GPU; for a CPU (the interpreter), describe a small GPU."""
     if device.type != "cuda":
         return GPU(0, 4)
@@ -52,7 +52,7 @@ def ceil_div(size: int, part: int) -> int:
     return -(-size // part)
 
 
-def block_of(size: int) -> int:
+def choose_block(size: int) -> int:
     """Return the smallest block for this many channels or codewords: a power of two, at least 16, as tensor cores need."""
     return max(16, 1 << (size - 1).bit_length())
 
@@ -62,7 +62,7 @@ def is_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def vector(x: Tensor, channels_last: bool) -> int:
+def find_vector(x: Tensor, channels_last: bool) -> int:
     """Return the alignment, in elements, of the address and every row of x (B, D, N): 16 bytes, else 8, else 1 element."""
     row = x.stride(2) if channels_last else x.stride(1)
     sizes = (x.stride(0), row, x.shape[1 if channels_last else 2])
@@ -91,8 +91,8 @@ def choose_tiles(direction: str, dtype: torch.dtype, D: int, K: int, capability:
     tf32 take twice the registers. Below Hopper there is only mma.sync, which keeps operands in registers; wgmma leaves them in
     shared memory.
     """
-    fp32, backward, block_k = dtype == torch.float32, direction.startswith("backward"), block_of(K)
-    block_d = max(16, min(block_of(D), 64, (1024 if fp32 else 2048) // block_k))
+    fp32, backward, block_k = dtype == torch.float32, direction.startswith("backward"), choose_block(K)
+    block_d = max(16, min(choose_block(D), 64, (1024 if fp32 else 2048) // block_k))
     hopper = capability // 10 in (9, 10)
     if capability == 0 and backward and block_k > 16:  # AMD spills 94 bytes with block_d = 64
         block_d = min(block_d, 32)
@@ -103,7 +103,7 @@ def choose_tiles(direction: str, dtype: torch.dtype, D: int, K: int, capability:
     return Tiles(block_n, block_d, warps, 3)
 
 
-def programs_per_multiprocessor(gpu: GPU, registers: int, shared: int, warps: int) -> int:
+def count_programs(gpu: GPU, registers: int, shared: int, warps: int) -> int:
     """Return how many programs of a compiled kernel fit on a multiprocessor at a time.
 
     CUDA allocates registers in units of 8 a thread and reserves 1 KB of shared memory per program.
@@ -116,26 +116,21 @@ def programs_per_multiprocessor(gpu: GPU, registers: int, shared: int, warps: in
 def split_images(B: int, tiles: int, slots: int, partial: int) -> tuple[int, int]:
     """Return the number of programs that share the tiles of one image, and the tiles of each.
 
-    It takes the fastest cut: the number of rounds on a GPU with so many slots, times the tiles of a program plus the cost of its
-    partial sum, if there are several. `partial` is in hundredths of the time of a tile.
+    Choose the fastest cut. A GPU runs `slots` programs at a time, so a cut takes rounds. A round takes the time of a program's
+    tiles and, if programs share an image, of its partial sum. `partial` is the time of a partial sum, in hundredths of a tile's.
     """
 
-    def time(share: int) -> tuple[int, int]:
+    def estimate_time(share: int) -> tuple[int, int]:
         splits = ceil_div(tiles, share)
         return ceil_div(B * splits, slots) * (100 * share + (partial if splits > 1 else 0)), splits
 
     one_round = min(
         tiles, ceil_div(tiles * B, slots)
     )  # a larger share only takes longer, unless it covers a whole image
-    share = min((*range(max(1, one_round // WAVES), one_round + 1), tiles), key=time)
+    share = min((*range(max(1, one_round // WAVES), one_round + 1), tiles), key=estimate_time)
     return ceil_div(tiles, share), share
 
 
-def partial_cost(K: int, block_n: int, itemsize: int) -> int:
+def estimate_partial_cost(K: int, block_n: int, itemsize: int) -> int:
     """Return the time to write and read a partial sum (K, D) in fp32, in hundredths of the time to read a tile (block_n, D)."""
     return 800 * K // (block_n * itemsize)
-
-
-def share_tiles(tiles: int, slots: int, partial: int) -> tuple[int, int]:
-    """Return the number of programs that share the tiles of all images, and the tiles of each; as for one image."""
-    return split_images(1, tiles, slots, partial)
