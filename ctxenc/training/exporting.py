@@ -23,7 +23,6 @@ from ctxenc.training.nonfinite import check_outputs
 TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 3)  # differ from the traced one: the batch size must be free
 TOLERANCE = 1e-4  # of the largest logit; onnx.reference was off by at most 5e-6 over five networks
-CROP = 480  # crop size of the paper, for an EncNet checkpoint that does not state its own
 ONNX_LIMIT = 2**31  # bytes: an ONNX file is one protobuf message
 
 
@@ -72,12 +71,9 @@ class Logits(nn.Module):
 
 def exported_as(loaded: LoadedRun, side: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
     """Return the network of a run with one output, and the (channels, height, width) of its images."""
-    if isinstance(loaded.config, RunConfig):
-        channels, height, width = loaded.config.data_config["input_size"]
-        return loaded.model, (channels, side or height, side or width)
-    trained_on = loaded.config.settings.get("crop_size")
-    side = side or (trained_on if type(trained_on) is int and trained_on > 0 else CROP)
-    return Logits(loaded.model).eval(), (loaded.config.network.get("in_chans", 3), side, side)
+    channels, height, width = loaded.input_size
+    network = loaded.model if isinstance(loaded.config, RunConfig) else Logits(loaded.model).eval()
+    return network, (channels, side or height, side or width)
 
 
 def _next(bar: tqdm, step: str) -> None:
