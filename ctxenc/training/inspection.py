@@ -230,7 +230,9 @@ def map_sizes(model: nn.Module, blocks: dict[str, nn.Module], image: Tensor) -> 
 
 def report(found: Inspection) -> str:
     """Return the table: a row for each block with its parameters, then rows for the network."""
-    before, after = (sum(getattr(block, f"parameters_{when}") for block in found.blocks) for when in ("before", "after"))
+    before, after = (
+        sum(getattr(block, f"parameters_{when}") for block in found.blocks) for when in ("before", "after")
+    )
     rows: list[tuple[str, ...]] = [
         (
             block.name,
