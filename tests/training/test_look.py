@@ -65,7 +65,7 @@ def test_a_run_of_finetune(look, run_folder, image_folder):
     # What is printed is what the network of the run gives, its colours included.
     images = [image_folder / "val" / "cat" / "0.png", image_folder / "val" / "newt" / "0.png"]
     for name, line in zip(BLOCKS, lines[3:5], strict=True):
-        usage = codebook_usage(ctxenc.load(run_folder), images, name, mean=(0.5,) * 3, std=(0.5,) * 3)
+        usage = codebook_usage(ctxenc.load(run_folder), images, name, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=32)
         numbers = (f"{each:.2f}" for each in (usage.entropy, usage.pixel_entropy, usage.bits))
         assert line.split()[2:] == ["4", *numbers, str(len(usage.dead))]
 
