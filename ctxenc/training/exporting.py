@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         torch_file = files.enter_context(atomic(args.torch_export)) if args.torch_export else None
         bar.set_description("loading")
         loaded = load_run(args.run_folder, args.checkpoint)
-        model, size = exported_as(loaded, args.image_size)
+        model, size = prepare(loaded, args.image_size)
         _next(bar, "tracing")
         traced = cache(partial(trace, model, size))
         if torch_file:
@@ -75,7 +75,7 @@ class Logits(nn.Module):
         return self.network(x)["out"]
 
 
-def exported_as(loaded: LoadedRun, side: int | None) -> tuple[nn.Module, Shape]:
+def prepare(loaded: LoadedRun, side: int | None) -> tuple[nn.Module, Shape]:
     """Return the network of a run with one output, and the (channels, height, width) of its images."""
     channels, height, width = loaded.input_size
     network = loaded.model if isinstance(loaded.config, RunConfig) else Logits(loaded.model).eval()
@@ -108,13 +108,16 @@ def trace(model: nn.Module, size: Shape, free: bool) -> tuple[ExportedProgram, l
         UserError: torch.export cannot trace the model.
     """
     channels, height, width = size
-    other = (channels, height + STEP, width + 2 * STEP) if free else size
+    # Equal sides would stay equal, and a last map of one pixel would stay so: trace at larger, unequal ones.
+    traced, other = ((channels, height + step * STEP, width + (step + 1) * STEP) if free else size for step in (1, 2))
     sizes = dict.fromkeys((0, 2, 3) if free else (0,), torch.export.Dim.DYNAMIC)
-    images = torch.zeros(TRACED_BATCH, channels, height, width + (STEP if free else 0))  # equal sides would stay equal
     try:
         with torch.no_grad():
             model(torch.zeros(1, *other))
-            return torch.export.export(model, (images,), dynamic_shapes=(sizes,)), [(1, *size), (3, *other)]
+            return torch.export.export(model, (torch.zeros(TRACED_BATCH, *traced),), dynamic_shapes=(sizes,)), [
+                (1, *size),
+                (3, *other),
+            ]
     except Exception as error:  # torch.export raises many kinds
         raise UserError(f"torch.export cannot trace this model: {type(error).__name__}: {one_line(error)}") from error
 
@@ -168,11 +171,11 @@ def write_onnx(
     exported.model.metadata_props.update(metadata)
     exported.save(path, external_data=False)
     onnx.checker.check_model(path, full_check=True)
-    runtime, predict = onnx_runtime(path)
+    runtime, predict = open_onnx(path)
     return f"onnx.checker found no fault; run by {runtime}, {compare(predict, model, shapes)}"
 
 
-def onnx_runtime(path: Path) -> tuple[str, Callable[[Tensor], Tensor]]:
+def open_onnx(path: Path) -> tuple[str, Callable[[Tensor], Tensor]]:
     """Return the name of the installed runtime, and the ONNX model as a function of images."""
     if importlib.util.find_spec("onnxruntime"):
         onnxruntime = importlib.import_module("onnxruntime")

@@ -97,18 +97,18 @@ def inspect_model(name: str, image_size: int | None = None, swap: dict[str, Any]
 
 def _inspect(name: str, image_size: int | None, swap: dict[str, Any], device: str) -> Inspection:
     model = create(name, image_size, device)
-    shape = input_shape(model, image_size)
-    total = parameters(model)
+    shape = choose_shape(model, image_size)
+    total = count_parameters(model)
     found = {record.name: record for record in find_se_blocks(model)}
     image = torch.zeros(1, *shape, device=device)
     macs = count_macs(model, image)
-    before = {each: parameters(model.get_submodule(each)) for each in found}
+    before = {each: count_parameters(model.get_submodule(each)) for each in found}
     try:
         patch_se_blocks(model, **swap)
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     blocks = {record.name: model.get_submodule(record.name) for record in find_context_blocks(model)}
-    maps = map_sizes(model, blocks, image)
+    maps = measure_maps(model, blocks, image)
     rows = [
         Block(
             name=each,
@@ -117,11 +117,11 @@ def _inspect(name: str, image_size: int | None, swap: dict[str, Any], device: st
             map=maps[each][1:],
             rd_channels=found[each].rd_channels if each in found else None,
             parameters_before=before.get(each, 0),
-            parameters_after=parameters(block),
+            parameters_after=count_parameters(block),
         )
         for each, block in blocks.items()
     ]
-    return Inspection(name, shape[1:], swap, rows, total, parameters(model), macs, count_macs(model, image))
+    return Inspection(name, shape[1:], swap, rows, total, count_parameters(model), macs, count_macs(model, image))
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
@@ -141,7 +141,7 @@ def measure_times(name: str, image_size: int | None, swap: dict[str, Any], devic
     try:
         models = [create(name, image_size, "cpu") for _ in range(2)]
         patch_se_blocks(models[1], **swap)
-        shape = input_shape(models[0], image_size)
+        shape = choose_shape(models[0], image_size)
         models = [model.to(where).to(memory_format=torch.channels_last) for model in models]
         images = torch.randn(BATCH, *shape).to(where, memory_format=torch.channels_last)
         times: list[tuple[float, float]] = []
@@ -191,7 +191,7 @@ def create(name: str, image_size: int | None, device: str) -> nn.Module:
     return model.to(device).eval()
 
 
-def input_shape(model: nn.Module, image_size: int | None) -> tuple[int, int, int]:
+def choose_shape(model: nn.Module, image_size: int | None) -> tuple[int, int, int]:
     """Return the (channels, height, width) of one image."""
     if not hasattr(model, "pretrained_cfg"):
         return 3, image_size or TORCHVISION_SIZE, image_size or TORCHVISION_SIZE
@@ -199,12 +199,12 @@ def input_shape(model: nn.Module, image_size: int | None) -> tuple[int, int, int
     return channels, image_size or height, image_size or width
 
 
-def parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """Return the number of parameters, shared ones counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def map_sizes(model: nn.Module, blocks: dict[str, nn.Module], image: Tensor) -> dict[str, tuple[int, int, int]]:
+def measure_maps(model: nn.Module, blocks: dict[str, nn.Module], image: Tensor) -> dict[str, tuple[int, int, int]]:
     """Run the model once and return the (channels, height, width) of each block's input."""
     sizes: dict[str, tuple[int, int, int]] = {}
 

@@ -18,7 +18,7 @@ from ctxenc.swap.patching import patch_se_blocks
 from ctxenc.training import photographs
 from ctxenc.training.console import say, text_table
 from ctxenc.training.images import open_image
-from ctxenc.training.inspection import check_name, create, input_shape
+from ctxenc.training.inspection import check_name, choose_shape, create
 from ctxenc.training.nonfinite import check_weights
 from ctxenc.training.pictures import spread, write
 from ctxenc.training.prediction import find_images, load
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     size = args.image_size or subject.size
     if size != subject.size and any(each.aggregation == "sum" for each in found.values()):
         say(f'ctxenc: warning: aggregation "sum" was trained at {subject.size}: at {size} the gates differ', sys.stderr)
-    names, images = pictures(paths, subject.classes, args.count)
+    names, images = choose_pictures(paths, subject.classes, args.count)
     try:
         seen = look(
             subject.network.to(device),
@@ -115,7 +115,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
         raise UserError(f"{name}: {one_line(error)}") from error
     config = resolve_model_data_config(network)
     remark = f"{name} was patched and has no trained weights: these maps are those of a random start"
-    return Subject(network, config["mean"], config["std"], max(input_shape(network, None)[1:]), remark)
+    return Subject(network, config["mean"], config["std"], max(choose_shape(network, None)[1:]), remark)
 
 
 def choose(names: Sequence[str], given: Sequence[str], model: object) -> list[str]:
@@ -136,7 +136,7 @@ def choose(names: Sequence[str], given: Sequence[str], model: object) -> list[st
     return list(dict.fromkeys(given))
 
 
-def pictures(paths: Sequence[Path], classes: list[str] | None, count: int) -> tuple[list[str], list[Picture]]:
+def choose_pictures(paths: Sequence[Path], classes: list[str] | None, count: int) -> tuple[list[str], list[Picture]]:
     """Return names and images of the paths, or of the embedded photographs if there is no path.
 
     Raises:

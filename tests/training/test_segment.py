@@ -142,6 +142,20 @@ def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys, monkeyp
     assert (tmp_path / "masks" / f"{long}.overlay.png").is_file()
 
 
+def test_predict_leaves_out_broken_images(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_encnet_checkpoint(EncNet("test_resnet", 2, channels=16, num_codes=4), tmp_path / "a.safetensors")
+    (tmp_path / "broken.png").write_text("no image")
+    command, more = ["segment", "predict", "a.safetensors", "broken.png"], ["--skip-broken", "--device", "cpu"]
+    assert main([*command, *more]) == 2
+    assert "all 1 images are broken" in capsys.readouterr().err
+    assert main([*command, str(folder / "images" / "val" / "0.png"), *more]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("ctxenc: skipped broken image broken.png")
+    assert out.splitlines()[-1] == "1 image: runs/predict/*.{overlay,mask}.png"
+    assert sorted(path.name for path in (tmp_path / "runs" / "predict").iterdir()) == ["0.mask.png", "0.overlay.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
