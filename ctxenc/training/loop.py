@@ -255,7 +255,7 @@ class Loop(ABC):
             worker_errors(),
             nullcontext() if self.board is None else closing(self.board),
             signals.noted() as self.noted,
-            tqdm(total=total, initial=done, desc=label, disable=not main) as bar,
+            tqdm(total=total, initial=done, desc=label, disable=None if main else True) as bar,
         ):
             while progress.epoch < self.settings.epochs:
                 loss = self._train_epoch(bar)

@@ -114,7 +114,9 @@ class SegmentTrainer(Loop):
         metrics.distributed_available_fn = lambda: False  # the sum over processes is taken below
         loader = self._val_loader()
         common = len(self.val) // self.accelerator.num_processes // (loader.batch_size or 1)
-        bar = tqdm(loader, "evaluating", delay=1, leave=False, disable=not self.accelerator.is_main_process)
+        bar = tqdm(
+            loader, "evaluating", delay=1, leave=False, disable=None if self.accelerator.is_main_process else True
+        )
         wrong: list[float] = []
         for images, masks in self.until_told(bar, common):
             masks = masks.to(self.accelerator.device)
