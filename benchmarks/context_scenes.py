@@ -87,7 +87,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the table in the README's format."""
+    """Return the table in the format of the pages."""
     lines = table(result["rows"]).splitlines()
     cells = [[each.strip() for each in line.split("  ") if each.strip()] for line in (lines[0], *lines[2:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))

@@ -44,7 +44,7 @@ from benchmarks.timing import cache_bytes, copy_bandwidth, matmul_rate
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # most important first
 GROUPS = ["facts", "saturated", "networks", "sweep"]  # of benchmarks.shapes
 ROUNDS = {"cpu": 100, "cuda": 25}
-PEERS = {  # shown in the README
+PEERS = {  # columns of the table
     COMPILED: "torch.compile of the shifted matmul form",
     "expanded": "expanded form",
     "mmsegmentation": "mmsegmentation's Encoding",
@@ -94,7 +94,7 @@ def _short(number: float) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return a CPU result's table for the README: ratios, as times on a shared machine mean little."""
+    """Return a CPU result's table: ratios, as times on a shared machine mean little."""
     rows = [row for row in result["rows"] if row["group"] != "sweep" and "forward_backward_ratio" in row]
     at = {(row["source"], row["layout"], row["form"]): row for row in rows}
     peers = {form: title for form, title in PEERS.items() if any(row["form"] == form for row in rows)}

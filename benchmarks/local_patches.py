@@ -117,7 +117,7 @@ def _shares(predictions: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _forced(logits: Tensor, labels: Tensor, pair: tuple[str, str]) -> tuple[int, int]:
-    """How many patches of a pair have the higher logit of the two for their own class, and how many there are."""
+    """Look only at the two logits of a pair. Return how many of its patches get the right one, and how many there are."""
     first, second = (CLASSES.index(name) for name in pair)
     own = (labels == first) | (labels == second)
     chosen = torch.where(logits[own, first] > logits[own, second], first, second)

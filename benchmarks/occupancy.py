@@ -17,11 +17,11 @@ A row is a call of forward or of backward, at the shape of a known network. Colu
 - floor: the part of this time in which memory could move the call's inputs and results once;
 - bound: the bottleneck of the longest kernel.
 
---check ends with an error if an aim fails. The first aim: a kernel that reads x gives 90 % of the multiprocessors a tile at once,
-provided x has as many tiles and fewer multiprocessors would not end as soon. The second aim holds up to 128 channels, if x has four
-tiles for each program that fits on the GPU: L2 moves at most twice the call's inputs and results in forward, and 1.5 times in
-backward, so on large maps twice and three times x. With fewer tiles a program's codewords and partial sums weigh as much as its
-tiles.
+--check ends with an error if an aim fails. The first aim: each kernel that reads x starts work on 90 % of the multiprocessors at
+once. It does not count if x has too few tiles, or if fewer multiprocessors finish as soon. The second aim: L2 moves at most twice
+the call's inputs and results in forward, and 1.5 times in backward. On large maps this is twice and three times x. It counts up to
+128 channels, if x has four tiles for each program that fits on the GPU. With fewer tiles a program's codewords and partial sums
+weigh as much as its tiles.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def line(row: Row) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return a result's table for the README: the main variants, at its first setting."""
+    """Return a result's table: the main variants, at its first setting."""
     rows = [row for row in of_first_setting(result) if row["variant"] in networks.MAIN]
     fused = {(row["network"], row["variant"]): row for row in rows if row["fused"]}
     lines = []

@@ -169,7 +169,7 @@ def difference(first: list[float], second: list[float]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the README's table: accuracy in per cent, mean and deviation over seeds, and calibrated minus each other start."""
+    """Return the table: accuracy in per cent, mean and deviation over seeds, and calibrated minus each other start."""
     header = [
         "data",
         "start",

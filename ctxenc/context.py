@@ -104,9 +104,13 @@ def _is_product(conv: nn.Conv2d) -> bool:
 def _coarsen(x: Tensor, max_size: int) -> Tensor:
     """Average-pool a map (B, C, H, W) to at most max_size x max_size."""
     height, width = min(x.shape[2], max_size), min(x.shape[3], max_size)
-    # A saved graph may run at any size, so it always pools; maps that already fit are then copied.
-    if (torch.jit.is_scripting() or not makes_saved_graph()) and height == x.shape[2] and width == x.shape[3]:
-        return x
+    # A saved graph may run at any size, so it pools in the form for any size, and copies maps that already fit.
+    if torch.jit.is_scripting() or not makes_saved_graph():
+        if height == x.shape[2] and width == x.shape[3]:
+            return x
+        if x.numel() > 0 and x.shape[2] % height == 0 and x.shape[3] % width == 0:
+            # The same values. Its backward is deterministic on CUDA, that of the adaptive form is not.
+            return F.avg_pool2d(x, (x.shape[2] // height, x.shape[3] // width))
     return F.adaptive_avg_pool2d(x, (height, width))
 
 

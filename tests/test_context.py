@@ -453,10 +453,22 @@ def test_a_pooled_map_in_graphs(size):
         torch.testing.assert_close(graph(x), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(28, 14), (7, 21), (56, 7)])
+def test_a_whole_stride_pools_without_the_adaptive_form(size, monkeypatch):
+    """Its backward on CUDA is not deterministic."""
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    wanted = torch.nn.functional.adaptive_avg_pool2d(x, (7, 7))
+    (slope,) = torch.autograd.grad(wanted.square().sum(), x)
+    monkeypatch.delattr(torch.nn.functional, "adaptive_avg_pool2d")
+    got = _coarsen(x, 7)
+    assert torch.equal(got, wanted)
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), x)[0], slope)
+
+
 @each_pool
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last", "NHWC"])
-@pytest.mark.parametrize("size", [(15, 9), (8, 8), (7, 3), (16, 2)])
+@pytest.mark.parametrize("size", [(15, 9), (8, 8), (7, 3), (16, 2), (28, 14)])
 def test_a_large_map_is_pooled_before_it_is_projected(pool, training, layout, size):
     block = stirred(ContextEncoding(24, 6, pool=pool, channels_last=layout == "NHWC")).train(training)
     coarse = copy.deepcopy(block)
