@@ -53,9 +53,24 @@ COMMANDS = {
     "segment": Command("train EncNet, measure it, or segment images with it", "train"),
     "look": Command("picture which codeword owns which pixel, the use of the codewords, and the gates", "train"),
     "convert": Command("turn PyTorch-Encoding's or mmsegmentation's EncNet into a safetensors file of ours", "train"),
-    "inspect": Command("list the SE blocks of a model, with parameters before and after a swap", "train"),
+    "inspect": Command(
+        "list the SE blocks of a model, with parameters, MACs and time before and after a swap", "train"
+    ),
     "doctor": Command("check the fused kernels on this machine, and time them", "timm"),
 }
+
+
+FIRST = """\
+Three things to do first:
+
+# the demo: EncNet beside an FCN with SE, in a few minutes on a CPU
+python -m ctxenc segment train
+# fine-tune a pretrained network, swapped, on your own images: a folder for each class in PATH
+python -m ctxenc finetune --model seresnet50 --pretrained --data PATH
+# what a swap changes in a network: parameters, MACs and time
+python -m ctxenc inspect seresnet50
+
+python -m ctxenc --help lists all commands."""
 
 
 def import_command(command: str) -> Any:
@@ -84,10 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0; 2 for a user error or a file that the system refuses (one line on stderr); 130 after Ctrl-C; 143 after
-            SIGTERM in training; 141 if the reader of the output has gone. With CTXENC_TRACEBACK=1 errors are raised instead.
+        The exit code: 0, also without a command, where it prints the first commands to run; 2 for a user error or a file that the
+            system refuses (one line on stderr); 130 after Ctrl-C; 143 after SIGTERM in training; 141 if the reader of the output
+            has gone. With CTXENC_TRACEBACK=1 errors are raised instead.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments:
+        print(FIRST)
+        return 0
     chosen = next((each for each in arguments if not each.startswith("-")), None)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some characters

@@ -33,6 +33,28 @@ def add_run_arguments(parser: argparse.ArgumentParser, run: str = "run folder of
     )
 
 
+def add_image_arguments(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """Add the images; with a `default`, none need be named."""
+    text = "image file, folder (searched with its subfolders) or glob"
+    text += f" (default: {default})" if default else ""
+    parser.add_argument("images", metavar="IMAGE", nargs="*" if default else "+", help=text)
+
+
+def add_naming_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the names of the classes, and what to do about a broken image."""
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    parser.add_argument("--skip-broken", action="store_true", help="name broken images on stderr and go on")
+
+
+def add_timm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that make RUN a checkpoint of timm's train.py, under its names."""
+    group = parser.add_argument_group("checkpoint of timm's train.py in place of a run")
+    group.add_argument(
+        "--model", metavar="NAME", help="its model; averaged weights (EMA) are taken if the file has them"
+    )
+    group.add_argument("--device-modules", metavar="MODULE", help="Python module to import, which registers the model")
+
+
 def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int, of: str = "images") -> None:
     """Add the device, the batch size and mixed precision."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto)")

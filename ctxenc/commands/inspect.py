@@ -1,4 +1,4 @@
-"""ctxenc inspect MODEL: list the SE blocks of a model and the effect of a swap."""
+"""ctxenc inspect MODEL: list the SE blocks of a model, and the effect of a swap on parameters, MACs and time."""
 
 import argparse
 
@@ -14,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=positive_int, metavar="N", help="side of the image in pixels (default: the model's own)"
     )
     add_swap_arguments(parser)
+    parser.add_argument("--no-time", dest="time", action="store_false", help="do not run the networks to time them")
+    parser.add_argument("--device", default="auto", help="to time on: cpu, cuda, cuda:1, mps, ... (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
 
 

@@ -1,8 +1,9 @@
-"""ctxenc look MODEL IMAGE...: draw how the blocks of a network encode images."""
+"""ctxenc look RUN IMAGE...: draw how the blocks of a network encode images."""
 
 import argparse
 from pathlib import Path
 
+from ctxenc.commands.arguments import add_image_arguments, add_run_arguments, add_timm_arguments
 from ctxenc.training.console import positive_int
 
 OUT = Path("runs") / "look"
@@ -12,18 +13,14 @@ IMAGE_SIZE = 512  # that of ctxenc.viz, which needs torch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.epilog = "example: ctxenc look runs/001 holiday/ --blocks 2 --image-size 384"
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="run of finetune or segment train, checkpoint of an EncNet, or timm model (or torchvision:NAME) to patch, without"
+    add_run_arguments(
+        parser,
+        "run of finetune or segment train, checkpoint of an EncNet, or timm model (or torchvision:NAME) to patch, without"
         " trained weights",
     )
-    parser.add_argument(
-        "images",
-        metavar="IMAGE",
-        nargs="*",
-        help="image file, folder or glob (default: embedded test scenes for a network that was trained on such, else four of the"
-        " embedded photographs)",
+    add_image_arguments(
+        parser,
+        "embedded test scenes for a network that was trained on such, else four of the embedded photographs",
     )
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where to write (default: {OUT})")
     parser.add_argument(
@@ -50,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size",
         type=positive_int,
-        default=IMAGE_SIZE,
         metavar="N",
-        help=f"images whose longer side is larger are shrunk to it (default: {IMAGE_SIZE})",
+        help="images whose longer side is larger are shrunk to it (default: the size of the network's training)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto)")
+    add_timm_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

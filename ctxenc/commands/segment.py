@@ -7,6 +7,8 @@ from pathlib import Path
 from ctxenc.commands.arguments import (
     RUN_OF_SEGMENT,
     add_device_arguments,
+    add_image_arguments,
+    add_naming_arguments,
     add_option,
     add_options,
     add_run_arguments,
@@ -14,6 +16,8 @@ from ctxenc.commands.arguments import (
 )
 from ctxenc.training.console import positive_int
 from ctxenc.training.segmentation.segment_settings import MEASURED_ON, OWN_DEFAULTS, RUNS, SegmentSettings
+
+OUT = Path("runs") / "predict"
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +43,9 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.epilog = "example: ctxenc segment predict runs/segment/001 street.jpg --flip --scales 0.75 1 1.25"
     add_run_arguments(parser, RUN_OF_SEGMENT)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, folder or glob")
-    parser.add_argument(
-        "--out", type=Path, default=Path("masks"), metavar="DIR", help="where to write (default: masks)"
-    )
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    add_image_arguments(parser)
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where to write (default: {OUT})")
+    add_naming_arguments(parser)
     parser.add_argument(
         "--base-size", type=positive_int, metavar="N", help="longer side at scale 1 (default: the image's own size)"
     )
@@ -69,7 +71,11 @@ COMMANDS = {
         "segment_training",
     ),
     "evaluate": ("measure pixel accuracy and mean IoU of a run", add_evaluate_arguments, "segment_accuracy"),
-    "predict": ("segment images into coloured masks", add_predict_arguments, "segment_prediction"),
+    "predict": (
+        "segment images: a picture with a legend, and a mask of class numbers",
+        add_predict_arguments,
+        "segment_prediction",
+    ),
 }
 
 

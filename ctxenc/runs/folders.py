@@ -66,13 +66,7 @@ def build_model(config: RunConfig, pretrained: bool = False, initial: str | None
         UserError: The model is unknown, rejects its arguments, has nothing to swap, or its weights are unavailable or do not
             fit.
     """
-    check_model_name(config.model)
-    try:
-        model = timm.create_model(
-            config.model, pretrained=pretrained, num_classes=len(config.classes), **config.model_kwargs
-        )
-    except Exception as error:  # timm's builders and the hub raise a dozen kinds, down to bare assertions
-        raise UserError(f"cannot build {config.model}: {type(error).__name__}: {one_line(error)}") from error
+    model = create_model(config.model, pretrained=pretrained, num_classes=len(config.classes), **config.model_kwargs)
     if initial is not None:
         load_initial(model, Path(initial))
     if config.swap is not None:
@@ -82,6 +76,19 @@ def build_model(config: RunConfig, pretrained: bool = False, initial: str | None
         except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: no memory for the codewords
             raise UserError(f"{config.model}: {one_line(error)}") from error
     return model
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """Return the timm model of this name; `kwargs` are those of `timm.create_model`.
+
+    Raises:
+        UserError: The model is unknown, rejects its arguments, or its weights are unavailable.
+    """
+    check_model_name(name)
+    try:
+        return timm.create_model(name, **kwargs)
+    except Exception as error:  # timm's builders and the hub raise a dozen kinds, down to bare assertions
+        raise UserError(f"cannot build {name}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def load_initial(model: nn.Module, path: Path) -> None:
@@ -98,25 +105,58 @@ def load_initial(model: nn.Module, path: Path) -> None:
     """
     if path.is_dir():
         path = resolve(path, preferred=("se-",)) / "best.safetensors"
+    try:
+        load_checkpoint(model, path, read_checkpoint(path))
+    except UserError as error:
+        raise UserError(f"--initial-checkpoint {error}") from error
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Read safetensors or a file of torch.save as data, never executed.
+
+    Raises:
+        UserError: The file is missing or unreadable.
+    """
+    try:
+        return read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no file of weights: {one_line(error)}") from error
+
+
+def load_checkpoint(model: Any, path: Path, content: Any, take_classes: bool = False) -> None:
+    """Load the content of another trainer's file into a timm model; prefer averaged weights, as timm's loaders do.
+
+    Args:
+        model: Built as in the training.
+        path: The file, for the text of errors.
+        content: See state_dicts.unwrapped.
+        take_classes: If the number of classes differs, give the model the file's classifier; by default it keeps its own.
+
+    Raises:
+        UserError: The content is of another model. The weights of `model` are then unchanged.
+    """
     own = model.state_dict()
     try:
-        content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
         weights = unwrap(content, list(own))
-    except OSError as error:
-        raise UserError(f"--initial-checkpoint {path} cannot be read: {error.strerror or one_line(error)}") from error
     except ValueError as error:
-        raise UserError(f"--initial-checkpoint {path} is no file of weights: {one_line(error)}") from error
+        raise UserError(f"{path} is no file of weights: {one_line(error)}") from error
     classifiers: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{each}." for each in ([classifiers] if isinstance(classifiers, str) else classifiers))
     other = [
         name for name in own if name in weights and name.startswith(prefixes) and weights[name].shape != own[name].shape
     ]
-    weights |= {name: own[name] for name in other}
+    if other and take_classes and weights[other[0]].dim():
+        model.reset_classifier(len(weights[other[0]]))
+        own = model.state_dict()
+    else:
+        weights |= {name: own[name] for name in other}
     shapes, wanted = ({name: tuple(each.shape) for name, each in table.items()} for table in (weights, own))
     if problem := _mismatch(shapes, wanted):
         swapped = any(name.endswith(".encoding.codewords") for name in shapes.keys() - wanted.keys())
-        hint = "; it is of a swapped network, and one with SE blocks is wanted" if swapped else ""
-        raise UserError(f"--initial-checkpoint {path} does not fit the model: {problem}{hint}")
+        hint = "; it is of a swapped network, the model is not swapped" if swapped else ""
+        raise UserError(f"{path} does not fit the model: {problem}{hint}")
     model.load_state_dict(weights)
 
 

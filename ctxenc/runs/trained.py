@@ -1,12 +1,15 @@
-"""Load trained networks: from a run of either kind, or from a checkpoint of an EncNet."""
+"""Load trained networks: from a run of either kind, from a checkpoint of an EncNet, or from one of timm's train.py."""
 
+import importlib
 import os
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
@@ -15,8 +18,19 @@ from ctxenc.integrations.encnet import EncNet
 from ctxenc.integrations.hub import build_without_memory
 from ctxenc.runs.config import RunConfig, read_config
 from ctxenc.runs.errors import UserError, one_line
-from ctxenc.runs.folders import build_model, check_weights, load_weights, pick_device, resolve
+from ctxenc.runs.folders import (
+    build_model,
+    check_weights,
+    create_model,
+    load_checkpoint,
+    load_weights,
+    pick_device,
+    read_checkpoint,
+    resolve,
+)
 from ctxenc.runs.segment_config import IMAGENET, SegmentConfig, build_network
+
+CROP = 480  # crop size of the paper
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,16 @@ class LoadedRun:
     config: Any
     folder: Path
     checkpoint: str = ""
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """The (channels, height, width) of its training images; of an EncNet that states none, the paper's."""
+        if isinstance(self.config, RunConfig):
+            channels, height, width = self.config.data_config["input_size"]
+            return channels, height, width
+        crop = self.config.settings.get("crop_size")
+        side = crop if type(crop) is int and crop > 0 else CROP
+        return self.config.network.get("in_chans", 3), side, side
 
     def __str__(self) -> str:
         arm, _, seed = self.folder.absolute().name.rpartition("-")
@@ -62,6 +86,38 @@ def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str 
     model = build()
     load_weights(model, weights)
     return LoadedRun(model.to(where).eval(), config, arm, checkpoint)
+
+
+def load_timm_checkpoint(path: Path, name: str, module: str | None = None, device: str = "cpu") -> LoadedRun:
+    """Build a network of timm's train.py, and load its checkpoint: weights only, averaged ones (EMA) if the file has them.
+
+    Args:
+        path: The checkpoint. It is read as data, never executed. Its classes have numbers for names.
+        name: The model's name, as `--model` of train.py.
+        module: Import this module first, as `--device-modules` of train.py: it registers the model.
+        device: A torch device, or "auto".
+
+    Raises:
+        UserError: The module or the model is unknown, the file cannot be read or is of another model, or the device cannot be used.
+    """
+    where = pick_device(device)
+    try:
+        importlib.import_module(module) if module else None
+    except ImportError as error:
+        raise UserError(f"--device-modules: cannot import {module}: {one_line(error)}") from error
+    content = read_checkpoint(path)
+    args = content.get("args") if isinstance(content, Mapping) else None
+    stored = vars(args) if isinstance(args, Namespace) else {}
+    model: Any = create_model(name)
+    load_checkpoint(model, path, content, take_classes=True)
+    try:
+        data = resolve_data_config(stored, model=model)
+        classes = [str(number) for number in range(model.num_classes)]
+        config = RunConfig(name, {}, classes, None, data, settings={}, versions={})
+    except Exception as error:  # timm asserts
+        raise UserError(f"{path}: {one_line(error)}") from error
+    averaged = any(each in content for each in ("state_dict_ema", "model_ema"))
+    return LoadedRun(model.to(where).eval(), config, path, "EMA" if averaged else "")
 
 
 def check_claims(build: Callable[[], nn.Module], weights: Path) -> None:

@@ -80,7 +80,9 @@ def report(result: Evaluation) -> str:
         (
             "class-balanced accuracy",
             f"{100 * result.balanced_accuracy:.2f} %",
-            f"{100 * low:.2f} to {100 * high:.2f} %",
+            f"{100 * low:.2f} to {100 * high:.2f} %"
+            if low < high
+            else "",  # none where every image of a class is alike
         ),
         ("top-1 accuracy", f"{100 * result.top1:.2f} %", ""),
         ("cross entropy", f"{result.loss:.4f}", ""),

@@ -332,7 +332,7 @@ def read_all(samples: Sequence[tuple[Callable[[int], Any], int]], text: str, sho
     if len(samples) > VERIFIED_UP_TO:
         return
     broken = 0
-    for read, index in tqdm(samples, text, delay=1, disable=not show_progress):
+    for read, index in tqdm(samples, text, delay=1, disable=None if show_progress else True):
         try:
             read(index)
         except BrokenImageError as error:

@@ -1,10 +1,12 @@
-"""List the SE blocks of a model and the effect of a swap."""
+"""List the SE blocks of a model, and the effect of a swap on parameters, MACs and time."""
 
 import argparse
 import inspect
 import json
+import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import timm
@@ -13,14 +15,18 @@ import torchvision
 from accelerate import init_empty_weights
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from ctxenc.kernels.backends import use_backend
 from ctxenc.runs.errors import UserError, one_line
-from ctxenc.runs.folders import check_model_name, unknown_model
+from ctxenc.runs.folders import check_model_name, pick_device, unknown_model
 from ctxenc.swap.patching import find_context_blocks, find_se_blocks, patch_se_blocks
 from ctxenc.training.console import swap_settings, text_table
 
 TORCHVISION = "torchvision:"
 TORCHVISION_SIZE = 224
+BATCH = 4
+ROUNDS, SECONDS = 15, 8.0  # of timing: the median of fewer rounds for a large network
 HUB = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -39,7 +45,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Hold the result of inspect: image_size is (height, width), parameters count the whole network."""
+    """Hold the result of inspect: image_size is (height, width); parameters, MACs and milliseconds an image are the network's."""
 
     model: str
     image_size: tuple[int, int]
@@ -47,11 +53,19 @@ class Inspection:
     blocks: list[Block]
     parameters_before: int
     parameters_after: int
+    macs_before: int
+    macs_after: int
+    ms_before: float | None = None
+    ms_after: float | None = None
+    timing: str = ""
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table or the JSON."""
-    found = inspect_model(args.model, args.image_size, swap_settings(args))
+    swap = swap_settings(args)
+    found = inspect_model(args.model, args.image_size, swap)
+    if args.time:
+        found = replace(found, **measure_times(args.model, args.image_size, swap, args.device))
     print(json.dumps(asdict(found), indent=2) if args.json else report(found))
 
 
@@ -83,16 +97,18 @@ def inspect_model(name: str, image_size: int | None = None, swap: dict[str, Any]
 
 def _inspect(name: str, image_size: int | None, swap: dict[str, Any], device: str) -> Inspection:
     model = create(name, image_size, device)
-    shape = input_shape(model, image_size)
-    total = parameters(model)
+    shape = choose_shape(model, image_size)
+    total = count_parameters(model)
     found = {record.name: record for record in find_se_blocks(model)}
-    before = {each: parameters(model.get_submodule(each)) for each in found}
+    image = torch.zeros(1, *shape, device=device)
+    macs = count_macs(model, image)
+    before = {each: count_parameters(model.get_submodule(each)) for each in found}
     try:
         patch_se_blocks(model, **swap)
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     blocks = {record.name: model.get_submodule(record.name) for record in find_context_blocks(model)}
-    maps = map_sizes(model, blocks, torch.zeros(1, *shape, device=device))
+    maps = measure_maps(model, blocks, image)
     rows = [
         Block(
             name=each,
@@ -101,11 +117,53 @@ def _inspect(name: str, image_size: int | None, swap: dict[str, Any], device: st
             map=maps[each][1:],
             rd_channels=found[each].rd_channels if each in found else None,
             parameters_before=before.get(each, 0),
-            parameters_after=parameters(block),
+            parameters_after=count_parameters(block),
         )
         for each, block in blocks.items()
     ]
-    return Inspection(name, shape[1:], swap, rows, total, parameters(model))
+    return Inspection(name, shape[1:], swap, rows, total, count_parameters(model), macs, count_macs(model, image))
+
+
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Return the multiply-adds of convolutions and matrix products for an image (1, C, H, W)."""
+    with torch.no_grad(), use_backend("torch"), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def measure_times(name: str, image_size: int | None, swap: dict[str, Any], device: str = "auto") -> dict[str, Any]:
+    """Return the milliseconds an image of inference before and after the swap: medians, measured in turns, channels last.
+
+    Raises:
+        UserError: The device cannot be used, or the networks cannot run there.
+    """
+    where = pick_device(device)
+    try:
+        models = [create(name, image_size, "cpu") for _ in range(2)]
+        patch_se_blocks(models[1], **swap)
+        shape = choose_shape(models[0], image_size)
+        models = [model.to(where).to(memory_format=torch.channels_last) for model in models]
+        images = torch.randn(BATCH, *shape).to(where, memory_format=torch.channels_last)
+        times: list[tuple[float, float]] = []
+        while (len(times) <= ROUNDS and sum(map(sum, times)) < SECONDS) or len(times) < 2:
+            times.append((time_forward(models[0], images), time_forward(models[1], images)))
+    except Exception as error:  # timm's builders raise a dozen kinds, and there may be too little memory
+        raise UserError(f"cannot time {name}: {one_line(error)}; --no-time leaves it out") from error
+    before, after = (1000 * median(each) / BATCH for each in zip(*times[1:], strict=True))  # the first warms up
+    threads = f", {torch.get_num_threads()} thread(s)" if where.type == "cpu" else ""
+    timing = f"{where}{threads}, batch of {BATCH}, channels last, fp32, median of {len(times) - 1}"
+    return {"ms_before": before, "ms_after": after, "timing": timing}
+
+
+@torch.inference_mode()
+def time_forward(model: nn.Module, images: Tensor) -> float:
+    """Return the seconds of one forward."""
+    synchronize = torch.accelerator.synchronize if images.device.type != "cpu" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    model(images)
+    synchronize()
+    return time.perf_counter() - start
 
 
 def check_name(name: str) -> None:
@@ -133,7 +191,7 @@ def create(name: str, image_size: int | None, device: str) -> nn.Module:
     return model.to(device).eval()
 
 
-def input_shape(model: nn.Module, image_size: int | None) -> tuple[int, int, int]:
+def choose_shape(model: nn.Module, image_size: int | None) -> tuple[int, int, int]:
     """Return the (channels, height, width) of one image."""
     if not hasattr(model, "pretrained_cfg"):
         return 3, image_size or TORCHVISION_SIZE, image_size or TORCHVISION_SIZE
@@ -141,12 +199,12 @@ def input_shape(model: nn.Module, image_size: int | None) -> tuple[int, int, int
     return channels, image_size or height, image_size or width
 
 
-def parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """Return the number of parameters, shared ones counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def map_sizes(model: nn.Module, blocks: dict[str, nn.Module], image: Tensor) -> dict[str, tuple[int, int, int]]:
+def measure_maps(model: nn.Module, blocks: dict[str, nn.Module], image: Tensor) -> dict[str, tuple[int, int, int]]:
     """Run the model once and return the (channels, height, width) of each block's input."""
     sizes: dict[str, tuple[int, int, int]] = {}
 
@@ -171,25 +229,36 @@ def map_sizes(model: nn.Module, blocks: dict[str, nn.Module], image: Tensor) -> 
 
 
 def report(found: Inspection) -> str:
-    """Return the table with its totals."""
-    rows = [
+    """Return the table: a row for each block with its parameters, then rows for the network."""
+    before, after = (
+        sum(getattr(block, f"parameters_{when}") for block in found.blocks) for when in ("before", "after")
+    )
+    rows: list[tuple[str, ...]] = [
         (
             block.name,
             block.class_name or "(empty slot)",
             str(block.channels),
             "x".join(map(str, block.map)),
             str(block.rd_channels or "-"),
-            f"{block.parameters_before:,}",
-            f"{block.parameters_after:,}",
+            *compare(block.parameters_before, block.parameters_after),
         )
         for block in found.blocks
     ]
-    before = sum(block.parameters_before for block in found.blocks)
-    after = sum(block.parameters_after for block in found.blocks)
-    rows.append((f"all {len(rows)} blocks", "", "", "", "", f"{before:,}", f"{after:,}"))
-    rows.append(("network", "", "", "", "", f"{found.parameters_before:,}", f"{found.parameters_after:,}"))
-    header = ("block", "class", "channels", "map", "reduced", "parameters", "swapped")
+    totals = [
+        (f"all {len(rows)} blocks", *compare(before, after)),
+        ("network", *compare(found.parameters_before, found.parameters_after)),
+        ("MACs an image, M", *compare(found.macs_before / 1e6, found.macs_after / 1e6, ".1f")),
+    ]
+    if found.ms_before is not None and found.ms_after is not None:
+        totals.append(("ms an image", *compare(found.ms_before, found.ms_after, ".1f")))
+    rows += [(name, "", "", "", "", *cells) for name, *cells in totals]
+    header = ("parameters of", "class", "channels", "map", "reduced", "before", "after", "change")
     size = "x".join(map(str, found.image_size))
-    table = text_table(header, rows, right=header[2:])
-    change = 100 * (found.parameters_after / found.parameters_before - 1)
-    return f"{found.model} at {size}\n{table}\nthe swap changes the network's parameters by {change:+.2f} %"
+    times = f"; time: {found.timing}" if found.timing else ""
+    return f"{found.model} at {size}{times}\n{text_table(header, rows, right=header[2:])}"
+
+
+def compare(before: float, after: float, form: str = "") -> tuple[str, str, str]:
+    """Return two numbers and their change as cells."""
+    change = f"{100 * (after / before - 1):+.2f} %" if before else "-"
+    return f"{before:,{form}}", f"{after:,{form}}", change

@@ -1,27 +1,27 @@
 """Draw how the blocks of a network encode images."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import timm.data
 import torch
+from timm.data import resolve_model_data_config
 from torch import nn
 
 from ctxenc.runs.errors import UserError, near_names, one_line, printable
 from ctxenc.runs.folders import pick_device
 from ctxenc.runs.segment_config import SegmentConfig
-from ctxenc.runs.trained import load_run
 from ctxenc.swap.patching import patch_se_blocks
 from ctxenc.training import photographs
 from ctxenc.training.console import say, text_table
 from ctxenc.training.images import open_image
-from ctxenc.training.inspection import check_name, create
+from ctxenc.training.inspection import check_name, choose_shape, create
 from ctxenc.training.nonfinite import check_weights
 from ctxenc.training.pictures import spread, write
-from ctxenc.training.prediction import find_images
+from ctxenc.training.prediction import find_images, load
 from ctxenc.training.segmentation import scenes
 from ctxenc.viz import Look, encoding_blocks, look, overview, presence_chart
 from ctxenc.viz.observing import Picture
@@ -33,7 +33,6 @@ SHOWN = (
     "coffee.png",
     "brick.png",
 )  # number of embedded photographs to use if no image is named
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,23 @@ class Subject:
     network: nn.Module
     mean: Sequence[float]
     std: Sequence[float]
+    size: int  # longer side of its training images
+    remark: str  # a description of the network
     classes: list[str] | None = None
-    remark: str = ""  # a description of the network
 
 
 def run(args: argparse.Namespace) -> None:
     """Write BLOCK.png for each chosen block, and presence.png for a network with an SE branch; print how each codebook is used."""
     device = pick_device(args.device)
     paths = find_images(args.images) if args.images else []
-    subject = load(args.model)
+    subject = load_subject(args)
     check_weights(subject.network)
-    blocks = choose(list(encoding_blocks(subject.network)), args.blocks, args.model)
-    names, images = pictures(paths, subject.classes, args.count)
+    found = encoding_blocks(subject.network)
+    blocks = choose(list(found), args.blocks, args.run_folder)
+    size = args.image_size or subject.size
+    if size != subject.size and any(each.aggregation == "sum" for each in found.values()):
+        say(f'ctxenc: warning: aggregation "sum" was trained at {subject.size}: at {size} the gates differ', sys.stderr)
+    names, images = choose_pictures(paths, subject.classes, args.count)
     try:
         seen = look(
             subject.network.to(device),
@@ -62,10 +66,10 @@ def run(args: argparse.Namespace) -> None:
             blocks,
             mean=subject.mean,
             std=subject.std,
-            image_size=args.image_size,
+            image_size=size,
         )
     except Exception as error:  # any layer may refuse an image, each in its own way
-        raise UserError(f"{args.model} cannot run on these images: {one_line(error)}") from error
+        raise UserError(f"{args.run_folder} cannot run on these images: {one_line(error)}") from error
     try:
         figures = {block: overview(seen, block, names, args.codewords) for block in blocks}
     except ValueError as error:
@@ -83,34 +87,38 @@ def run(args: argparse.Namespace) -> None:
     say(f"{len(names)} image{'s' if len(names) > 1 else ''}: {args.out}/{{{','.join(figures)}}}.png")
 
 
-def load(model: str) -> Subject:
+def load_subject(args: argparse.Namespace) -> Subject:
     """Load the network of a run, a checkpoint or a model name.
 
     Raises:
         UserError: The argument is not one of these, cannot be loaded, or has nothing to patch.
     """
-    path = Path(model)
-    if path.exists():
-        loaded = load_run(path)
+    path = args.run_folder
+    if path.exists() or args.model:
+        loaded = load(args)
+        size = max(loaded.input_size[1:])
         if isinstance(loaded.config, SegmentConfig):
-            return Subject(loaded.model, loaded.config.mean, loaded.config.std, loaded.config.classes, str(loaded))
+            return Subject(
+                loaded.model, loaded.config.mean, loaded.config.std, size, str(loaded), loaded.config.classes
+            )
         config, network = loaded.config.data_config, cast(Any, loaded.model)
         network.pretrained_cfg["input_size"] = config["input_size"]  # look gives this size to a network of fixed size
-        return Subject(network, config["mean"], config["std"], remark=str(loaded))
-    if "/" in model or path.suffix in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"no run or checkpoint at {model}")
-    check_name(model)
+        return Subject(network, config["mean"], config["std"], size, str(loaded))
+    name = str(path)
+    if "/" in name or path.suffix in (".safetensors", ".pth", ".pt", ".tar"):
+        raise UserError(f"no run or checkpoint at {path}")
+    check_name(name)
     torch.manual_seed(0)
     try:
-        network = patch_se_blocks(create(model, None, "cpu"))
+        network = patch_se_blocks(create(name, None, "cpu"))
     except Exception as error:  # timm's builders raise a dozen kinds
-        raise UserError(f"{model}: {one_line(error)}") from error
-    config = timm.data.resolve_model_data_config(network)
-    remark = f"{model} was patched and has no trained weights: these maps are those of a random start"
-    return Subject(network, config["mean"], config["std"], remark=remark)
+        raise UserError(f"{name}: {one_line(error)}") from error
+    config = resolve_model_data_config(network)
+    remark = f"{name} was patched and has no trained weights: these maps are those of a random start"
+    return Subject(network, config["mean"], config["std"], max(choose_shape(network, None)[1:]), remark)
 
 
-def choose(names: Sequence[str], given: Sequence[str], model: str) -> list[str]:
+def choose(names: Sequence[str], given: Sequence[str], model: object) -> list[str]:
     """Return the blocks named by --blocks.
 
     Raises:
@@ -128,7 +136,7 @@ def choose(names: Sequence[str], given: Sequence[str], model: str) -> list[str]:
     return list(dict.fromkeys(given))
 
 
-def pictures(paths: Sequence[Path], classes: list[str] | None, count: int) -> tuple[list[str], list[Picture]]:
+def choose_pictures(paths: Sequence[Path], classes: list[str] | None, count: int) -> tuple[list[str], list[Picture]]:
     """Return names and images of the paths, or of the embedded photographs if there is no path.
 
     Raises:

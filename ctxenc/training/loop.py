@@ -245,7 +245,7 @@ class Loop(ABC):
             worker_errors(),
             log_curves(self.accelerator, done),
             signals.record_signals() as self.record,
-            tqdm(total=total, initial=done, desc=label, disable=not main) as bar,
+            tqdm(total=total, initial=done, desc=label, disable=None if main else True) as bar,
         ):
             while progress.epoch < self.settings.epochs:
                 loss = self._train_epoch(bar)

@@ -6,17 +6,18 @@ import glob
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ctxenc.runs.config import RunConfig
-from ctxenc.runs.errors import UserError, printable
+from ctxenc.runs.errors import UserError, one_line, printable
 from ctxenc.runs.folders import autocast
-from ctxenc.runs.trained import LoadedRun, load_run
+from ctxenc.runs.trained import LoadedRun, load_run, load_timm_checkpoint
 from ctxenc.training.console import say, text_table
 from ctxenc.training.data import eval_transform
 from ctxenc.training.files import LEFT_BEHIND, images_below
@@ -36,7 +37,7 @@ class Prediction:
 def run(args: argparse.Namespace) -> None:
     """Print the predictions, once all images are done."""
     paths = find_images(args.images)
-    loaded = load_run(args.run_folder, args.checkpoint, args.device, RunConfig)
+    loaded = load(args, RunConfig)
     predictions = predict(loaded, paths, args.top_k, args.batch_size, args.amp, args.skip_broken)
     say(loaded, sys.stderr)
     if args.json:
@@ -53,6 +54,41 @@ def run(args: argparse.Namespace) -> None:
     else:
         shown = [(row[0] if row[1] == "1" else "", *row[1:]) for row in rows]
         print(text_table(header, shown, right=("rank", "probability")))
+
+
+def load(args: argparse.Namespace, kind: Any = None) -> LoadedRun:
+    """Load the run or checkpoint of the command line, with the class names of --classes.
+
+    Args:
+        args: Parsed arguments; a command may lack --classes or the options for a checkpoint of timm.
+        kind: RunConfig or SegmentConfig to accept only this kind of run.
+
+    Raises:
+        UserError: See load_run and load_timm_checkpoint; or --classes does not name each class.
+    """
+    if getattr(args, "model", None) is None:
+        loaded = load_run(args.run_folder, args.checkpoint, args.device, kind)
+    else:
+        loaded = load_timm_checkpoint(args.run_folder, args.model, args.device_modules, args.device)
+    if getattr(args, "classes", None) is None:
+        return loaded
+    classes = read_names(args.classes, len(loaded.config.classes))
+    return replace(loaded, config=replace(loaded.config, classes=classes))
+
+
+def read_names(path: Path, count: int) -> list[str]:
+    """Read `count` class names from a file, one a line.
+
+    Raises:
+        UserError: The file cannot be read, or does not have a name for each class.
+    """
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    if len(names) != count:
+        raise UserError(f"{path} must name {count} classes, one a line, got {len(names)}")
+    return names
 
 
 def _as_json(prediction: Prediction) -> dict[str, object]:

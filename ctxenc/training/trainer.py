@@ -75,7 +75,9 @@ def evaluate(
     """
     model.eval()
     kept: list[tuple[Tensor, ...]] = []
-    for images, labels in tqdm(loader, "evaluating", delay=1, leave=False, disable=not accelerator.is_main_process):
+    for images, labels in tqdm(
+        loader, "evaluating", delay=1, leave=False, disable=None if accelerator.is_main_process else True
+    ):
         with accelerator.autocast():
             logits = model(to_format(images, channels_last)).float()
         loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=LEFT_OUT)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image
 from torchvision.transforms.functional import normalize, resize, to_tensor
 
 import ctxenc
-from ctxenc.__main__ import COMMANDS, explain, main
+from ctxenc.__main__ import COMMANDS, build_parser, explain, main
 from ctxenc.commands import segment
 from ctxenc.runs import folders
 from ctxenc.runs.config import write_config
@@ -96,7 +97,6 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "arguments",
         [
-            [],
             ["nonsense"],
             ["predict"],
             ["inspect", "x", "--num-codes", "0"],
@@ -111,7 +111,6 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ("", "the following arguments are required: COMMAND (ctxenc --help)"),
             ("predict", "the following arguments are required: RUN, IMAGE (ctxenc predict --help)"),
             ("segment trian", "COMMAND must be one of train, evaluate, predict, got 'trian'; near names: train"),
             ("doctor --dtypes 9", "--dtypes must be one of bf16, fp16, fp32, got '9'"),
@@ -134,6 +133,18 @@ class TestCommandLine:
     def test_a_wrong_argument_is_told_on_one_line(self, refused, arguments, message):
         assert refused(*arguments.split()) == f"ctxenc: error: {message}"
 
+    def test_no_command_prints_what_to_do_first(self):
+        code = (
+            "import sys, ctxenc; before = {*sys.modules}; from ctxenc.__main__ import main; code = main([])\n"
+            "assert not {'torch', 'timm', 'torchvision', 'matplotlib'} & ({*sys.modules} - before); sys.exit(code)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("python -m ctxenc ")]
+        assert [line.split()[3] for line in lines] == ["segment", "finetune", "inspect", "--help"]
+        for line in lines[:3]:
+            arguments = shlex.split(line)[3:]
+            assert build_parser(arguments[0]).parse_args(arguments).command == arguments[0]
+
     def test_version(self, capsys):
         with pytest.raises(SystemExit):
             main(["--version"])
@@ -143,7 +154,7 @@ class TestCommandLine:
         ("package", "arguments"),
         [
             ("timm", ["inspect", "resnet18"]),
-            ("matplotlib", ["look", "test_efficientnet"]),
+            ("matplotlib", ["look", "resnet18"]),
             ("pydantic", ["predict", "--help"]),
         ],
     )
@@ -414,33 +425,43 @@ class TestExport:
     @pytest.mark.parametrize("arm", ["context-0", "se-0"])
     def test_torch_export(self, command, run_folder, tmp_path, arm):
         path = tmp_path / "model.pt2"
-        code, out, err = command("export", run_folder / arm, "--torch-export", path)
+        code, out, err = command("export", run_folder / arm, "--torch-export", path, "--image-size", 64)
         assert (code, err) == (0, "")
-        assert "largest difference" in out
-        images = torch.randn(5, 3, 32, 32)
-        with torch.no_grad():
-            expected = ctxenc.load(run_folder / arm)(images)
-            assert torch.allclose(torch.export.load(path).module()(images), expected, atol=1e-6)
+        assert "for any batch and image size; " in out
+        program = torch.export.load(path).module()
+        for images in (torch.randn(5, 3, 64, 64), torch.randn(1, 3, 96, 65)):
+            with torch.no_grad():
+                assert torch.allclose(program(images), ctxenc.load(run_folder / arm)(images), atol=1e-6)
         assert list(tmp_path.iterdir()) == [path]
 
     def test_onnx(self, command, run_folder, tmp_path):
-        reference = pytest.importorskip("onnx.reference")
+        onnx = pytest.importorskip("onnx")
         path = tmp_path / "model.onnx"
         code, out, err = command("export", run_folder, "--onnx", path)
         assert (code, err) == (0, "")
-        assert "largest difference" in out
-        images = torch.randn(5, 3, 32, 32)
-        with torch.no_grad():
-            expected = ctxenc.load(run_folder)(images)
-        [logits] = reference.ReferenceEvaluator(str(path)).run(None, {"image": images.numpy()})
-        assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-5)
+        assert "for any batch and image size; " in out
+        _, evaluate = exporting.open_onnx(path)
+        for images in (torch.randn(5, 3, 32, 32), torch.randn(1, 3, 96, 65)):
+            with torch.no_grad():
+                assert torch.allclose(evaluate(images), ctxenc.load(run_folder)(images), atol=1e-5)
+        metadata = {each.key: json.loads(each.value) for each in onnx.load(path).metadata_props}
+        config = prediction.load_run(run_folder).config
+        expected = {"classes": config.classes} | {key: list(config.data_config[key]) for key in ("mean", "std")}
+        assert {key: metadata[key] for key in expected} == expected
         assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_network_of_one_size_is_exported_at_it(self, monkeypatch, tmp_path):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2)).eval()
+        traced = partial(exporting.trace, model, (3, 32, 32))
+        text = exporting.write_freest(exporting.write_torch_export, traced, tmp_path / "a.pt2", model)
+        assert text.startswith("for any batch of images of 32x32 (not of others: ")
+        assert "(images of 1x3x32x32 and 3x3x32x32)" in text
 
     def test_a_program_that_differs_is_not_written(self, refused, run_folder, tmp_path, monkeypatch):
         pytest.importorskip("onnx")
         trace = exporting.trace
         other = ctxenc.load(run_folder / "context-0", checkpoint="last")
-        monkeypatch.setattr(exporting, "trace", lambda model, images: trace(other, images))
+        monkeypatch.setattr(exporting, "trace", lambda model, *more: trace(other, *more))
         for option, name in (("--torch-export", "model.pt2"), ("--onnx", "model.onnx")):
             assert "does not give the model's outputs" in refused("export", run_folder, option, tmp_path / name)
         assert not list(tmp_path.iterdir())

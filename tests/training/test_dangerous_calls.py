@@ -49,6 +49,7 @@ ALLOWED = {
     ("__init__.py", "import_module"): "modules of ours, named in its tables",
     ("__main__.py", "importlib.import_module"): "a module of ours, named in the table of commands",
     ("commands/segment.py", "importlib.import_module"): "a module of ours, named in its table of commands",
+    ("runs/trained.py", "importlib.import_module"): "the user's own module, named on the command line",
     ("swap/calibration.py", "import_module"): "timm's or torchvision's module of a class, from the table of SE blocks",
     ("training/exporting.py", "importlib.import_module"): "onnxruntime, by its name",
     ("diagnosis/examination.py", "subprocess"): "this Python, for each kernel a process that may crash or hang",

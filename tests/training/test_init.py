@@ -162,7 +162,7 @@ class TestInitialCheckpoint:
             ([1, 2], "is no file of weights: "),
             (
                 {"blocks.3.0.se.encoding.codewords": torch.zeros(3)},
-                "it is of a swapped network, and one with SE blocks is wanted",
+                "it is of a swapped network, the model is not swapped",
             ),
             ({"model": Exception}, "is no file of weights: "),
         ],

@@ -8,7 +8,7 @@ import torchvision
 import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.runs.errors import UserError
-from ctxenc.training.inspection import inspect_model
+from ctxenc.training.inspection import inspect_model, measure_times
 
 
 def count(module):
@@ -30,6 +30,27 @@ class TestInspectModel:
             assert (block.channels, block.class_name) == (record.channels, record.class_name)
             assert block.parameters_before == before[block.name]
             assert block.parameters_after == count(model.get_submodule(block.name))
+
+    def test_macs_and_times_are_of_both_networks(self):
+        found = inspect_model("seresnet18", 64)
+        model = timm.create_model("seresnet18").eval()
+        convolutions = [each for each in model.modules() if isinstance(each, torch.nn.Conv2d)]
+        macs = [model.fc.weight.numel()]
+
+        def count_products(module, _, out):
+            macs.append(module.weight.numel() * out.shape[2] * out.shape[3])
+
+        for each in convolutions:
+            each.register_forward_hook(count_products)
+        with torch.no_grad():
+            model(torch.zeros(1, 3, 64, 64))
+        assert found.macs_before == sum(macs)
+        assert found.macs_after > found.macs_before
+        times = measure_times("seresnet18", 64, {}, "cpu")
+        assert times["ms_before"] > 0
+        assert times["ms_after"] > 0
+        with pytest.raises(UserError, match=r"cannot time .* --no-time leaves it out"):
+            measure_times("resnet18", 64, {}, "cpu")
 
     def test_maps_follow_the_image(self):
         sizes = {size: [each.map for each in inspect_model("seresnet18", size).blocks] for size in (64, 224)}
@@ -81,17 +102,29 @@ class TestInspectModel:
 
 class TestCommand:
     def test_table(self, capsys):
-        assert main(["inspect", "test_efficientnet", "--num-codes", "4"]) == 0
+        assert main(["inspect", "test_efficientnet", "--num-codes", "4", "--device", "cpu"]) == 0
         lines = capsys.readouterr().out.splitlines()
         found = inspect_model("test_efficientnet", swap={"num_codes": 4})
         for line, block in zip(lines[3:], found.blocks, strict=False):
+            change = 100 * (block.parameters_after / block.parameters_before - 1)
             assert line.split()[0] == block.name
-            assert line.split()[-2:] == [f"{block.parameters_before:,}", f"{block.parameters_after:,}"]
-        assert lines[-2].split()[0] == "network"
-        assert lines[-2].split()[-2:] == [f"{found.parameters_before:,}", f"{found.parameters_after:,}"]
+            assert line.split()[-4:-2] == [f"{block.parameters_before:,}", f"{block.parameters_after:,}"]
+            assert line.endswith(f" {change:+.2f} %")
+        network, macs, times = lines[-3:]
+        assert network.split()[:3] == ["network", f"{found.parameters_before:,}", f"{found.parameters_after:,}"]
+        assert macs.split()[3:6] == ["M", f"{found.macs_before / 1e6:.1f}", f"{found.macs_after / 1e6:.1f}"]
+        assert times.startswith("ms an image ")
+        assert lines[0].startswith("test_efficientnet at 160x160; time: cpu, ")
+
+    def test_no_time_does_not_run_the_networks(self, capsys, monkeypatch):
+        monkeypatch.setattr("ctxenc.training.inspection.measure_times", lambda *_: pytest.fail("timed"))
+        assert main(["inspect", "test_efficientnet", "--no-time"]) == 0
+        out = capsys.readouterr().out
+        assert "time" not in out
+        assert out.splitlines()[-1].startswith("MACs an image")
 
     def test_json(self, capsys):
-        assert main(["inspect", "test_efficientnet", "--smoothing", "0.5", "--json"]) == 0
+        assert main(["inspect", "test_efficientnet", "--smoothing", "0.5", "--json", "--no-time"]) == 0
         table = json.loads(capsys.readouterr().out)
         found = inspect_model("test_efficientnet", swap={"smoothing": 0.5})
         assert table["swap"]["smoothing"] == 0.5

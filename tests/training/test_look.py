@@ -1,7 +1,11 @@
 """The command look, on small runs, checkpoints, and names of models."""
 
+import json
+from argparse import Namespace
+
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -65,7 +69,7 @@ def test_a_run_of_finetune(look, run_folder, image_folder):
     # What is printed is what the network of the run gives, its colours included.
     images = [image_folder / "val" / "cat" / "0.png", image_folder / "val" / "newt" / "0.png"]
     for name, line in zip(BLOCKS, lines[3:5], strict=True):
-        usage = codebook_usage(ctxenc.load(run_folder), images, name, mean=(0.5,) * 3, std=(0.5,) * 3)
+        usage = codebook_usage(ctxenc.load(run_folder), images, name, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=32)
         numbers = (f"{each:.2f}" for each in (usage.entropy, usage.pixel_entropy, usage.bits))
         assert line.split()[2:] == ["4", *numbers, str(len(usage.dead))]
 
@@ -92,16 +96,16 @@ def test_a_model_by_name_is_patched_at_random_and_said_to_be(look, monkeypatch):
 
 
 def test_embedded_photographs_exist():
-    names, images = command.pictures([], None, 9)
+    names, images = command.choose_pictures([], None, 9)
     assert names == ["astronaut", "chelsea", "coffee", "brick"]
     assert all(isinstance(image, Image.Image) for image in images)
 
 
 def test_a_network_of_the_embedded_scenes_gets_scenes(monkeypatch):
     monkeypatch.setattr(scenes, "TEST_SCENES", 2)
-    assert len(command.pictures([], list(scenes.CLASSES), 2**70)[1]) == 2
+    assert len(command.choose_pictures([], list(scenes.CLASSES), 2**70)[1]) == 2
     monkeypatch.undo()
-    names, images = command.pictures([], list(scenes.CLASSES), 5)
+    names, images = command.choose_pictures([], list(scenes.CLASSES), 5)
     assert names == ["street", "space", "slide", "hoard", "street"]
     test = scenes.Scenes(train=False, length=5)
     assert all(torch.equal(image, test[index][0]) for index, image in enumerate(images))
@@ -120,6 +124,81 @@ def test_a_network_of_the_embedded_scenes_gets_scenes(monkeypatch):
 )
 def test_blocks_are_chosen(given, chosen):
     assert command.choose("abcdefg", given, "net") == chosen
+
+
+@pytest.fixture(scope="module")
+def timm_checkpoint(tmp_path_factory):
+    """A checkpoint of timm's train.py of five classes, with averaged weights, and the module that registers its network."""
+    folder = tmp_path_factory.mktemp("timm")
+    (folder / "my_networks.py").write_text(
+        "import timm, ctxenc\n"
+        "from timm.models import register_model\n"
+        "@register_model\n"
+        "def my_context_network(pretrained=False, **kwargs):\n"
+        "    return ctxenc.patch_se_blocks(timm.create_model('test_efficientnet', **kwargs), num_codes=4, aggregation='sum')\n"
+    )
+    torch.manual_seed(0)
+    network = ctxenc.patch_se_blocks(
+        timm.create_model("test_efficientnet", num_classes=5), num_codes=4, aggregation="sum"
+    )
+    averaged = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    plain = {name: torch.zeros_like(tensor) for name, tensor in averaged.items()}
+    args = Namespace(img_size=32, mean=[0.5, 0.5, 0.5], std=[0.5], device_modules=["os"], model_kwargs={})
+    path = folder / "last.pth.tar"
+    torch.save({"epoch": 3, "arch": "x", "args": args, "state_dict": plain, "state_dict_ema": averaged}, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield path, network.eval()
+
+
+NETWORK = ("--model", "my_context_network", "--device-modules", "my_networks")
+
+
+def test_a_checkpoint_of_timm(look, timm_checkpoint, image_folder):
+    path, network = timm_checkpoint
+    image = image_folder / "val" / "cat" / "0.png"
+    code, out, err, sizes = look(path, image, *NETWORK)
+    assert (code, err) == (0, "")
+    assert list(sizes) == [f"{name}.png" for name in BLOCKS]
+    assert out.splitlines()[0] == f"{path}, EMA checkpoint"
+    for name, line in zip(BLOCKS, out.splitlines()[3:5], strict=True):  # at the size of its training, averaged weights
+        usage = codebook_usage(network, [image], name, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=32)
+        assert line.split()[3:6] == [f"{each:.2f}" for each in (usage.entropy, usage.pixel_entropy, usage.bits)]
+    code, _, err, _ = look(path, image, *NETWORK, "--image-size", 40)
+    assert code == 0
+    assert err == 'ctxenc: warning: aggregation "sum" was trained at 32: at 40 the gates differ\n'
+
+
+def test_predict_takes_it_too(timm_checkpoint, image_folder, tmp_path, capsys):
+    path, network = timm_checkpoint
+    image = image_folder / "val" / "cat" / "0.png"
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\ne\n")
+    command = ["predict", str(path), str(image), *NETWORK, "--json", "--device", "cpu"]
+    assert main(command) == 0
+    (numbers,) = json.loads(capsys.readouterr().out)
+    assert main([*command, "--classes", str(names)]) == 0
+    (letters,) = json.loads(capsys.readouterr().out)
+    config = timm.data.resolve_data_config({"img_size": 32, "mean": [0.5] * 3, "std": [0.5]}, model=network)
+    with Image.open(image) as picture, torch.no_grad():
+        expected = network(timm.data.create_transform(**config)(picture.convert("RGB"))[None]).softmax(1)[0]
+    ranked = expected.sort(descending=True)
+    assert [each["class"] for each in numbers["classes"]] == [str(index) for index in ranked.indices.tolist()]
+    assert [each["class"] for each in letters["classes"]] == ["abcde"[index] for index in ranked.indices]
+    assert [each["probability"] for each in letters["classes"]] == pytest.approx(ranked.values.tolist(), rel=1e-4)
+
+
+def test_mistakes_with_a_checkpoint_of_timm(refused, timm_checkpoint, tmp_path):
+    path, _ = timm_checkpoint
+    assert refused(path, *NETWORK[:2], "--device-modules", "nothing_such").startswith(
+        "--device-modules: cannot import nothing_such: "
+    )
+    assert refused(path, "--model", "test_efficientne").startswith("unknown model 'test_efficientne'; near names: ")
+    wrong = refused(path, "--model", "test_efficientnet")
+    assert wrong.endswith("; it is of a swapped network, the model is not swapped")
+    assert refused(tmp_path / "none.pth.tar", *NETWORK).endswith("cannot be read: No such file or directory")
+    torch.save({"state_dict": Namespace, "code": print}, tmp_path / "code.pth.tar")
+    assert "which could run code" in refused(tmp_path / "code.pth.tar", *NETWORK)
 
 
 def test_mistakes(refused, tmp_path, run_folder, image_folder, encnet):

@@ -6,12 +6,43 @@ import torch
 from PIL import Image
 
 from ctxenc.training.segmentation import mask_pictures
-from ctxenc.training.segmentation.mask_pictures import colour_mask, legend, overlay, voc_palette
+from ctxenc.training.segmentation.mask_pictures import (
+    colour_mask,
+    index_mask,
+    legend,
+    overlay,
+    overlay_with_legend,
+    voc_palette,
+)
 
 MASK = torch.tensor([[0, 1, 1, 1], [2, 255, 1, 1]])
 CLASSES = ["background", "aeroplane", "bicycle", "bird"]
 PALETTE = voc_palette(4)
 GREY = Image.new("RGB", (4, 2), (100, 100, 100))
+
+
+@pytest.mark.parametrize("size", [(60, 80), (1200, 900)])
+def test_a_picture_has_the_classes_at_half_strength_and_their_legend_beside_them(rows, size):
+    """Letters have 16 pixels where the picture is shown at the width of a page, and the photograph is never shrunk."""
+    photograph = Image.new("RGB", size, (100, 100, 100))
+    mask = torch.ones(size[::-1], dtype=torch.int64)
+    mask[:, : size[0] // 2] = 0
+    picture = overlay_with_legend(photograph, mask, CLASSES, PALETTE)
+    width, height = size if max(size) == 1200 else (480, 640)
+    names = legend(mask, CLASSES, PALETTE, font_size=max(width, height) // 40)
+    assert picture.size == (width + names.width, max(height, names.height))
+    pixels = np.asarray(picture)
+    assert pixels[height // 2, 2].tolist() == [100, 100, 100]  # the background
+    assert pixels[height // 2, width - 3].tolist() == [114, 50, 50]
+    assert {row[1:] for row in rows} == {("background", "50.0 %"), ("aeroplane", "50.0 %")}
+    assert {row[1]: row[0] for row in rows[:2]} == {"background": (255, 255, 255), "aeroplane": (128, 0, 0)}
+
+
+def test_a_mask_of_class_numbers_shows_their_colours():
+    mask = MASK.where(MASK != 255, 3)
+    picture = index_mask(mask, PALETTE)
+    assert np.array_equal(np.asarray(picture), mask)
+    assert np.array_equal(picture.convert("RGB"), colour_mask(mask, PALETTE))
 
 
 def test_voc_palette():

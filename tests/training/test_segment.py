@@ -42,13 +42,16 @@ def test_train_writes_a_run_that_predict_takes(folder, tmp_path, capsys):
     health = read_rows_of(out / "encnet-0" / "codebooks.csv")[-1].split(",")
     assert float(health[6]) < 0.1
     assert f"EncNet: after the last epoch the codebook of {health[1]} (" in (out / "report.html").read_text()
-    assert "mIoU" in capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "mIoU" in printed
+    assert told == ""  # no progress bar where stderr is no terminal
     image = folder / "images" / "val" / "1.png"
     masks = tmp_path / "masks"
     assert main(["segment", "predict", str(out), str(image), "--out", str(masks), "--flip"]) == 0
-    assert sorted(path.name for path in masks.iterdir()) == ["1.legend.png", "1.mask.png", "1.overlay.png"]
+    assert sorted(path.name for path in masks.iterdir()) == ["1.mask.png", "1.overlay.png"]
     with Image.open(masks / "1.mask.png") as mask, Image.open(image) as photograph:
-        assert mask.size == photograph.size
+        assert (mask.mode, mask.size) == ("P", photograph.size)
+        assert max(mask.getextrema()) <= 1
 
 
 def test_all_arms_and_seeds_have_a_row_in_the_report(folder, tmp_path, capsys):
@@ -134,8 +137,22 @@ def test_predict_takes_other_checkpoints(tmp_path, folder, form, capsys, monkeyp
     )
     assert main([*arguments, "--base-size", "50"]) == 0
     assert {(tuple(each["scales"]), each["base_size"], each["crop"]) for each in shown} == {((0.5, 1.0), 50, 24)}
-    assert len(list((tmp_path / "masks").iterdir())) == 9
+    assert len(list((tmp_path / "masks").iterdir())) == 6
     assert (tmp_path / "masks" / f"{long}.overlay.png").is_file()
+
+
+def test_predict_leaves_out_broken_images(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_encnet_checkpoint(EncNet("test_resnet", 2, channels=16, num_codes=4), tmp_path / "a.safetensors")
+    (tmp_path / "broken.png").write_text("no image")
+    command, more = ["segment", "predict", "a.safetensors", "broken.png"], ["--skip-broken", "--device", "cpu"]
+    assert main([*command, *more]) == 2
+    assert "all 1 images are broken" in capsys.readouterr().err
+    assert main([*command, str(folder / "images" / "val" / "0.png"), *more]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("ctxenc: skipped broken image broken.png")
+    assert out.splitlines()[-1] == "1 image: runs/predict/*.{overlay,mask}.png"
+    assert sorted(path.name for path in (tmp_path / "runs" / "predict").iterdir()) == ["0.mask.png", "0.overlay.png"]
 
 
 @pytest.mark.parametrize(

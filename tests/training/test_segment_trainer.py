@@ -192,7 +192,9 @@ def test_predict_normalises_and_takes_the_likeliest_class(tmp_path, monkeypatch)
     torch.testing.assert_close(seen["image"].mean((1, 2)), wanted)
     mask = np.asarray(Image.open(tmp_path / "out" / "white.mask.png"))
     assert (mask[:, :10] == 0).all()
-    assert (mask[:, 10:] == (128, 0, 0)).all()
+    assert (mask[:, 10:] == 1).all()
+    coloured = np.asarray(Image.open(tmp_path / "out" / "white.mask.png").convert("RGB"))
+    assert (coloured[:, 10:] == (128, 0, 0)).all()
 
 
 def test_the_share_of_an_image_that_is_wrong():

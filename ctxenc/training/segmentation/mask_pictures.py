@@ -18,6 +18,7 @@ IGNORED: Colour = (255, 255, 255)
 INK: Colour = (32, 32, 32)
 RULE: Colour = (150, 150, 150)
 PAPER: Colour = (255, 255, 255)
+LEGIBLE = 640  # pixels; with letters of a 40th of this and the legend, a page's width of about 900
 
 
 def voc_palette(num_classes: int = 256) -> list[Colour]:
@@ -56,6 +57,39 @@ def colour_mask(mask: Tensor | Labels, palette: Sequence[Colour], ignore_index: 
     labels = _labels("colour_mask", mask, len(palette), ignore_index)
     colours = np.array([*palette, IGNORED], dtype=np.uint8)
     return Image.fromarray(colours[labels])
+
+
+def index_mask(mask: Tensor, palette: Sequence[Colour]) -> Image.Image:
+    """Return class numbers (H, W), integers below 256, as a picture of these numbers, which viewers show in colour: VOC's form."""
+    picture = Image.fromarray(mask.numpy().astype(np.uint8))
+    picture.putpalette([channel for colour in palette for channel in colour])
+    return picture
+
+
+def overlay_with_legend(
+    image: Image.Image, mask: Tensor | Labels, classes: Sequence[str], palette: Sequence[Colour]
+) -> Image.Image:
+    """Draw the classes over a photograph at half strength, and their legend beside it, legible at the width of a page.
+
+    Args:
+        image: The photograph. A class "background" leaves it as it is.
+        mask: Class indices, (H, W) integers, of the photograph's size.
+        classes: Names of the classes.
+        palette: A colour for each class.
+
+    Raises:
+        ValueError, TypeError: As in overlay and legend.
+    """
+    background = classes.index("background") if "background" in classes else None
+    swatches = [PAPER if number == background else colour for number, colour in enumerate(palette)]
+    picture = overlay(image, mask, palette, alpha=0.5, background=background)
+    scale = max(1.0, LEGIBLE / max(picture.size))
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    names = legend(mask, classes, swatches, font_size=max(picture.size) // 40)
+    paper = Image.new("RGB", (picture.width + names.width, max(picture.height, names.height)), PAPER)
+    paper.paste(picture)
+    paper.paste(names, (picture.width, 0))
+    return paper
 
 
 def overlay(

@@ -1,9 +1,11 @@
-"""Turn images into coloured masks, overlays and legends."""
+"""Segment images: draw the classes over each beside their legend, and write the mask."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
@@ -13,14 +15,13 @@ from ctxenc.runs.config import atomic
 from ctxenc.runs.errors import UserError, one_line
 from ctxenc.runs.folders import autocast
 from ctxenc.runs.segment_config import SegmentConfig
-from ctxenc.runs.trained import load_run
+from ctxenc.runs.trained import LoadedRun
 from ctxenc.training.console import say
 from ctxenc.training.images import open_image
 from ctxenc.training.nonfinite import check_outputs
-from ctxenc.training.prediction import find_images
-from ctxenc.training.segmentation.mask_pictures import colour_mask, legend, overlay, voc_palette
+from ctxenc.training.prediction import find_images, load
+from ctxenc.training.segmentation.mask_pictures import index_mask, overlay_with_legend, voc_palette
 
-PICTURES = ("mask", "overlay", "legend")
 LARGEST_SCALE = 16
 
 
@@ -33,35 +34,47 @@ def check_views(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write STEM.mask.png, STEM.overlay.png and STEM.legend.png for each image."""
+    """Write STEM.overlay.png, with a legend, and STEM.mask.png for each image."""
     check_views(args)
     paths = find_images(args.images)
     if len({path.stem for path in paths}) < len(paths):
         raise UserError("images must differ in their names without suffix, under which the masks are written")
-    loaded = load_run(args.run_folder, args.checkpoint, args.device, SegmentConfig)
-    config, classes = loaded.config, named(loaded.config.classes, args.classes)
+    loaded = load(args, SegmentConfig)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
-    palette = voc_palette(len(classes))
-    background = classes.index("background") if "background" in classes else None
+    written = 0
     for path in tqdm(paths, "segmenting", unit="image", delay=1.0, leave=False, disable=None):
-        photograph = open_image(path)
-        image = F.normalize(F.to_dtype(F.pil_to_tensor(photograph), torch.float32, scale=True), config.mean, config.std)
-        found = probabilities(loaded.model, image, args)
-        check_outputs(loaded.model, found, str(path))
-        mask = found.argmax(0).cpu()
-        pictures = {
-            "mask": colour_mask(mask, palette),
-            "overlay": overlay(photograph, mask, palette, background=background),
-            "legend": legend(mask, classes, palette),
-        }
-        for name in PICTURES:
+        try:
+            photograph = open_image(path)
+        except UserError as error:
+            if not args.skip_broken:
+                raise
+            say(f"ctxenc: skipped {error}", sys.stderr)
+            continue
+        written += 1
+        for name, picture in draw(loaded, photograph, path, args).items():
             with atomic(args.out / f"{path.stem}.{name}.png") as temporary:
-                pictures[name].save(temporary)
+                picture.save(temporary)
+    if not written:
+        raise UserError(f"all {len(paths)} images are broken")
     say(loaded)
-    say(f"{len(paths)} image{'s' if len(paths) > 1 else ''}: {args.out}/*.{{{','.join(PICTURES)}}}.png")
+    say(f"{written} image{'s' if written > 1 else ''}: {args.out}/*.{{overlay,mask}}.png")
+
+
+def draw(loaded: LoadedRun, photograph: Image.Image, path: Path, args: argparse.Namespace) -> dict[str, Image.Image]:
+    """Return the pictures of an image: the classes over it beside their legend, and the mask of class numbers."""
+    config = loaded.config
+    palette = voc_palette(len(config.classes))
+    image = F.normalize(F.to_dtype(F.pil_to_tensor(photograph), torch.float32, scale=True), config.mean, config.std)
+    found = probabilities(loaded.model, image, args)
+    check_outputs(loaded.model, found, str(path))
+    mask = found.argmax(0).cpu()
+    return {
+        "overlay": overlay_with_legend(photograph, mask, config.classes, palette),
+        "mask": index_mask(mask, palette),
+    }
 
 
 def probabilities(network: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
@@ -76,20 +89,3 @@ def probabilities(network: nn.Module, image: Tensor, args: argparse.Namespace) -
             return predict(network, image, **options)[0]
     except (ValueError, RuntimeError) as error:
         raise UserError(one_line(error)) from error
-
-
-def named(classes: list[str], names: Path | None) -> list[str]:
-    """Return the class names from a file, or `classes` without a file.
-
-    Raises:
-        UserError: The file cannot be read, or does not have a name for each class.
-    """
-    if names is None:
-        return classes
-    try:
-        found = names.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {names}: {one_line(error)}") from error
-    if len(found) != len(classes):
-        raise UserError(f"{names} must name {len(classes)} classes, one a line, got {len(found)}")
-    return found

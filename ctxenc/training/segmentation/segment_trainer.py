@@ -106,7 +106,9 @@ class SegmentTrainer(Loop):
         matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=self.accelerator.device)
         loader = self._val_loader()
         common = len(self.val) // self.accelerator.num_processes // (loader.batch_size or 1)
-        bar = tqdm(loader, "evaluating", delay=1, leave=False, disable=not self.accelerator.is_main_process)
+        bar = tqdm(
+            loader, "evaluating", delay=1, leave=False, disable=None if self.accelerator.is_main_process else True
+        )
         wrong: list[float] = []
         for images, masks in self.until_stopped(bar, common):
             masks = masks.to(self.accelerator.device)
