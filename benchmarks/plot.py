@@ -52,7 +52,7 @@ def _make_figure(
     figure.text(0.995, -0.01, _describe_machine(result), ha="right", va="top", fontsize=7, color="#555555")
     for ax in axes[0]:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
+        ax.tick_params(labelsize=9)
     return figure, list(axes[0])
 
 
@@ -90,10 +90,10 @@ def _draw_forms(result: dict[str, Any], title: str, entry: str, mark_of_ours: bo
             ax.scatter(values, places, color=colour, marker=mark, s=28, label=label, zorder=3)
         ax.axvline(1, color="black" if mark_of_ours else "#0072B2", label="roofline" if mark_of_ours else "ctxenc")
         ax.set(xscale="log", title=name, yticks=range(len(sources)), ylim=(len(sources) - 0.5, -0.5))
-        ax.set_yticklabels(sources if ax is axes[0] else [], fontsize=7)
+        ax.set_yticklabels(sources if ax is axes[0] else [], fontsize=9)
         ax.grid(axis="both", color="#EEEEEE", zorder=0)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9, frameon=False)
     return figure
 
 
@@ -142,7 +142,7 @@ def draw_growth(result: dict[str, Any]) -> Figure | None:
         ax.minorticks_off()
         ax.grid(color="#EEEEEE")
     axes[0].set_ylabel("milliseconds: median, 20 to 80 % of the calls")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9, frameon=False)
     return figure
 
 
@@ -179,13 +179,13 @@ def draw_cost(result: dict[str, Any]) -> Figure | None:
             place = places.index((row["network"], row["variant"]))
             ax.scatter(row[measure], place, color=colour, s=22, marker=mark, zorder=3)
         ax.set(title=title, ylim=(len(places) - 0.3, -0.7), yticks=range(len(places)))
-        ax.set_yticklabels(list(labels.values()) if ax is axes[0] else [], fontsize=7)
+        ax.set_yticklabels(list(labels.values()) if ax is axes[0] else [], fontsize=9)
         for (_, variant), label in zip(places, ax.get_yticklabels(), strict=True):
             label.set_fontweight("normal" if variant else "bold")
         ax.grid(color="#EEEEEE", zorder=0)
     for label, (colour, mark) in marks.items():
         axes[0].scatter([], [], color=colour, marker=mark, label=label)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9, frameon=False)
     return figure
 
 
