@@ -109,17 +109,6 @@ def draw_masks(
         ignore_index: Label of the pixels without a class.
     """
     palette = voc_palette(len(classes))
-    height, width = rows[0][1].shape
-    figure = Figure(figsize=(9, min(4.5, 3 * height / width) * len(rows) + 1), layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    for line, (photograph, *masks), caption in zip(axes, rows, captions, strict=True):
-        shown = [photograph.permute(1, 2, 0).numpy(), *(colour_mask(each, palette, ignore_index) for each in masks)]
-        for axis, picture in zip(line, shown, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        line[-1].set_xlabel(caption)
-    for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
-        axis.set_title(title)
     present = torch.cat([mask.flatten() for _, *masks in rows for mask in masks]).unique().tolist()
     patches = [
         Patch(
@@ -132,7 +121,20 @@ def draw_masks(
     ]
     if ignore_index in present:
         patches.append(Patch(facecolor="white", edgecolor="gray", label="not counted"))
-    figure.legend(handles=patches, loc="outside upper center", ncols=5, frameon=False)
+    height, width = rows[0][1].shape
+    figure = Figure(
+        figsize=(9, min(4.5, 3 * height / width) * len(rows) + 0.5 + 0.05 * len(patches)), layout="constrained"
+    )
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for line, (photograph, *masks), caption in zip(axes, rows, captions, strict=True):
+        shown = [photograph.permute(1, 2, 0).numpy(), *(colour_mask(each, palette, ignore_index) for each in masks)]
+        for axis, picture in zip(line, shown, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[-1].set_xlabel(caption)
+    for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
+        axis.set_title(title)
+    figure.legend(handles=patches, loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     return figure
 
 
