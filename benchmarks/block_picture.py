@@ -51,7 +51,7 @@ PIXELS_A_CLUSTER, PIXELS_BETWEEN = 20, 12
 ARROW = 1.3 / PIXELS_A_CLUSTER  # scales the sums of residuals, which would leave the picture
 
 
-def picture() -> Figure:
+def draw_picture() -> Figure:
     """Draw both blocks side by side, and an inset with the encoding."""
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.block_picture")
     parser.add_argument("--out", type=Path, default=RESULTS / "block.png", metavar="FILE", help="default: %(default)s")
     args = parser.parse_args(arguments)
-    picture().savefig(args.out)
+    draw_picture().savefig(args.out)
     print(args.out)
 
 

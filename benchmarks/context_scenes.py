@@ -93,7 +93,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
 
 
-def picture(settings: SegmentSettings, rows: list[dict[str, Any]], runs: Path) -> Figure:
+def draw_picture(settings: SegmentSettings, rows: list[dict[str, Any]], runs: Path) -> Figure:
     """Draw test scenes and the prediction of each arm's first seed."""
     networks = {}
     for row in [row for row in rows if row["name"] == row["arm"] and row["seed"] == 0]:
@@ -142,7 +142,7 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {args.out}")
     if any(row["name"] == row["arm"] for row in rows):
-        picture(settings, rows, args.runs).savefig(args.out.with_suffix(".png"), dpi=100)
+        draw_picture(settings, rows, args.runs).savefig(args.out.with_suffix(".png"), dpi=100)
 
 
 if __name__ == "__main__":

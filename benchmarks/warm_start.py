@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -34,7 +33,7 @@ import ctxenc
 from benchmarks.forms import check_operator
 from benchmarks.record import RESULTS, Record, read
 from ctxenc.training.data import Samples, build_datasets, eval_transform, train_transform
-from ctxenc.training.metrics import balanced_accuracy
+from ctxenc.training.metrics import balanced_accuracy, interval_over_seeds
 from ctxenc.training.segmentation.segment_report import spread
 from ctxenc.training.settings import Settings
 
@@ -161,11 +160,11 @@ def by_seed(rows: list[dict[str, Any]], start: str, epoch: int, key: str = "accu
 def difference(first: list[float], second: list[float]) -> str:
     """Return the mean of first - second in points, with the 95 % interval of Student's t over the seeds."""
     pairs = [100 * (a - b) for a, b in zip(first, second, strict=True)]
-    mean = statistics.mean(pairs)
+    mean = f"{statistics.mean(pairs):+.1f}"
     if len(pairs) < 2:
-        return f"{mean:+.1f}"
-    reach = float(student.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
-    return f"{mean:+.1f} ({mean - reach:+.1f} to {mean + reach:+.1f})"
+        return mean
+    low, high = interval_over_seeds(pairs)
+    return f"{mean} ({low:+.1f} to {high:+.1f})"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -192,25 +191,26 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def picture(result: dict[str, Any]) -> Figure:
-    """Draw accuracy against epochs, a panel for each data set; bands are one deviation over the seeds to either side."""
+def draw_picture(result: dict[str, Any]) -> Figure:
+    """Draw accuracy against epochs, a panel for each data set; bars are one deviation over the seeds to either side."""
     names = list(dict.fromkeys(row["data"] for row in result["rows"]))
     figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 3.8), squeeze=False, layout="constrained")
     for ax, name in zip(axes[0], names, strict=True):
         rows = [row for row in result["rows"] if row["data"] == name]
         epochs = range(max(row["epoch"] for row in rows) + 1)
-        for start, colour in COLOURS.items():
+        for number, (start, colour) in enumerate(COLOURS.items()):
             scores = torch.tensor([by_seed(rows, start, epoch) for epoch in epochs]) * 100  # (epochs, seeds)
             mean, deviation = scores.mean(1), scores.std(1) if scores.shape[1] > 1 else 0 * scores[:, 0]
             style = "--" if start == "SE goes on" else "-"
-            ax.plot(epochs, mean, style, color=colour, marker="o", markersize=3, label=start)
-            ax.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+            places = [epoch + 0.06 * (number - 1.5) for epoch in epochs]  # side by side, so that no bar hides another
+            bars = {"elinewidth": 1, "capsize": 2, "marker": "o", "markersize": 3}
+            ax.errorbar(places, mean, deviation, linestyle=style, color=colour, label=start, **bars)
         ax.set(
             title=TITLES[name], xlabel="epochs of fine-tuning", xticks=list(epochs), ylabel="accuracy on test images, %"
         )
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#EEEEEE")
-    axes[0][-1].legend(frameon=False, loc="lower right")
+    axes[0][0].legend(frameon=False, loc="lower right", title="bars: ± 1 deviation over the seeds")
     return figure
 
 
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(*(f"{value:.3f}" if isinstance(value, float) else value for value in row.values()), flush=True)
     result = read(out)
     print(markdown(result))
-    picture(result).savefig(out.with_suffix(".png"), dpi=110)
+    draw_picture(result).savefig(out.with_suffix(".png"), dpi=110)
     print(f"written: {out} and {out.with_suffix('.png').name}")
 
 

@@ -54,7 +54,7 @@ def test_the_inset_is_what_the_library_computes():
 
 @pytest.mark.parametrize("right", [True, False])
 def test_no_word_leaves_its_place(right):
-    figure = block_picture.picture()
+    figure = block_picture.draw_picture()
     renderer = FigureCanvasAgg(figure).get_renderer()
     axes = figure.axes[0]
     left, bottom, width, height = block_picture.PANEL

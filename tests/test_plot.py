@@ -36,6 +36,8 @@ def swap_row(variant, ratio, fused=False, **more):
         "mode": "eager",
         "precision": "fp32",
         "channels_last": True,
+        "reduction": "C/16",
+        "compared_with": "shipped",
     }
     return row | {"training_ratio": ratio, "inference_ratio": ratio, "memory_ratio": ratio} | more
 
@@ -61,7 +63,12 @@ def swap_result(tmp_path):
         swap_row("own, mean", 1.04),
         swap_row("own, mean", 1.02, True),
     ]
-    record.add(*rows, swap_row("own, mean", 7.0, mode="compile"), swap_row("1/4, mean", 1.2, failed="out of memory"))
+    record.add(
+        *rows,
+        swap_row("own, mean", 7.0, mode="compile"),
+        swap_row("1/4, mean", 1.2, failed="out of memory", reduction="C/4"),
+        swap_row("own, concat", 1.5),
+    )
     return record.path
 
 
@@ -76,14 +83,14 @@ def test_every_picture_of_the_layer_is_drawn(encode_result, tmp_path, capsys):
 
 
 def test_growth_follows_one_size_at_a_time(encode_result):
-    figure = plot.growth(plot.read(encode_result))
+    figure = plot.draw_growth(plot.read(encode_result))
     sizes = [ax.lines[0].get_xdata().tolist() for ax in figure.axes]
     assert sizes == [[49, 196, 784], [4, 8, 16], [8, 16, 32]]
 
 
 def test_every_form_stands_at_its_ratio_and_its_part_of_the_roofline(encode_result):
     result = plot.read(encode_result)
-    speed, roofline = plot.speed(result), plot.roofline(result)
+    speed, roofline = plot.draw_speed(result), plot.draw_roofline(result)
     shown = [
         [point for c in figure.axes[1].collections for point in c.get_offsets().tolist()]
         for figure in (speed, roofline)
@@ -92,16 +99,25 @@ def test_every_form_stands_at_its_ratio_and_its_part_of_the_roofline(encode_resu
     assert sorted(shown[1]) == [[0.01, 0.0], [0.01, 1.0], [0.5, 0.0], [0.5, 1.0]]
 
 
-def test_cost_shows_eager_rows_alone(swap_result):
-    figure = plot.cost(plot.read(swap_result))
+def test_cost_shows_eager_rows_of_the_table_alone(swap_result):
+    figure = plot.draw_cost(plot.read(swap_result))
     shown = [offset[0] for collection in figure.axes[1].collections for offset in collection.get_offsets()]
-    assert sorted(shown) == [0.9, 1.0, 1.02, 1.04, 1.2]
+    assert sorted(shown) == [0.9, 1.02, 1.04, 1.2]  # the first variant is the line at 1
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["net: shipped = 1", "no SE", "ContextEncoding (C/16)", "ContextEncoding (C/4)"]
 
 
 def test_a_result_without_rows_gives_no_picture(tmp_path):
     record = Record("swap", tmp_path / "swap_cpu.json", 1e-7, 0, "cpu")
     record.add()
     assert plot.draw(record.path, tmp_path) == []
+
+
+def test_by_default_it_draws_every_result_that_has_pictures(encode_result, swap_result, tmp_path, monkeypatch, capsys):
+    Record("swap_accuracy", tmp_path / "swap_accuracy.json", 1e-7, 0, "cpu").add()
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    plot.main(["--out", str(tmp_path / "pictures")])
+    assert len(capsys.readouterr().out.split()) == 4
 
 
 def test_other_results_have_no_pictures(tmp_path):

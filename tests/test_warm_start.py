@@ -6,7 +6,7 @@ from torch.utils.data import Subset
 
 from benchmarks import warm_start
 from benchmarks.record import Record, read
-from benchmarks.warm_start import STARTS, TASKS, difference, main, markdown, picture
+from benchmarks.warm_start import STARTS, TASKS, difference, draw_picture, main, markdown
 
 
 def result(tmp_path, seeds=2):
@@ -38,10 +38,11 @@ def test_a_difference_has_the_interval_of_its_pairs():
 
 
 def test_the_figure_has_a_curve_for_each_start(tmp_path):
-    (axes,) = picture(result(tmp_path)).axes
-    lines = axes.get_lines()
-    assert [line.get_label() for line in lines] == list(STARTS)
-    assert lines[1].get_ydata().tolist() == pytest.approx([81] * 3)
+    (axes,) = draw_picture(result(tmp_path)).axes
+    assert [bars.get_label() for bars in axes.containers] == list(STARTS)
+    line, _, (bars,) = axes.containers[1]
+    assert line.get_ydata().tolist() == pytest.approx([81] * 3)
+    assert [y for ((_, y), _) in bars.get_segments()] == pytest.approx([81 - 2**0.5] * 3)
 
 
 def test_every_start_is_trained_on_the_same_images():

@@ -1,4 +1,7 @@
-"""Compute class-balanced accuracy and its interval."""
+"""Compute class-balanced accuracy and intervals."""
+
+import statistics
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,3 +59,12 @@ def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
     tail = (1 - level) / 2
     low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
     return low, high
+
+
+def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of Student's t about the mean of two or more values, one a seed."""
+    from scipy.stats import t as student  # it takes half a second to import
+
+    mean = statistics.mean(values)
+    reach = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean - reach, mean + reach

@@ -16,6 +16,7 @@ from ctxenc.viz.figures import escape
 FOLDER = "pictures"
 CONFUSION, WORST, CODEBOOKS, ASSIGNMENT = "confusion.png", "worst.png", "codebooks.png", "assignment-{}.png"
 WORST_SHOWN, LOOKED_AT, BLOCKS = 12, 3, 2
+SMALLEST = 7  # pixels a side: nothing can be recognised in a smaller map
 LABELLED = 40  # classes; the names of more would overlap
 LONGEST = 24  # letters of a name
 Item = TypeVar("Item")
@@ -120,13 +121,12 @@ def draw_worst(images: Sequence[Tensor], captions: Sequence[str], columns: int =
 def draw_assignments(
     arm: Path, network: nn.Module, images: Sequence[Tensor], names: Sequence[str], colours: dict[str, Any]
 ) -> None:
-    """Draw how the first and the last block of a network encode some normalised images; do nothing if it has no block.
+    """Draw how a network encodes some normalised images: its first and its last block with a map that is large enough.
 
     `colours` holds the mean and std of the normalisation.
     """
-    blocks = list(encoding_blocks(network))
-    chosen = spread(blocks, BLOCKS)
-    if chosen:
-        seen = look(network, images, chosen, **colours)
-        for block in chosen:
+    if blocks := list(encoding_blocks(network)):
+        seen = look(network, images, blocks, **colours)
+        large = [each for each in blocks if min(seen.blocks[each].weights[0].shape[1:]) >= SMALLEST]
+        for block in spread(large, BLOCKS):
             save(arm, ASSIGNMENT.format(block), overview(seen, block, [short(each) for each in names]))

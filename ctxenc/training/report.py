@@ -20,7 +20,7 @@ from ctxenc.training.bad_images import noted
 from ctxenc.training.checkpoint import COLUMNS, SPEED, Row, read_predictions, read_results, write_rows
 from ctxenc.training.codebooks import name_idle_codebooks
 from ctxenc.training.console import text_table
-from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval
+from ctxenc.training.metrics import balanced_accuracy, bootstrap, interval, interval_over_seeds
 from ctxenc.training.page import write_page
 from ctxenc.training.settings import PHOTOGRAPHS, Settings, TrainingSettings
 
@@ -117,15 +117,19 @@ def write_report(run: Path, configs: dict[str, RunConfig], settings: Settings, s
     cells = table_rows(arms, colour)
     started = "calibrated" if settings.start == "calibrated" else settings.codebook_start
     idle = name_idle_codebooks(run, {name: NETWORKS[name] for name in configs}, settings.seed_list, started=started)
-    notes = [*remarks(arms, settings), *idle, *noted(run)]
+    gains = [
+        describe_gain(NETWORKS[arm.name], NETWORKS[arms[0].name], arm.scores, arms[0].scores, "balanced accuracy")
+        for arm in arms[1:]
+    ]
+    notes = [*describe_figures(arms, settings), *idle, *noted(run)]
     config = next(iter(configs.values()))
     title, made = f"{config.model} on {settings.data}", how_made(config.versions, seconds)
     with atomic(run / "report.md") as path:
-        text = markdown(title, HEADER, cells, [*notes, CURVES, made], settings)
+        text = markdown(title, gains, HEADER, cells, [*notes, CURVES, made], settings)
         path.write_text(text, encoding="utf-8")
     folders = {f"{arm.name}-{settings.seed}": f"{NETWORKS[arm.name]}, seed {settings.seed}" for arm in arms}
-    write_page(run, title, HEADER, cells, [*notes, made], folders, settings.as_dict())
-    return "\n".join([text_table(HEADER, cells, right=(HEADER[1], *HEADER[5:])), "", *notes])
+    write_page(run, title, gains, HEADER, cells, [*notes, made], folders, settings.as_dict())
+    return "\n".join([text_table(HEADER, cells, right=(HEADER[1], *HEADER[5:])), "", *gains, *notes])
 
 
 def table_rows(arms: Sequence[Arm], colour: float | None) -> list[tuple[str, ...]]:
@@ -150,8 +154,18 @@ def table_rows(arms: Sequence[Arm], colour: float | None) -> list[tuple[str, ...
     return rows
 
 
-def remarks(arms: Sequence[Arm], settings: Settings) -> list[str]:
-    """Return the notes beside the table: how its figures were made, and the difference between the arms."""
+def describe_gain(name: str, other: str, scores: Sequence[float], others: Sequence[float], measure: str) -> str:
+    """State the mean difference of two networks' scores, shares by seed, with its 95 % interval over the seeds."""
+    points = [100 * (one - base) for one, base in zip(scores, others, strict=True)]
+    text = f"{name} minus {other}: {statistics.mean(points):+.1f} points of {measure}"
+    if len(points) < 2:
+        return f"{text}; one seed, no interval."
+    low, high = interval_over_seeds(points)
+    return f"{text}, 95 % interval {low:+.1f} to {high:+.1f} over {len(points)} seeds."
+
+
+def describe_figures(arms: Sequence[Arm], settings: Settings) -> list[str]:
+    """Return the notes beside the table: how its figures were made."""
     samples = "test tiles" if settings.data == PHOTOGRAPHS else "validation images"
     count = len(arms[0].targets)
     lines = [
@@ -165,17 +179,20 @@ def remarks(arms: Sequence[Arm], settings: Settings) -> list[str]:
         difference = arms[1].share_right - arms[0].share_right
         low, high = interval(bootstrap(arms[0].targets, difference))
         lines.append(
-            f"{NETWORKS[arms[1].name]} minus {NETWORKS[arms[0].name]}: "
-            f"{100 * (arms[1].score - arms[0].score):+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f} "
-            "(over samples, not over seeds)."
+            f"Over {samples}, not over seeds, the difference has an interval of {100 * low:+.1f} to {100 * high:+.1f} points."
         )
     return lines
 
 
 def markdown(
-    title: str, header: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str], settings: TrainingSettings
+    title: str,
+    gains: Sequence[str],
+    header: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    settings: TrainingSettings,
 ) -> str:
-    """Return the text of report.md: a table, its notes, and every setting."""
+    """Return the text of report.md: the differences of the networks, a table, its notes, and every setting."""
 
     def table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
         rows = (
@@ -188,6 +205,7 @@ def markdown(
         "\n\n".join(
             [
                 f"# {printable(title)}",
+                *(f"**{each}**" for each in gains),
                 table(header, cells),
                 *map(printable, notes),
                 table(("setting", "value"), listing),
@@ -240,5 +258,5 @@ def draw_curves(arms: Sequence[Arm], colour: float | None) -> Figure:
 def _band(axes: Axes, arm: Arm, column: str, label: str, style: str, scale: float = 1.0) -> None:
     epochs = [row["epoch"] for row in arm.rows[0]]
     values = torch.tensor([[row[column] * scale for row in rows] for rows in arm.rows], dtype=torch.float64)
-    axes.plot(epochs, values.mean(dim=0), style, color=COLOURS[arm.name], label=label)
+    axes.plot(epochs, values.mean(dim=0), style, marker=".", color=COLOURS[arm.name], label=label)
     axes.fill_between(epochs, values.amin(dim=0), values.amax(dim=0), color=COLOURS[arm.name], alpha=0.15, linewidth=0)

@@ -62,7 +62,8 @@ def run(tmp_path):
     (tmp_path / "se-0").mkdir()
     arms = {"se-0": "SE", "context-0": f"ContextEncoding {HOSTILE}"}
     settings = {"data": HOSTILE, "lr": 0.1}
-    write_page(tmp_path, HOSTILE, ("network", "score"), [("SE", "1 %"), (HOSTILE, "2 %")], [HOSTILE], arms, settings)
+    cells = [("SE", "1 %"), (HOSTILE, "2 %")]
+    write_page(tmp_path, HOSTILE, [HOSTILE], ("network", "score"), cells, [HOSTILE], arms, settings)
     return tmp_path
 
 
@@ -86,9 +87,14 @@ def test_names_are_text(page):
     assert not page.open
     assert not {"script", "iframe", "object", "form"} & set(page.tags)
     text = "".join(page.text)
-    assert text.count(HOSTILE) == 7  # title twice, table, note, an arm's heading and its link, a setting
+    assert text.count(HOSTILE) == 8  # title twice, difference, table, note, an arm's heading and its link, a setting
     assert all(name == "content" or "://" not in value for _, name, value in page.attributes if value)
     assert not any(name.startswith("on") for _, name, _ in page.attributes)
+
+
+def test_the_difference_comes_first_and_settings_are_folded(page):
+    order = [tag for tag in page.tags if tag in ("p", "nav", "table", "img", "details")]
+    assert order == ["p", "nav", "table", "p", *["img"] * 3, "details", "table"]
 
 
 def test_links_lead_somewhere(page):
@@ -126,8 +132,23 @@ def test_names_are_no_formulas(tmp_path):
     pictures.save(tmp_path, "worst.png", pictures.draw_worst([torch.zeros(4, 4, 3)], ["$^$ taken for $_$"]))
     network = ctxenc.patch_se_blocks(timm.create_model("test_efficientnet"))
     colours = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    pictures.draw_assignments(tmp_path, network, [torch.zeros(3, 32, 32)], ["$^$"], colours)
+    pictures.draw_assignments(tmp_path, network, [torch.zeros(3, 256, 256)], ["$^$"], colours)
     assert len(list((tmp_path / "pictures").iterdir())) == 4
+
+
+def test_maps_too_small_to_see_are_not_drawn(tmp_path):
+    network = ctxenc.patch_se_blocks(timm.create_model("test_efficientnet"))
+    colours = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    for size, blocks in (
+        (256, ["3.0", "4.0"]),
+        (128, ["3.0"]),
+        (64, []),
+    ):  # maps of 16 and 8, 8 and 4, 4 and 2 pixels a side
+        arm = tmp_path / f"{size}"
+        arm.mkdir()
+        pictures.draw_assignments(arm, network, [torch.zeros(3, size, size)], ["x"], colours)
+        names = [pictures.ASSIGNMENT.format(f"blocks.{block}.se") for block in blocks]
+        assert sorted(path.name for path in arm.rglob("*.png")) == names
 
 
 def test_a_photograph_has_its_colours_back():

@@ -14,6 +14,7 @@ from ctxenc.training.segmentation.mask_pictures import (
     overlay_with_legend,
     voc_palette,
 )
+from ctxenc.training.segmentation.segment_report import draw_masks
 
 MASK = torch.tensor([[0, 1, 1, 1], [2, 255, 1, 1]])
 CLASSES = ["background", "aeroplane", "bicycle", "bird"]
@@ -200,3 +201,13 @@ def test_a_sheet_shows_photograph_mask_and_prediction_beside_each_other():
             assert (picture[top : top + 192, left : left + 384] == colour).all()
     with pytest.raises(ValueError, match="sheet: rows must hold at least one"):
         mask_pictures.sheet([], 2)
+
+
+def test_masks_of_the_report_have_titles_captions_and_a_legend():
+    rows = [(torch.zeros(3, 2, 4, dtype=torch.uint8), MASK, torch.zeros(2, 4, dtype=torch.int64))] * 2
+    figure = draw_masks(rows, ["50 % wrong", "25 % wrong"], CLASSES)
+    assert [axes.get_title() for axes in figure.axes] == ["image", "truth", "prediction", "", "", ""]
+    assert [axes.get_xlabel() for axes in figure.axes[2::3]] == ["50 % wrong", "25 % wrong"]
+    assert np.array_equal(figure.axes[1].images[0].get_array(), np.asarray(colour_mask(MASK, PALETTE)))
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["background", "aeroplane", "bicycle", "not counted"]

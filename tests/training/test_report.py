@@ -56,7 +56,11 @@ def test_table(finished):
     assert se.split()[-4:] == ["66.7,", "33.3", "200", "1.00"]
     assert context.split()[1:4] == [f"{parameters['context']:,}", "75.0", "%"]
     assert context.split()[-4:] == ["100.0,", "50.0", "100", "0.50"]
-    assert "ContextEncoding minus SE: +25.0 points" in text
+    # of 100 - 200/3 and 50 - 100/3 points: Student's 12.706 for one degree of freedom
+    gain = "ContextEncoding minus SE: +25.0 points of balanced accuracy, 95 % interval -80.9 to +130.9 over 2 seeds."
+    assert text.splitlines()[5] == gain
+    assert f"**{gain}**" in (run / "report.md").read_text()
+    assert (run / "report.html").read_text().partition("<table>")[0].count(gain) == 1
     assert "after the last epoch (not the best one), mean of 2 seeds" in text
     assert "nearest neighbour" not in text
 
@@ -105,6 +109,12 @@ def test_the_photographs_have_the_score_on_colour(finished):
     assert "nearest neighbour on colour" in text
     assert "68.6 %" in text
     assert "test tiles" in text
+
+
+def test_one_seed_has_no_interval(finished):
+    run, configs, settings = finished
+    text = report.write_report(run, configs, replace(settings, seeds=1), 1.0)
+    assert "ContextEncoding minus SE: +33.3 points of balanced accuracy; one seed, no interval." in text
 
 
 def test_one_arm_has_no_difference(finished):

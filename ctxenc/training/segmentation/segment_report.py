@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
 
 from ctxenc.runs.config import atomic
 from ctxenc.runs.folders import load_weights
@@ -16,9 +18,12 @@ from ctxenc.training.checkpoint import SPEED, Row, read_results, write_rows
 from ctxenc.training.codebooks import name_idle_codebooks
 from ctxenc.training.console import text_table
 from ctxenc.training.page import write_page
-from ctxenc.training.report import CURVES, how_made, markdown
+from ctxenc.training.pictures import short
+from ctxenc.training.report import CURVES, describe_gain, how_made, markdown
 from ctxenc.training.segmentation.arms import ARMS
+from ctxenc.training.segmentation.mask_pictures import colour_mask, voc_palette
 from ctxenc.training.segmentation.segment_settings import SCENES, SegmentSettings
+from ctxenc.viz.figures import escape
 
 PREDICTIONS = "predictions.png"
 Results = dict[str, list[list[Row]]]  # of each arm, the rows of each seed, one an epoch
@@ -61,15 +66,18 @@ def write_report(folder: Path, configs: Mapping[str, SegmentConfig], settings: S
     header, cells = table(results, configs, ambiguous_classes(settings.data))
     named = {arm: ARMS[arm][0] for arm in configs}
     idle = name_idle_codebooks(folder, named, settings.seed_list, started=settings.codebook_start)
-    notes = [*remarks(settings), *idle, *noted(folder)]
+    scores = {arm: [rows[-1]["mean_iou"] for rows in seeds] for arm, seeds in results.items()}
+    *others, last = configs
+    gains = [describe_gain(named[last], named[arm], scores[last], scores[arm], "mIoU") for arm in reversed(others)]
+    notes = [*describe_figures(settings), *idle, *noted(folder)]
     config = next(iter(configs.values()))
     title, made = f"EncNet on {settings.data}", how_made(config.versions, seconds)
     with atomic(folder / "report.md") as path:
-        text = markdown(title, header, cells, [*notes, CURVES, made], settings)
+        text = markdown(title, gains, header, cells, [*notes, CURVES, made], settings)
         path.write_text(text, encoding="utf-8")
-    arms = {f"{arm}-{settings.seed}": f"{ARMS[arm][0]}, seed {settings.seed}" for arm in configs}
-    write_page(folder, title, header, cells, [*notes, made], arms, settings.as_dict())
-    return "\n".join([text_table(header, cells, right=header[1:]), "", *notes])
+    arms = {f"{arm}-{settings.seed}": f"{named[arm]}, seed {settings.seed}" for arm in configs}
+    write_page(folder, title, gains, header, cells, [*notes, made], arms, settings.as_dict())
+    return "\n".join([text_table(header, cells, right=header[1:]), "", *gains, *notes])
 
 
 def draw_scenes(
@@ -84,6 +92,50 @@ def draw_scenes(
         load_weights(network, folder / f"{arm}-{settings.seed}" / "last.safetensors")
         networks[column_title(arm, results[arm][0][-1]["mean_iou"])] = network
     return draw_predictions(networks)
+
+
+def draw_masks(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor]],
+    captions: Sequence[str],
+    classes: Sequence[str],
+    ignore_index: int = 255,
+) -> Figure:
+    """Draw a row per sample: image, truth, and prediction with a caption; and a legend of the classes in them.
+
+    Args:
+        rows: Photograph (3, H, W) uint8, mask (H, W) and prediction (H, W), both of integers.
+        captions: A line for each row.
+        classes: Names of the classes.
+        ignore_index: Label of the pixels without a class.
+    """
+    palette = voc_palette(len(classes))
+    present = torch.cat([mask.flatten() for _, *masks in rows for mask in masks]).unique().tolist()
+    patches = [
+        Patch(
+            facecolor="#{:02x}{:02x}{:02x}".format(*palette[label]),
+            edgecolor="gray",
+            label=escape(short(classes[label])),
+        )
+        for label in present
+        if label != ignore_index
+    ]
+    if ignore_index in present:
+        patches.append(Patch(facecolor="white", edgecolor="gray", label="not counted"))
+    height, width = rows[0][1].shape
+    figure = Figure(
+        figsize=(9, min(4.5, 3 * height / width) * len(rows) + 0.5 + 0.05 * len(patches)), layout="constrained"
+    )
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for line, (photograph, *masks), caption in zip(axes, rows, captions, strict=True):
+        shown = [photograph.permute(1, 2, 0).numpy(), *(colour_mask(each, palette, ignore_index) for each in masks)]
+        for axis, picture in zip(line, shown, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[-1].set_xlabel(caption)
+    for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
+        axis.set_title(title)
+    figure.legend(handles=patches, loc="outside upper center", ncols=4, fontsize="small", frameon=False)
+    return figure
 
 
 def column_title(arm: str, score: float) -> str:
@@ -119,7 +171,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation} %"
 
 
-def remarks(settings: SegmentSettings) -> list[str]:
+def describe_figures(settings: SegmentSettings) -> list[str]:
     """Return the notes beside the table."""
     seeds = f"mean ± standard deviation over {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
     lines = [
@@ -150,7 +202,7 @@ def draw_curves(results: Results) -> Figure:
         for number, (arm, seeds) in enumerate(results.items()):
             values = torch.tensor([[scale * row[column] for row in rows] for rows in seeds], dtype=torch.float64)
             epochs = [row["epoch"] for row in seeds[0]]
-            axes.plot(epochs, values.mean(dim=0), color=f"C{number}", label=ARMS[arm][0])
+            axes.plot(epochs, values.mean(dim=0), marker=".", color=f"C{number}", label=ARMS[arm][0])
             axes.fill_between(
                 epochs, values.amin(dim=0), values.amax(dim=0), color=f"C{number}", alpha=0.15, linewidth=0
             )

@@ -24,6 +24,7 @@ from ctxenc.training.loop import Loop, to_format
 from ctxenc.training.segmentation.datasets import Datasets, build_samples
 from ctxenc.training.segmentation.mask_pictures import sheet
 from ctxenc.training.segmentation.segment_metrics import count_pixels, measure_segmentation
+from ctxenc.training.segmentation.segment_report import draw_masks
 from ctxenc.training.segmentation.segment_settings import SCENES, SegmentSettings
 
 SCORE = "mean_iou"  # the column of metrics.csv that chooses the best epoch
@@ -137,7 +138,14 @@ class SegmentTrainer(Loop):
     def publish(self) -> None:
         """Write an epoch's results for other commands, with a picture of some validation samples; on the main process."""
         super().publish()
-        self._save_sheet(f"epoch-{self.progress.epoch:03d}.png", pictures.spread(range(len(self.val)), SHOWN))
+        path = self.arm / pictures.FOLDER / f"epoch-{self.progress.epoch:03d}.png"
+        rows = self._predict(pictures.spread(range(len(self.val)), SHOWN))
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        with atomic(path) as temporary:
+            sheet(rows, len(self.config.classes)).save(temporary)
 
     def finish(self) -> None:
         """Draw the confusion of classes, the images with most wrong pixels, and how two blocks encode images."""
@@ -146,32 +154,24 @@ class SegmentTrainer(Loop):
         pictures.save(self.arm, pictures.CONFUSION, pictures.draw_confusion(matrix, self.config.classes))
         rows = self.progress.predictions
         worst = sorted(rows, key=lambda row: -row[1])[:WORST]
-        self._save_sheet(pictures.WORST, [index for _, _, index in worst])
+        captions = [f"{100 * share:.0f} % wrong" for _, share, _ in worst]
+        figure = draw_masks(self._predict([index for _, _, index in worst]), captions, self.config.classes)
+        pictures.save(self.arm, pictures.WORST, figure)
         shown = pictures.spread(rows, pictures.LOOKED_AT)
         colours = {"mean": self.config.mean, "std": self.config.std}
         images = [self.val[index][0] for _, _, index in shown]
         pictures.draw_assignments(self.arm, self.network, images, [Path(row[0]).stem for row in shown], colours)
 
     @torch.no_grad()
-    def _save_sheet(self, name: str, chosen: Sequence[int]) -> None:
-        """Write a picture of some validation samples: image, mask and prediction.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
+    def _predict(self, chosen: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return image (3, H, W) uint8, mask (H, W) and prediction (H, W) of some validation samples."""
         self.network.eval()
-        path = self.arm / pictures.FOLDER / name
         rows = []
         for index in chosen:
             image, mask = self.val[index]
             prediction = self._logits(image[None], mask.shape)[0].argmax(0).cpu()
             rows.append((self._photograph(image, mask.shape), mask, prediction))
-        try:
-            path.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-        with atomic(path) as temporary:
-            sheet(rows, len(self.config.classes)).save(temporary)
+        return rows
 
     def _photograph(self, image: Tensor, size: torch.Size) -> Tensor:
         """Undo the network's input transform: return the image (3, H, W) uint8 in the size of its mask."""
