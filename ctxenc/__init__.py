@@ -56,7 +56,14 @@ def __dir__() -> list[str]:
     return sorted({"__version__", *__all__})
 
 
-# Models pickled whole by earlier versions refer to their classes by these module names.
-for _old, _new in (("ctxenc.patching", "ctxenc.swap.patching"), ("ctxenc.se_blocks", "ctxenc.swap.se_classes")):
-    sys.modules[_old] = ModuleType(_old)
-    vars(sys.modules[_old])["__getattr__"] = lambda name, new=_new: getattr(import_module(new), name)
+class _Moved(ModuleType):
+    """Stand for a module of earlier versions: models pickled whole refer to their classes by its name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # inspect looks for the file of every module, also while torch is being imported
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_MOVED[self.__name__]), name)
+
+
+_MOVED = {"ctxenc.patching": "ctxenc.swap.patching", "ctxenc.se_blocks": "ctxenc.swap.se_classes"}
+sys.modules.update({name: _Moved(name) for name in _MOVED})
