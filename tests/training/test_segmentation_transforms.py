@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import RandomCrop, RandomRotation
 
-from ctxenc.training.data import seeded
+from ctxenc.training.data import seed_draws
 from ctxenc.training.segmentation.segment_settings import SegmentSettings
 from ctxenc.training.segmentation.transforms import ScaleLongerSide, eval_transform, train_transform
 
@@ -36,7 +36,7 @@ def regions(height=40, width=60):
 
 def draws(transform, images, count=20):
     for index in range(count):
-        with seeded(index):
+        with seed_draws(index):
             yield transform(*images)
 
 
@@ -114,7 +114,7 @@ class TestTraining:
     def test_angles_go_both_ways_and_to_the_limit(self):
         chosen = train_transform(settings(rotate=30.0), MEAN, STD)
         rotation = next(each for each in chosen.transforms if isinstance(each, RandomRotation))
-        with seeded(0):
+        with seed_draws(0):
             angles = [rotation.make_params([])["angle"] for _ in range(200)]
         assert -30 <= min(angles) < -25
         assert 25 < max(angles) <= 30
@@ -151,7 +151,7 @@ class TestScaleLongerSide:
 
     def test_factors_are_uniform_between_the_limits(self):
         transform, images = ScaleLongerSide(1000, (0.5, 2.0)), pair(torch.ones(4, 4))
-        with seeded(0):
+        with seed_draws(0):
             sizes = torch.tensor([transform.make_params(list(images))["size"][0] for _ in range(2000)])
         assert 500 <= sizes.min() < 510
         assert 1990 < sizes.max() <= 2000
