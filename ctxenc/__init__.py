@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from ctxenc.context import ContextEncoding
     from ctxenc.encoding import Encoding
     from ctxenc.functional import assign, backend_info, encode, use_backend
-    from ctxenc.parameters import parameter_groups
     from ctxenc.runs.loading import load
     from ctxenc.swap.calibration import calibrate
     from ctxenc.swap.patching import find_context_blocks, find_se_blocks, patch_se_blocks, restore_se_blocks
     from ctxenc.swap.se_classes import register_se_class
+    from ctxenc.weight_decay import parameter_groups
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ __all__ = [
     "use_backend",
 ]
 
-_MODULES = ["context", "encoding", "functional", "parameters"]
+_MODULES = ["context", "encoding", "functional", "weight_decay"]
 _MODULES += ["runs.loading", "swap.calibration", "swap.patching", "swap.se_classes"]
 
 

@@ -22,7 +22,7 @@ ORDER = (
     "functional",
     "encoding",
     "context",
-    "parameters",
+    "weight_decay",
     "swap",
     "__init__",
     "integrations",

@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command; import its modules here, so that --help is fast."""
-    from ctxenc.training import accuracy
+    from ctxenc.training import evaluation
 
-    accuracy.run(args)
+    evaluation.run(args)

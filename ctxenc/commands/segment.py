@@ -70,7 +70,7 @@ COMMANDS = {
         add_train_arguments,
         "segment_training",
     ),
-    "evaluate": ("measure pixel accuracy and mean IoU of a run", add_evaluate_arguments, "segment_accuracy"),
+    "evaluate": ("measure pixel accuracy and mean IoU of a run", add_evaluate_arguments, "segment_evaluation"),
     "predict": (
         "segment images: a picture with a legend, and a mask of class numbers",
         add_predict_arguments,

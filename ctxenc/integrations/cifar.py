@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ctxenc.context import ContextEncoding, Layer
 from ctxenc.encoding import check_sizes
-from ctxenc.parameters import encoding_parameters
+from ctxenc.weight_decay import encoding_parameters
 
 
 def _build_stage(in_channels: int, channels: int, stride: int, attn_layer: Any) -> nn.Sequential:

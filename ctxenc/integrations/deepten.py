@@ -18,7 +18,7 @@ from torch.func import functional_call
 from ctxenc.encoding import STARTS, Encoding, check_choice, check_sizes, check_smoothing, spread_codebook
 from ctxenc.integrations.backbones import check_backbone
 from ctxenc.integrations.hub import Saved
-from ctxenc.parameters import encoding_parameters
+from ctxenc.weight_decay import encoding_parameters
 
 POOLS = ("encoding", "")
 LOADING = ("checkpoint_path", "cache_dir")  # a foreign configuration must not choose a file to be read

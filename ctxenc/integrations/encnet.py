@@ -13,7 +13,7 @@ from ctxenc.encoding import AGGREGATIONS, STARTS, check_choice, check_sizes, che
 from ctxenc.integrations.backbones import build_dilated_backbone
 from ctxenc.integrations.encoding_module import EncodingModule
 from ctxenc.integrations.hub import Saved
-from ctxenc.parameters import encoding_parameters
+from ctxenc.weight_decay import encoding_parameters
 
 Norm = Callable[..., nn.Module]
 

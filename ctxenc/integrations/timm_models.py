@@ -20,7 +20,7 @@ from torch import nn
 from ctxenc.context import ContextEncoding
 from ctxenc.integrations.cifar import cifar_encnet, cifar_resnet, cifar_senet
 from ctxenc.integrations.deepten import DeepTEN
-from ctxenc.parameters import encoding_parameters
+from ctxenc.weight_decay import encoding_parameters
 
 
 class ContextResNet(ResNet):

@@ -1,1 +1,1 @@
-"""Behind the commands of ctxenc: fine-tuning, evaluation, prediction, export and inspection."""
+"""Hold what the commands run: training, evaluation, prediction, export, pictures and inspection."""

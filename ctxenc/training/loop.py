@@ -76,8 +76,8 @@ def worker_errors() -> Iterator[None]:
 
     A killed worker becomes a UserError too.
 
-    The error and its frames hold each other and the loader. If the garbage collector freed them, the loader's queues would go
-    before it tells its workers to end, and the process would wait for the workers at its exit.
+    The error and its frames form a cycle with the loader. The garbage collector may delete the loader's queues first. The
+    workers then never hear that they should end, and the process waits for them at its exit. So break the cycle here.
     """
     try:
         yield

@@ -160,7 +160,8 @@ def folder_to_resume(resume: str | None, out: Path | None, runs: Path) -> Path |
 def consented(settings: Any, chosen: Mapping[str, Any], folder: Path) -> Any:
     """Return the settings of a resumed run, possibly a stranger's; drop requests that the command line must repeat.
 
-    A stored configuration alone may read its data, build and train its network, and write its own folder.
+    The configuration may come from a stranger. Without the command line it may read its data, train its network and write its own
+    folder, no more.
 
     Raises:
         UserError: An arm has not begun, and starts from weights that the command line does not name; or there are more seeds

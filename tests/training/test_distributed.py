@@ -21,8 +21,8 @@ from ctxenc.runs.config import read_config
 from ctxenc.runs.folders import load_weights
 from ctxenc.runs.segment_config import SegmentConfig
 from ctxenc.runs.trained import load_run
-from ctxenc.training.accuracy import data_settings, evaluate_run, validation_source
 from ctxenc.training.checkpoint import read_predictions
+from ctxenc.training.evaluation import data_settings, evaluate_run, validation_source
 from ctxenc.training.processes import is_reporter, make_accelerator
 from ctxenc.training.segmentation import segment_training as segmentation
 from ctxenc.training.segmentation.segment_settings import SegmentSettings

@@ -79,7 +79,7 @@ def eval_transform(settings: SegmentSettings, mean: Sequence[float], std: Sequen
     """Build the transform of validation: the whole image with its longer side at base_size, and the mask unchanged.
 
     Resize logits to the mask: its pixels are scored. Sizes differ between samples, so a batch holds one: padding to a common
-    size would enter the encoding, a sum over all pixels.
+    size would enter the encoding.
 
     Args:
         settings: The settings of the run.
