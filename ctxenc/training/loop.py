@@ -237,10 +237,8 @@ class Loop(ABC):
             Stopped: A signal came; the last step is in a checkpoint.
         """
         progress, main = self.progress, self.accelerator.is_main_process
-        total, done = (
-            self.settings.epochs * self.updates_per_epoch,
-            progress.epoch * self.updates_per_epoch + progress.step,
-        )
+        total = self.settings.epochs * self.updates_per_epoch
+        done = progress.epoch * self.updates_per_epoch + progress.step
         with (
             worker_errors(),
             log_curves(self.accelerator, done),
@@ -258,6 +256,9 @@ class Loop(ABC):
                 self.save()
                 score = f"{100 * measures[self.score]:.1f} %"
                 bar.set_postfix({"epoch": progress.epoch, "loss": f"{loss:.3f}", self.score_label: score})
+                if main and bar.disable:  # in a log: a line an epoch in place of the bar
+                    text = f"{label}: epoch {progress.epoch} of {self.settings.epochs}, loss {loss:.3f}"
+                    say(f"{text}, {self.score_label} {score}", sys.stderr)
                 self.stop_on_signal()
             if main and self.seed == self.settings.seed:
                 self.finish()
