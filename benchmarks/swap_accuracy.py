@@ -105,6 +105,13 @@ def unpack(path: Path, budget: Budget, runs: Path) -> list[Row]:
     return rows
 
 
+def shorten(value: Any) -> Any:
+    """Round the floats of a row to six digits: the curves of a hundred trainings make a large file."""
+    if isinstance(value, dict):
+        return {key: shorten(each) for key, each in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def of_arm(rows: list[Row], name: str) -> dict[int, Row]:
     """Return the rows of an arm by seed."""
     return {row["seed"]: row for row in rows if row["arm"] == name}
@@ -312,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows += train_arms(*shared, args.data_dir, args.runs, earlier)
     if not rows:
         raise SystemExit(f"{args.runs} has no finished arm of {', '.join(args.data)}")
-    Record("swap_accuracy", out, check_operator("cpu"), 0, "cpu", lrs=list(args.lrs)).add(*rows)
+    Record("swap_accuracy", out, check_operator("cpu"), 0, "cpu", lrs=list(args.lrs)).add(*map(shorten, rows))
     result = read(out)
     print(markdown(result))
     picture(result).savefig(out.with_suffix(".png"), dpi=100)

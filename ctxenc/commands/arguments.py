@@ -52,7 +52,9 @@ def add_timm_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", metavar="NAME", help="its model; averaged weights (EMA) are taken if the file has them"
     )
-    group.add_argument("--device-modules", metavar="MODULE", help="Python module to import, which registers the model")
+    group.add_argument(
+        "--device-modules", metavar="MODULE", nargs="+", help="Python modules to import, which register the model"
+    )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser, batch_size: int, of: str = "images") -> None:

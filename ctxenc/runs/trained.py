@@ -3,7 +3,7 @@
 import importlib
 import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,9 @@ def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str 
     if path.is_file() or (path / "model.safetensors").is_file():
         if checkpoint != "best" or kind is RunConfig:
             wanted = "a run of finetune" if kind is RunConfig else f"a run, which has a {checkpoint} checkpoint"
-            raise UserError(f"RUN must be {wanted}, got the file of an EncNet: {path}")
+            raise UserError(
+                f"RUN must be {wanted}, got a file: {path}; for a checkpoint of timm's train.py give its --model"
+            )
         network, config = read_encnet(path)
         return LoadedRun(network.to(where).eval(), config, path)
     arm = resolve(path, checkpoint)
@@ -88,23 +90,27 @@ def load_run(run: str | os.PathLike[str], checkpoint: str = "best", device: str 
     return LoadedRun(model.to(where).eval(), config, arm, checkpoint)
 
 
-def load_timm_checkpoint(path: Path, name: str, module: str | None = None, device: str = "cpu") -> LoadedRun:
+def load_timm_checkpoint(path: Path, name: str, modules: Sequence[str] = (), device: str = "cpu") -> LoadedRun:
     """Build a network of timm's train.py, and load its checkpoint: weights only, averaged ones (EMA) if the file has them.
 
     Args:
         path: The checkpoint. It is read as data, never executed. Its classes have numbers for names.
         name: The model's name, as `--model` of train.py.
-        module: Import this module first, as `--device-modules` of train.py: it registers the model.
+        modules: Import these modules first, as `--device-modules` of train.py: they register the model.
         device: A torch device, or "auto".
 
     Raises:
-        UserError: The module or the model is unknown, the file cannot be read or is of another model, or the device cannot be used.
+        UserError: A module or the model is unknown, the file cannot be read or is of another model, or the device cannot be used.
     """
     where = pick_device(device)
-    try:
-        importlib.import_module(module) if module else None
-    except ImportError as error:
-        raise UserError(f"--device-modules: cannot import {module}: {one_line(error)}") from error
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # the user's own code
+            hint = "; PYTHONPATH=. finds a module of this folder" if isinstance(error, ImportError) else ""
+            raise UserError(
+                f"--device-modules: cannot import {module}: {type(error).__name__}: {one_line(error)}{hint}"
+            ) from error
     content = read_checkpoint(path)
     args = content.get("args") if isinstance(content, Mapping) else None
     stored = vars(args) if isinstance(args, Namespace) else {}

@@ -181,7 +181,7 @@ def find_gate(module: nn.Module) -> nn.Module | None:
 
 
 def find_logits(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the source of an SE block's logits: its gate (True: they are the input), or its last layer (False: the output)."""
+    """Return the module that sees an SE block's logits, and True if they are its input (a gate), False if its output (a layer)."""
     gate = find_gate(module)
     return (_list_layers(module)[-1], False) if gate is None else (gate, True)
 

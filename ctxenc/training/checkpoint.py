@@ -218,7 +218,7 @@ def check_progress(
         and all(len(row) == classes and all(_is_count(each, 2**63) for each in row) for row in confusion),
     }
     if broken := [name for name, holds in rules.items() if not holds]:
-        raise ValueError(f"{broken[0]} must be of {classes} classes, and of at most {epochs} epochs of {steps} steps")
+        raise ValueError(f"{broken[0]} cannot be those of {epochs} epochs of {steps} steps with {classes} classes")
 
 
 def _is_table(rows: Any, epochs: int | None = None) -> bool:

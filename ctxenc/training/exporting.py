@@ -99,7 +99,7 @@ def trace(model: nn.Module, size: Shape, free: bool) -> tuple[ExportedProgram, l
         UserError: torch.export cannot trace the model.
     """
     channels, height, width = size
-    # Equal sides would stay equal, and a last map of one pixel would stay so: trace at larger, unequal ones.
+    # torch.export takes equal sides for one number, and a last map of one pixel for a constant: trace larger, unequal sides.
     traced, other = ((channels, height + step * STEP, width + (step + 1) * STEP) if free else size for step in (1, 2))
     sizes = dict.fromkeys((0, 2, 3) if free else (0,), torch.export.Dim.DYNAMIC)
     try:
@@ -122,13 +122,13 @@ def write_freest(write: Callable[..., str], traced: Callable[[bool], Any], path:
     try:
         program, shapes = traced(True)
         return f"for any batch and image size; {write(program, path, model, shapes)}"
-    except (
-        Exception
-    ) as error:  # max_size in ONNX, a fixed position embedding, timm's "same" padding in torch.export, ...
+    except Exception as error:
+        # max_size in ONNX, a fixed position embedding, timm's "same" padding in torch.export, ...
         reason = one_line(error, 120)
     program, shapes = traced(False)
     side = "x".join(map(str, shapes[0][2:]))
-    return f"for any batch of images of {side} (not of others: {reason}); {write(program, path, model, shapes)}"
+    written = write(program, path, model, shapes)
+    return f"for any batch of images of {side}; {written}. A file for any image size failed: {reason}"
 
 
 def write_torch_export(program: ExportedProgram, path: Path, model: nn.Module, shapes: list[Shape]) -> str:

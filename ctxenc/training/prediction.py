@@ -66,10 +66,15 @@ def load(args: argparse.Namespace, kind: Any = None) -> LoadedRun:
     Raises:
         UserError: See load_run and load_timm_checkpoint; or --classes does not name each class.
     """
+    modules = getattr(args, "device_modules", None) or ()
     if getattr(args, "model", None) is None:
+        if modules:
+            raise UserError("--device-modules needs --model: it registers the model of a checkpoint of timm's train.py")
         loaded = load_run(args.run_folder, args.checkpoint, args.device, kind)
+    elif args.checkpoint != "best":
+        raise UserError(f"--checkpoint {args.checkpoint} is for runs; with --model, RUN is the checkpoint itself")
     else:
-        loaded = load_timm_checkpoint(args.run_folder, args.model, args.device_modules, args.device)
+        loaded = load_timm_checkpoint(args.run_folder, args.model, modules, args.device)
     if getattr(args, "classes", None) is None:
         return loaded
     classes = read_names(args.classes, len(loaded.config.classes))
@@ -83,11 +88,13 @@ def read_names(path: Path, count: int) -> list[str]:
         UserError: The file cannot be read, or does not have a name for each class.
     """
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()  # editors add marks and empty lines
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
-    if len(names) != count:
-        raise UserError(f"{path} must name {count} classes, one a line, got {len(names)}")
+    if len(names) != count or not all(map(str.strip, names)):
+        blank = sum(not name.strip() for name in names)
+        empty = f", {blank} of them empty" if blank else ""
+        raise UserError(f"{path} must name {count} classes, one a line, got {len(names)}{empty}")
     return names
 
 
@@ -156,7 +163,9 @@ def predict(
     for error in broken or ():
         say(f"ctxenc: skipped {error}", sys.stderr)
     if not predictions:
-        raise UserError(f"all {len(paths)} images are broken")
+        raise UserError(
+            f"none of the {len(paths)} images can be read" if len(paths) > 1 else f"{paths[0]} cannot be read"
+        )
     return predictions
 
 

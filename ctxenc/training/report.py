@@ -161,6 +161,8 @@ def describe_gain(name: str, other: str, scores: Sequence[float], others: Sequen
     if len(points) < 2:
         return f"{text}; one seed, no interval."
     low, high = interval_over_seeds(points)
+    if low == high:
+        return f"{text}; all {len(points)} seeds alike, no interval."
     return f"{text}, 95 % interval {low:+.1f} to {high:+.1f} over {len(points)} seeds."
 
 

@@ -184,7 +184,7 @@ class TrainingSettings:
             if name not in MOVABLE and value != stored.get(name):
                 raise UserError(f"--resume: {option_name(name)} was {stored.get(name)} in this run, got {value}")
         if unknown := sorted(stored.keys() - {each.name for each in fields(cls)}):
-            raise UserError(f"--resume: the run's settings are not those of this version: it has no {unknown[0]!r}")
+            raise UserError(f"--resume: the run's settings hold {unknown[0]!r}, which this version does not know")
         return cls(**(stored | chosen))
 
 

@@ -138,7 +138,7 @@ def test_the_other_kind_is_named_with_its_commands(command, segmented, run_folde
         (("segment", "evaluate", run_folder), FINETUNE_RUN),
         (("segment", "predict", run_folder, picture), FINETUNE_RUN),
         (("segment", "train", "--resume", tmp_path / "run"), FINETUNE_RUN),
-        (("predict", tmp_path / "a.safetensors", picture), "RUN must be a run of finetune, got the file of an EncNet"),
+        (("predict", tmp_path / "a.safetensors", picture), "RUN must be a run of finetune, got a file"),
     ):
         code, out, err = command(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1), err

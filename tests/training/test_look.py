@@ -12,7 +12,9 @@ from PIL import Image
 import ctxenc
 from ctxenc.__main__ import main
 from ctxenc.integrations import EncNet, save_encnet_checkpoint
+from ctxenc.runs.errors import UserError
 from ctxenc.training import looking as command
+from ctxenc.training.prediction import read_names
 from ctxenc.training.segmentation import scenes
 from ctxenc.viz import codebook_usage
 
@@ -188,11 +190,31 @@ def test_predict_takes_it_too(timm_checkpoint, image_folder, tmp_path, capsys):
     assert [each["probability"] for each in letters["classes"]] == pytest.approx(ranked.values.tolist(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("\ufeffa\nb\n\n", None), ("a\n\nb", "got 3, 1 of them empty"), ("a", "got 1")]
+)
+def test_names_of_classes(text, said, tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text(text, encoding="utf-8")
+    if said is None:
+        assert read_names(path, 2) == ["a", "b"]
+    else:
+        with pytest.raises(UserError, match=said):
+            read_names(path, 2)
+
+
 def test_mistakes_with_a_checkpoint_of_timm(refused, timm_checkpoint, tmp_path):
     path, _ = timm_checkpoint
     assert refused(path, *NETWORK[:2], "--device-modules", "nothing_such").startswith(
         "--device-modules: cannot import nothing_such: "
     )
+    (tmp_path / "broken_code.py").write_text('raise RuntimeError("boom")')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        said = refused(path, *NETWORK[:2], "--device-modules", "broken_code")
+    assert said == "--device-modules: cannot import broken_code: RuntimeError: boom"
+    assert refused(path, *NETWORK, "--checkpoint", "last").startswith("--checkpoint last is for runs; with --model, ")
+    assert refused(path, *NETWORK[2:]).startswith("--device-modules needs --model")
     assert refused(path, "--model", "test_efficientne").startswith("unknown model 'test_efficientne'; near names: ")
     wrong = refused(path, "--model", "test_efficientnet")
     assert wrong.endswith("; it is of a swapped network, the model is not swapped")

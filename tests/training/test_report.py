@@ -153,3 +153,8 @@ def test_samples_that_some_runs_left_out_do_not_count(finished):
     assert "mean over classes on 8 validation images" in text
     se = next(line for line in text.splitlines() if line.startswith("SE "))
     assert se.split()[-4:-2] == ["100.0,", "50.0"]  # the two classes that are left: 5 and 3 of 8 right, then 5 and 0
+
+
+def test_seeds_that_agree_have_no_interval():
+    said = report.describe_gain("A", "B", [0.5, 0.6], [0.25, 0.35], "accuracy")
+    assert said == "A minus B: +25.0 points of accuracy; all 2 seeds alike, no interval."

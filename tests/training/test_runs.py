@@ -111,6 +111,12 @@ class TestConfig:
         rewrite(tmp_path, novelty=1)
         with pytest.raises(UserError, match="novelty is unknown"):
             read_config(tmp_path)
+        write_config(tmp_path, config)
+        rewrite(tmp_path, **{"x-y": 1})
+        with pytest.raises(UserError, match="x-y is unknown"):
+            read_config(tmp_path)
+        write_config(tmp_path, config)
+        rewrite(tmp_path, novelty=1)
         table = json.loads((tmp_path / "config.json").read_text())
         del table["novelty"], table["classes"]
         (tmp_path / "config.json").write_text(json.dumps(table))

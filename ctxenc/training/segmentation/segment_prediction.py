@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
             with atomic(args.out / f"{path.stem}.{name}.png") as temporary:
                 picture.save(temporary)
     if not written:
-        raise UserError(f"all {len(paths)} images are broken")
+        raise UserError(
+            f"none of the {len(paths)} images can be read" if len(paths) > 1 else f"{paths[0]} cannot be read"
+        )
     say(loaded)
     say(f"{written} image{'s' if written > 1 else ''}: {args.out}/*.{{overlay,mask}}.png")
 
