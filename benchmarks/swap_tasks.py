@@ -117,6 +117,7 @@ def _task(images: Tensor, labels: Tensor, budget: Budget, before_test: int) -> T
     return Task(*((images[part], labels[part].long()) for part in sets))
 
 
+CLASSES = {"digits": 10, "photographs": len(PHOTOGRAPHS), "fashion_mnist": 10}
 TASKS: dict[str, Callable[[Budget, int, str], Task]] = {
     "digits": digits,
     "photographs": photographs,

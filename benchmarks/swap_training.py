@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.environment import describe
 from benchmarks.swap_remedies import REMEDIES, apply_after_epoch, apply_before_training
-from benchmarks.swap_tasks import TASKS, Budget, Task
+from benchmarks.swap_tasks import CLASSES, TASKS, Budget, Task
 from ctxenc import ContextEncoding, assign
 from ctxenc.encoding import Encoding
 from ctxenc.viz.usage import UsageSum
@@ -92,17 +92,18 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def build(make: Callable[..., nn.Module] | None) -> ResNet:
+def build(make: Callable[..., nn.Module] | None, classes: int = 10) -> ResNet:
     """Build a residual network for small grey images: three stages of two basic blocks, widths 16, 32 and 64, strides 1, 2
     and 2.
 
     Args:
         make: Makes the attention block from its channels; None for no attention.
+        classes: Number of logits.
     """
     layer = None if make is None else (lambda channels, **_: make(channels))
     # A deep stem of width 8 ends in 16 channels; one convolution replaces its three.
     shape = {"channels": (*CHANNELS, CHANNELS[-1]), "stem_type": "deep", "stem_width": CHANNELS[0] // 2}
-    network = ResNet(BasicBlock, (2, 2, 2, 0), 10, 1, **shape, block_args={"attn_layer": layer})
+    network = ResNet(BasicBlock, (2, 2, 2, 0), classes, 1, **shape, block_args={"attn_layer": layer})
     network.conv1 = nn.Conv2d(1, CHANNELS[0], 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
     return network
@@ -154,11 +155,11 @@ def solve_share(arm: Arm) -> float:
     return share
 
 
-def start_network(arm: Arm, size: int, seed: int) -> ResNet:
+def start_network(arm: Arm, size: int, seed: int, classes: int = 10) -> ResNet:
     """Build an arm's network; all arms of one seed have the same initial layers outside the blocks."""
     torch.manual_seed(seed)
-    plain = build(None).state_dict()
-    network = build(maker(arm, size, solve_share(arm)))
+    plain = build(None, classes).state_dict()
+    network = build(maker(arm, size, solve_share(arm)), classes)
     network.load_state_dict(plain, strict=False)
     return network.to(memory_format=torch.channels_last)
 
@@ -236,7 +237,7 @@ def train_epochs(
 def train_part(arm: Arm, budget: Budget, lr: float, seed: int, folder: str) -> dict[str, Any]:
     """Train one network; return its measures, ready for JSON."""
     task = TASKS[budget.data](budget, seed, folder)
-    network = start_network(arm, budget.size, seed)
+    network = start_network(arm, budget.size, seed, CLASSES[budget.data])
     curves = list(train_epochs(network, task, budget.epochs, lr, seed, arm.remedy))
     bits = codebook_bits(network, task.held_out[0][:500])
     return {

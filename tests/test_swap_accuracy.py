@@ -164,6 +164,13 @@ def test_kmeans_moves_codewords_onto_features():
         assert torch.cdist(layer.codewords, pixels[layer]).min(1).values.max() < 5
 
 
+def test_photographs_have_seventeen_classes():
+    budget = replace(swap_tasks.BUDGETS["photographs"], train=68, held_out=17, epochs=1, size=16)
+    row = swap_training.train_part(SE, budget, 0.01, 0, "")
+    assert math.isfinite(row["test"]["cross_entropy"])
+    assert start_network(SE, 16, 0, swap_tasks.CLASSES["photographs"]).fc.out_features == 17
+
+
 def test_more_images_than_there_are():
     with pytest.raises(SystemExit, match="digits has 1078 training images, of which 1100 were asked for"):
         swap_tasks.digits(replace(TINY, train=1068), 0)
