@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.pages import MARKED, PAGES, ROOT, filled, table
 from benchmarks.record import RESULTS
-from benchmarks.swap_accuracy import interval
+from benchmarks.swap_accuracy import differences, interval
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = [
@@ -69,6 +69,26 @@ def test_differences_in_words_are_those_of_the_result():
     assert said[0] in README
     measurements = (ROOT / "docs" / "measurements.md").read_text()
     assert all(each in measurements for each in (f"{mean:.1f} points above", *said))
+
+
+def test_the_swaps_differences_in_words_are_those_of_the_result():
+    rows = json.loads((RESULTS / "swap_accuracy.json").read_text())["rows"]
+
+    def points(data: str, name: str, scale: str = "") -> tuple[float, float, float]:
+        own = [row for row in rows if row["data"] == data]
+        mean, reach = interval([100 * each for each in differences(own, name, "SE", scale=scale)])
+        return mean, mean - reach, mean + reach
+
+    readme, measurements, options = (
+        (ROOT / name).read_text() for name in ("README.md", "docs/measurements.md", "docs/options.md")
+    )
+    fashion, digits = (points(data, "mean, paper") for data in ("fashion_mnist", "digits"))
+    assert "the swap is {:+.1f} points ({:.1f} to {:+.1f}) above SE".format(*fashion) in readme
+    assert "{:+.1f} points on the digits ({:.1f} to {:+.1f})".format(*digits) in measurements
+    sums, means = (points("digits", name, "0.75") for name in ("mean, paper, sum", "mean, paper"))
+    lost = [f"{-mean:.1f} ({-high:.1f} to {-low:.1f})" for mean, low, high in (sums, means)]
+    for page in (measurements, options):
+        assert all(text.replace(" (", " points more than SE (") in page or text in page for text in lost)
 
 
 def test_a_table_of_some_rows():
