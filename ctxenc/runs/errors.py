@@ -45,12 +45,10 @@ def explain(error: Any) -> tuple[str, str]:
     """Return the place of the first wrong value in a pydantic.ValidationError, and its rule: `must be greater than 0, got -1`."""
     found = error.errors(include_url=False)
     # For a value of several types pydantic gives an error each, and adds the type's name to the place: "constrained-float".
-    names = (
-        STATES.get(found[0]["type"]) == "is unknown"
-    )  # the last part is then a key of the file's own, whatever it holds
     loc = found[0]["loc"]
-    place = [part for part in loc[:-1] if isinstance(part, int) or part.isidentifier()]
-    place += [part for part in loc[-1:] if names or isinstance(part, int) or part.isidentifier()]
+    place = [part for part in loc if isinstance(part, int) or part.isidentifier()]
+    if STATES.get(found[0]["type"]) == "is unknown" and place[-1:] != [loc[-1]]:
+        place.append(loc[-1])  # a key of the file, which may hold any characters
     same = [each for each in found if list(each["loc"][: len(place)]) == place]
     rules = [re.sub(r"^(Value error, must|\w+ should) ", "", each["msg"].split(", unable")[0]) for each in same]
     rule = STATES.get(found[0]["type"], f"must {' or '.join(rules)}, got {shorten(found[0]['input'])}")
